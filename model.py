@@ -1,0 +1,557 @@
+"""HAT (Hybrid Attention Transformer) with a small residual refiner, for super-resolution by 2, 3 or 4.
+
+    model = HATRefiner.from_preset("low", scale=2)
+    sr = model(lr)                                          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W)
+    sr = model(lr, tiler=Tiler(tile_size=64, tile_pad=32))  # HAT tile by tile, the refiner over the joined picture
+
+    python model.py runs/mine/best.safetensors              # what is in a weights file
+    python model.py runs/mine/best.safetensors hat.pth      # the plain HAT in it, in the official format
+
+HAT: Chen et al., "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023, arXiv 2205.04437.
+Parameter names are the official ones, so official files load and what is exported opens elsewhere.
+Inside, everything is channels-last: (B, H, W, C). Needs torch, einops, safetensors; copy this file and it works alone.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch.utils.checkpoint import checkpoint
+
+# low and mid have few, wide heads: on small windows every head costs a pass over its own attention matrix
+PRESETS = {
+    "tiny":  dict(embed_dim=16, depths=(2, 2), heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),  # for tests
+    "low":   dict(embed_dim=60, depths=(4,) * 3, heads=2, window=8, compress=6, squeeze=6, refiner_dim=32),
+    "mid":   dict(embed_dim=96, depths=(6,) * 4, heads=3, window=16, compress=6, squeeze=6, refiner_dim=48),
+    "high":  dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
+    "hat_s": dict(embed_dim=144, depths=(6,) * 6, heads=6, window=16, compress=24, squeeze=24, refiner_dim=64),
+    "hat":   dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
+    "hat_l": dict(embed_dim=180, depths=(6,) * 12, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
+}
+RGB_MEAN = (0.4488, 0.4371, 0.4040)   # of DIV2K
+CONV_SCALE = 0.01                     # weight of the convolutional branch; not stored in official files, so fixed
+OVERLAP = 0.5                         # overlapping windows are this much wider than plain ones
+FEATURES = 64                         # channels of the upsampler
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; the message is one line and says why."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def position_index(window, wide):
+    """Index into the relative position table for queries in a window and keys in a window `wide` >= window pixels wide
+    around it. (window^2, wide^2) int64. Negative where HAT's own is: it counts from the end of the table."""
+    q = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+    k = torch.stack(torch.meshgrid(torch.arange(wide), torch.arange(wide), indexing="ij")).flatten(1)
+    if wide == window:
+        rel = q[:, :, None] - k[:, None, :] + window - 1
+    else:
+        rel = k[:, None, :] - q[:, :, None] + window - wide + 1
+    return rel[0] * (window + wide - 1) + rel[1]
+
+
+def shift_mask(h, w, window, device):
+    """Added to the attention of windows shifted by window/2: -100 between pixels that only the cyclic shift made
+    neighbours. (h/window * w/window, 1, window^2, window^2)."""
+    def region(n):
+        i = torch.arange(n, device=device)
+        return (i >= n - window).int() + (i >= n - window // 2).int()
+    r = region(h)[:, None] * 3 + region(w)[None, :]
+    r = rearrange(r, "(y i) (x j) -> (y x) 1 (i j)", i=window, j=window)
+    return (r[..., :, None] != r[..., None, :]) * -100.0
+
+
+def attend(q, k, v, bias):
+    """softmax(q k^T / sqrt(d) + bias) v, with q (N, heads, n, d), k and v (N, heads, m, d), bias (1 or windows, heads,
+    n, m); N is a multiple of windows. Returns (N, n, heads * d)."""
+    if q.is_cuda:
+        # a bias that repeats over the batch is not expanded unless the windows differ
+        bias = bias if len(bias) == 1 else bias.repeat(len(q) // len(bias), 1, 1, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
+    else:
+        # on a CPU the plain products beat scaled_dot_product_attention at these sizes, and the bias gets its gradient
+        a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        a = (a.view(-1, *bias.shape) + bias.to(a.dtype)).view_as(a)
+        out = a.softmax(-1) @ v
+    return rearrange(out, "n h t d -> n t (h d)")
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * dim)
+        self.fc2 = nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class WindowAttention(nn.Module):
+    def __init__(self, dim, window, heads):
+        super().__init__()
+        self.window, self.heads = window, heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, index, mask):
+        b, h, w, _ = x.shape
+        t = self.window
+        x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
+        q, k, v = rearrange(self.qkv(x), "n t (three h d) -> three n h t d", three=3, h=self.heads)
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        x = self.proj(attend(q, k, v, bias if mask is None else bias + mask))
+        return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input."""
+
+    def __init__(self, dim, squeeze):
+        super().__init__()
+        self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim // squeeze, 1), nn.ReLU(),
+                                       nn.Conv2d(dim // squeeze, dim, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        return x * (self.attention(x) * CONV_SCALE)
+
+
+class CAB(nn.Module):
+    """The convolutional branch, its output already times CONV_SCALE."""
+
+    def __init__(self, dim, compress, squeeze):
+        super().__init__()
+        self.cab = nn.Sequential(nn.Conv2d(dim, dim // compress, 3, 1, 1), nn.GELU(),
+                                 nn.Conv2d(dim // compress, dim, 3, 1, 1), ChannelAttention(dim, squeeze))
+
+    def forward(self, x):
+        return self.cab(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def drop_path(x, p, training):
+    """Stochastic depth (Huang et al., ECCV 2016): forget a whole branch for some pictures of the batch."""
+    if p == 0 or not training:
+        return x
+    keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= p
+    return x * (keep / (1 - p)).to(x.dtype)
+
+
+class HAB(nn.Module):
+    """Hybrid attention block: window attention beside a convolutional branch, then an MLP."""
+
+    def __init__(self, dim, window, heads, compress, squeeze, shift, p):
+        super().__init__()
+        self.shift, self.p = shift, p
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window, heads)
+        self.conv_block = CAB(dim, compress, squeeze)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x, index, mask):
+        y = self.norm1(x)
+        s = self.shift
+        if s:
+            a = self.attn(y.roll((-s, -s), (1, 2)), index, mask).roll((s, s), (1, 2))
+        else:
+            a = self.attn(y, index, None)
+        x = x + drop_path(a, self.p, self.training) + self.conv_block(y)
+        return x + drop_path(self.mlp(self.norm2(x)), self.p, self.training)
+
+
+class OCAB(nn.Module):
+    """Overlapping cross-attention block: queries look into a window wider than their own."""
+
+    def __init__(self, dim, window, heads):
+        super().__init__()
+        self.window, self.heads, self.wide = window, heads, window + int(window * OVERLAP)
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((window + self.wide - 1) ** 2, heads))
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x, index):
+        b, h, w, c = x.shape
+        t, wide, heads, edge = self.window, self.wide, self.heads, (self.wide - self.window) // 2
+        qkv = self.qkv(self.norm1(x))
+        q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) h (i j) d", i=t, j=t, h=heads)
+        # zeros beyond the border take part in the softmax, as in the paper's code
+        kv = F.pad(qkv[..., c:], (0, 0, edge, edge, edge, edge)).unfold(1, wide, t).unfold(2, wide, t)
+        k, v = rearrange(kv, "b y x (two h d) i j -> two (b y x) h (i j) d", two=2, h=heads)
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        a = rearrange(attend(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
+        x = x + self.proj(a)
+        return x + self.mlp(self.norm2(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the network
+
+
+class ResidualGroup(nn.Module):
+    def __init__(self, dim, depth, window, heads, compress, squeeze, ps):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            HAB(dim, window, heads, compress, squeeze, shift=window // 2 * (i % 2), p=ps[i]) for i in range(depth))
+        self.overlap_attn = OCAB(dim, window, heads)
+
+
+class RHAG(nn.Module):
+    """Residual hybrid attention group."""
+
+    def __init__(self, dim, depth, window, heads, compress, squeeze, ps):
+        super().__init__()
+        self.residual_group = ResidualGroup(dim, depth, window, heads, compress, squeeze, ps)
+        self.conv = nn.Conv2d(dim, dim, 3, 1, 1)
+
+    def forward(self, x, index_sa, index_oca, mask, run):
+        y = x
+        for block in self.residual_group.blocks:
+            y = run(block, y, index_sa, mask)
+        y = run(self.residual_group.overlap_attn, y, index_oca)
+        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+def pad_to(x, multiple):
+    """Mirrors (B, C, H, W) at its right and bottom to multiples of `multiple`, again and again where it is too small
+    for one mirroring."""
+    for dim in (2, 3):
+        n = x.shape[dim]
+        want = math.ceil(n / multiple) * multiple
+        if want > n:
+            i = torch.arange(want, device=x.device) % max(2 * n - 2, 1)
+            x = x.index_select(dim, torch.minimum(i, 2 * n - 2 - i))
+    return x
+
+
+class HAT(nn.Module):
+    """forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale*H, scale*W), about [0, 1] (not clamped). Any H, W >= 1.
+
+    init: "warm" starts as an interpolation, "plain" as HAT usually does. drop_path: stochastic depth of the last
+    block, growing from 0 (0.1 in the official configurations)."""
+
+    def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6,
+                 drop_path=0.0, init="warm"):
+        super().__init__()
+        if scale not in (2, 3, 4):
+            raise ValueError(f"scale must be 2, 3 or 4, not {scale}")
+        self.scale, self.window, self.checkpoint = scale, window, False
+        self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("relative_position_index_SA", position_index(window, window))
+        self.register_buffer("relative_position_index_OCA", position_index(window, window + int(window * OVERLAP)))
+        ps = iter([drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
+        self.conv_first = nn.Conv2d(3, embed_dim, 3, 1, 1)
+        self.patch_embed = PatchEmbed(embed_dim)
+        self.layers = nn.ModuleList(
+            RHAG(embed_dim, depth, window, heads, compress, squeeze, [next(ps) for _ in range(depth)]) for depth in depths)
+        self.norm = nn.LayerNorm(embed_dim)
+        self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, 1, 1)
+        self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, FEATURES, 3, 1, 1), nn.LeakyReLU(0.01))
+        factors = {2: (2,), 3: (3,), 4: (2, 2)}[scale]
+        self.upsample = nn.Sequential(*[m for r in factors for m in (nn.Conv2d(FEATURES, r * r * FEATURES, 3, 1, 1),
+                                                                     nn.PixelShuffle(r))])
+        self.conv_last = nn.Conv2d(FEATURES, 3, 3, 1, 1)
+        self.apply(self._init)
+        for table in (p for n, p in self.named_parameters() if n.endswith("bias_table")):
+            nn.init.trunc_normal_(table, std=0.02)
+        if init == "warm":
+            self.warm_start()
+
+    @staticmethod
+    def _init(m):
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+
+    @torch.no_grad()
+    def warm_start(self):
+        """Makes the untrained network an interpolation: R, G, B travel in channels 0-2 from conv_first to conv_last.
+        Before the LeakyReLU (slope a) each travels twice, with opposite signs: f(x) - f(-x) = (1 + a) x exactly. The
+        convolution before the pixel shuffle holds a three-tap interpolation; what would disturb it starts at zero."""
+        rgb = range(3)
+        for conv in (self.conv_first, self.conv_after_body, self.conv_before_upsample[0]):
+            rows = 6 if conv is self.conv_before_upsample[0] else 3
+            conv.weight[:rows] = 0
+            conv.bias[:rows] = 0
+        for c in rgb:
+            self.conv_first.weight[c, c, 1, 1] = 1
+            self.conv_before_upsample[0].weight[c, c, 1, 1] = 1
+            self.conv_before_upsample[0].weight[c + 3, c, 1, 1] = -1
+        gain = 1 / (1 + self.conv_before_upsample[1].negative_slope)
+        for conv, shuffle in zip(self.upsample[::2], self.upsample[1::2]):
+            r = shuffle.upscale_factor
+            t = (torch.arange(r) - (r - 1) / 2) / r                                  # where a new pixel lies in its old one
+            taps = torch.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], 1)     # the parabola through three pixels
+            kernel = torch.einsum("iy,jx->ijyx", taps, taps).reshape(r * r, 3, 3) * gain
+            conv.weight[:3 * r * r] = 0
+            conv.bias[:3 * r * r] = 0
+            for c in rgb:
+                conv.weight[c * r * r:(c + 1) * r * r, c] = kernel
+                if gain != 1:
+                    conv.weight[c * r * r:(c + 1) * r * r, c + 3] = -kernel
+            gain = 1
+        self.conv_last.weight.zero_()
+        self.conv_last.bias.zero_()
+        for c in rgb:
+            self.conv_last.weight[c, c, 1, 1] = 1
+
+    def forward(self, x):
+        h, w = x.shape[-2:]
+        x = pad_to(x, self.window) - self.mean
+        mask = shift_mask(*x.shape[-2:], self.window, x.device)
+        index = self.relative_position_index_SA, self.relative_position_index_OCA
+        run = self._checkpointed if self.checkpoint and torch.is_grad_enabled() else self._plain
+        x = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        y = self.patch_embed(x.permute(0, 2, 3, 1))
+        for layer in self.layers:
+            y = layer(y, *index, mask, run)
+        x = x + self.conv_after_body(self.norm(y).permute(0, 3, 1, 2))
+        x = self.upsample(self.conv_before_upsample(x))
+        with torch.autocast(x.device.type, enabled=False):      # bf16 has only 8 bits: the picture itself stays fp32
+            x = self.conv_last(x.to(self.conv_last.weight.dtype)) + self.mean
+        return x[..., :h * self.scale, :w * self.scale]
+
+    @staticmethod
+    def _plain(block, *args):
+        return block(*args)
+
+    @staticmethod
+    def _checkpointed(block, *args):
+        return checkpoint(block, *args, use_reentrant=False)
+
+
+class HATRefiner(nn.Module):
+    """HAT (`hat_model`), then a small residual network over the whole SR picture (`residual_block`, `out_conv`) that
+    learns to erase what HAT on tiles leaves at their borders. `out_conv` starts at zero: untrained, it changes nothing.
+
+    forward(lr, tiler=None): (B, 3, H, W) in [0, 1] -> (B, 3, scale*H, scale*W), not clamped. tiler(hat_model, lr, scale)
+    runs HAT tile by tile. `refine = False` leaves the refiner out (load() does so where it is untrained)."""
+
+    def __init__(self, scale=2, refiner_dim=32, **hat):
+        super().__init__()
+        self.scale, self.header, self.refine = scale, {}, True
+        self.hat_model = HAT(scale=scale, **hat)
+        d = refiner_dim
+        self.residual_block = nn.Sequential(nn.Conv2d(3, d, 3, 1, 1), nn.LeakyReLU(0.1), nn.Conv2d(d, d, 3, 1, 1),
+                                            nn.LeakyReLU(0.1), nn.Conv2d(d, d, 3, 1, 1), nn.LeakyReLU(0.1))
+        self.out_conv = nn.Conv2d(d, 3, 3, 1, 1)
+        nn.init.zeros_(self.out_conv.weight)
+        nn.init.zeros_(self.out_conv.bias)
+
+    @classmethod
+    def from_preset(cls, name, scale=2, **changes):
+        """A preset of PRESETS by name; changes go to HAT (init, drop_path, or any size)."""
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        model = cls(scale=scale, **{**PRESETS[name], **changes})
+        model.header = dict(preset=name)
+        return model
+
+    def forward(self, lr, tiler=None):
+        sr = self.hat_model(lr) if tiler is None else tiler(self.hat_model, lr, self.scale)
+        if self.refine:
+            sr = sr + self.out_conv(self.residual_block(sr)).float()
+        return sr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights files
+
+
+def sizes(state, scale=None):
+    """The arguments of HATRefiner that a state dict was made with, read from its shapes."""
+    def shape(name):
+        return state[name].shape
+    try:
+        dim = shape("hat_model.conv_first.weight")[0]
+        block = "hat_model.layers.0.residual_group.blocks.0."
+        groups = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("hat_model.layers."))
+        found = dict(
+            embed_dim=dim,
+            depths=tuple(len({k.split(".")[5] for k in state if k.startswith(f"hat_model.layers.{i}.residual_group.blocks.")})
+                         for i in range(groups)),
+            heads=shape(block + "attn.relative_position_bias_table")[1],
+            window=(math.isqrt(shape(block + "attn.relative_position_bias_table")[0]) + 1) // 2,
+            compress=dim // shape(block + "conv_block.cab.0.weight")[0],
+            squeeze=dim // shape(block + "conv_block.cab.3.attention.1.weight")[0])
+        found["scale"] = 4 if "hat_model.upsample.2.weight" in state else \
+            math.isqrt(shape("hat_model.upsample.0.weight")[0] // FEATURES)
+        if "residual_block.0.weight" in state:
+            found["refiner_dim"] = shape("residual_block.0.weight")[0]
+    except (KeyError, IndexError, ValueError):
+        raise WeightsError("this is no HAT: its layers have other names") from None
+    return found
+
+
+def preset_of(found):
+    """The name of the preset with these sizes, or None."""
+    for name, preset in PRESETS.items():
+        if all(found.get(k, v) == v for k, v in preset.items()):
+            return name
+    return None
+
+
+def read_weights(path):
+    """(state dict with names of HATRefiner, header dict) from one of our .safetensors files or an official .pth or
+    .safetensors of plain HAT. Raises WeightsError."""
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights file {path}")
+    header = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:
+                header = json.loads((f.metadata() or {}).get("kabegami", "{}"))
+                state = {k: f.get_tensor(k) for k in f.keys()}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, EOFError, ValueError, RuntimeError, KeyError, AttributeError) as e:
+        raise WeightsError(f"{path} cannot be read: cut short or no weights file ({type(e).__name__})") from None
+    except Exception as e:   # pickle's UnpicklingError and whatever else a file that is no checkpoint sets off
+        raise WeightsError(f"{path} is no plain weights file, and only plain ones are opened ({type(e).__name__})") from None
+    for wrap in ("params_ema", "params", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrap), dict):
+            state = state[wrap]
+            break
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
+        raise WeightsError(f"{path} holds no weights")
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    if "conv_first.weight" in state:
+        state = {"hat_model." + k: v for k, v in state.items()}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, header
+
+
+def load_into(model, path, strict=True):
+    """Loads a weights file into a HATRefiner of the same sizes; a plain HAT leaves the refiner as it is. strict=False
+    takes what fits by name and shape. Returns the file's header. Raises WeightsError naming every key that is missing,
+    unexpected or of another shape."""
+    state, header = read_weights(path)
+    own = model.state_dict()
+    if not any(k.startswith(("residual_block.", "out_conv.")) for k in state):
+        own = {k: v for k, v in own.items() if k.startswith("hat_model.")}
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    other = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state.keys()
+             if state[k].shape != own[k].shape]
+    if strict and (missing or unexpected or other):
+        try:
+            theirs = sizes(state)
+            what = f"it is {preset_of(theirs) or theirs} {theirs['scale']}x"
+        except WeightsError as e:
+            what = str(e)
+        said = [f"{name}: {', '.join(keys)}" for name, keys in
+                (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(other))) if keys]
+        raise WeightsError(f"{path} does not fit this model ({what}); {'; '.join(said)}")
+    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
+    return header
+
+
+def load(path, device="cpu", strict=True):
+    """A HATRefiner in eval mode with the sizes and weights of the file. Raises WeightsError."""
+    state, header = read_weights(path)
+    try:
+        found = sizes(state)
+        model = HATRefiner(**found)
+    except (ValueError, ZeroDivisionError, RuntimeError) as e:
+        raise WeightsError(f"{path}: {e}") from None
+    load_into(model, path, strict)
+    model.header = {"preset": preset_of(found), "scale": model.scale, **header}
+    model.refine = bool(model.out_conv.weight.any() or model.out_conv.bias.any())
+    return model.eval().to(device)
+
+
+def write_atomic(path, data):
+    """Bytes into a file that is there whole or not at all."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.write_bytes(data)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save(model, path, header=None, dtype=None):
+    """Writes a HATRefiner as one .safetensors file: its weights (as `dtype` if given) and a JSON header under the
+    metadata key `kabegami`, holding sizes and scale beside whatever `header` adds. Raises OSError."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    found = sizes(state)
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
+    about = {"preset": preset_of(found), "scale": model.scale, "sizes": found, **(header or {})}
+    write_atomic(path, to_safetensors(state, {"kabegami": json.dumps(about)}))
+
+
+def export_hat(model, path):
+    """Writes the plain HAT (without the refiner) under its official names, .safetensors or .pth (`params_ema`), for
+    spandrel, chaiNNer, ComfyUI and HAT's own code."""
+    state = {k: v.detach().cpu().contiguous() for k, v in model.hat_model.state_dict().items()}
+    if Path(path).suffix == ".safetensors":
+        return write_atomic(path, to_safetensors(state))
+    import io
+    buffer = io.BytesIO()
+    torch.save({"params_ema": state}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def find_weights():
+    """The weights to use when none are named: shipped ones beside this file (`web-low` first), otherwise the newest
+    run's best. Raises WeightsError."""
+    shipped = sorted(Path(__file__).parent.glob("weights/*-*.safetensors"), key=lambda p: (p.stem != "web-low", p.name))
+    runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
+    if not shipped + runs:
+        raise WeightsError("no weights in weights/ and no run in runs/; name some with --weights, or train some: "
+                           "python train.py --stage 1 --patch 64")
+    return (shipped + runs)[0]
+
+
+def main():
+    p = argparse.ArgumentParser(description="Says what is in a weights file; with OUT, exports its plain HAT.",
+                                epilog="example: python model.py runs/mine/best.safetensors hat.pth")
+    p.add_argument("weights", metavar="FILE", help="one of our .safetensors, or an official .pth")
+    p.add_argument("out", nargs="?", metavar="OUT", help=".pth or .safetensors to write the plain HAT to")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    args = p.parse_args()
+    try:
+        model = load(args.weights)
+        print(json.dumps(model.header, indent=1, ensure_ascii=False))
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+              f"{sum(p.numel() for p in model.hat_model.parameters()):,} of them HAT's; "
+              f"refiner {'trained' if model.refine else 'untrained: left out'}")
+        if args.out:
+            if Path(args.out).exists() and not args.overwrite:
+                raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
+            export_hat(model, args.out)
+            if model.refine:
+                print(f"{args.out}: without the refiner, so the picture differs from ours")
+    except (WeightsError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import model as M
+from model import HAT, PRESETS, HATRefiner, WeightsError, load, load_into, pad_to, save
+
+HERE = Path(__file__).parent
+COUNTS = {  # published parameter counts
+    "hat_s": (9_473_471, 9_658_111, 9_621_183),
+    "hat": (20_624_795, 20_809_435, 20_772_507),
+    "hat_l": (40_698_863, 40_883_503, 40_846_575),
+}
+
+
+def shake(model, std=0.03):
+    """Random weights everywhere, so that no part of the network is idle."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * std)
+    return model.eval()
+
+
+def official_hat(ours, scale, sizes):
+    """spandrel's HAT with the sizes and weights of ours."""
+    arch = pytest.importorskip("spandrel.architectures.HAT").HATArch
+    import inspect
+    hat = inspect.signature(arch.load).return_annotation and sys.modules["spandrel.architectures.HAT"].HAT
+    theirs = hat(img_size=64, patch_size=1, in_chans=3, embed_dim=sizes["embed_dim"], depths=sizes["depths"],
+                 num_heads=[sizes["heads"]] * len(sizes["depths"]), window_size=sizes["window"],
+                 compress_ratio=sizes["compress"], squeeze_factor=sizes["squeeze"], conv_scale=0.01, overlap_ratio=0.5,
+                 mlp_ratio=2.0, upscale=scale, img_range=1.0, upsampler="pixelshuffle", resi_connection="1conv",
+                 num_feat=64)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs.eval()
+
+
+def sizes_of(preset):
+    return {k: v for k, v in PRESETS[preset].items() if k != "refiner_dim"}
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return shake(HATRefiner.from_preset("tiny", scale=2))
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_parameter_counts_are_the_published_ones(preset):
+    with torch.device("meta"):
+        counts = tuple(sum(p.numel() for p in HAT(scale, **sizes_of(preset)).parameters()) for scale in (2, 3, 4))
+    assert counts == COUNTS[preset]
+
+
+@pytest.mark.parametrize("scale", (2, 3, 4))
+@pytest.mark.parametrize("preset", ("tiny", "low", "hat_s"))
+def test_equals_spandrel(preset, scale):
+    torch.manual_seed(scale)
+    ours = shake(HAT(scale, **sizes_of(preset)), 0.01)
+    theirs = official_hat(ours, scale, sizes_of(preset))
+    w = ours.window
+    for h, wide in ((2 * w, 3 * w), (w + 1, 2 * w - 3), (w - 1, 3)):
+        x = torch.rand(1, 3, h, wide)
+        with torch.no_grad():
+            want = theirs(pad_to(x, w))[..., :h * scale, :wide * scale]
+            assert (ours(x) - want).abs().max() < 1e-5
+
+
+def test_equals_the_golden_picture():
+    golden = load_file(HERE / "golden_hat.safetensors")
+    x, want = golden.pop("input"), golden.pop("output")
+    ours = HAT(scale=2, embed_dim=12, depths=(2, 2), heads=3, window=4, compress=3, squeeze=2)
+    ours.load_state_dict({k: v.float() if v.is_floating_point() else v.long() for k, v in golden.items()})
+    with torch.no_grad():
+        got = ours.eval()(x)
+    assert want.std() > 0.05 and (got - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("h,w", ((1, 1), (1, 9), (3, 3), (5, 2), (17, 9)))
+@pytest.mark.parametrize("scale", (2, 3, 4))
+def test_any_size(h, w, scale):
+    sr = HATRefiner.from_preset("tiny", scale)(torch.rand(2, 3, h, w))
+    assert sr.shape == (2, 3, scale * h, scale * w) and sr.isfinite().all()
+
+
+def test_padding_mirrors_as_often_as_it_must():
+    x = torch.arange(3.0).view(1, 1, 1, 3).expand(1, 1, 3, 3)
+    assert pad_to(x, 8)[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    assert pad_to(x[..., :1], 4)[0, 0, 0].tolist() == [0] * 4
+    x = torch.rand(1, 3, 5, 6)
+    assert torch.equal(pad_to(x, 4), F.pad(x, (0, 2, 0, 3), mode="reflect"))
+
+
+@pytest.mark.parametrize("scale", (2, 3, 4))
+def test_warm_start_interpolates(scale):
+    """A parabola is interpolated exactly by a kernel of three pixels, and much better than by the nearest pixel."""
+    torch.manual_seed(0)
+    warm = HATRefiner.from_preset("tiny", scale).eval()
+    t = torch.linspace(-1, 1, 24 * scale)
+    hr = (0.5 + 0.2 * t[:, None] ** 2 - 0.3 * t[None, :] ** 2).expand(1, 3, -1, -1)
+    lr = F.avg_pool2d(hr, scale)
+    with torch.no_grad():
+        inner = (warm(lr) - hr)[..., 4 * scale:-4 * scale, 4 * scale:-4 * scale].abs().max()
+        plain = (HATRefiner.from_preset("tiny", scale, init="plain").eval()(lr) - hr).abs().mean()
+    assert inner < 0.002 < 0.1 < plain
+
+
+def test_warm_start_leaves_a_gradient_everywhere_after_one_step():
+    torch.manual_seed(0)
+    net = HAT(2, **sizes_of("tiny"))
+    adam = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(3):
+        adam.zero_grad()
+        (net(torch.rand(2, 3, 8, 8)) - torch.rand(2, 3, 16, 16)).abs().mean().backward()
+        adam.step()
+    assert [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_the_whole_network_is_seen_by_gradients(tiny):
+    """Finite differences along a random direction agree with autograd, in float64."""
+    net = tiny.hat_model.double()
+    net.conv_last.float()      # the last convolution works in its own precision
+    x = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    v, eps = torch.randn_like(x), 1e-3
+    net(x).square().mean().backward()
+    with torch.no_grad():
+        want = (net(x + eps * v).square().mean() - net(x - eps * v).square().mean()) / (2 * eps)
+    assert torch.allclose((x.grad * v).sum(), want.to(x.dtype), rtol=1e-2)
+
+
+def test_checkpointing_changes_nothing(tiny):
+    x = torch.rand(1, 3, 8, 8)
+    tiny(x).sum().backward()
+    want = {n: p.grad.clone() for n, p in tiny.named_parameters()}
+    tiny.zero_grad()
+    tiny.hat_model.checkpoint = True
+    tiny(x).sum().backward()
+    assert all(torch.allclose(p.grad, want[n], atol=1e-5) for n, p in tiny.named_parameters())
+
+
+def test_drop_path_drops_whole_pictures_only_in_training():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 2, 2, 3)
+    y = M.drop_path(x, 0.25, True)
+    kept = (y != 0).flatten(1)
+    assert torch.equal(kept.all(1), kept.any(1)) and 0.7 < kept.all(1).float().mean() < 0.8
+    assert abs(y.mean() - 1) < 0.05 and M.drop_path(x, 0.25, False) is x
+
+
+@pytest.mark.parametrize("value", (0.0, 1.0))
+def test_bf16_is_close_and_finite(tiny, value):
+    low = HATRefiner.from_preset("low").eval()
+    for x in (torch.full((1, 3, 16, 16), value), torch.rand(1, 3, 16, 16)):
+        with torch.no_grad():
+            want = low(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                got = low(x)
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        assert -10 * (got - want).square().mean().log10() > 45
+
+
+def test_untrained_refiner_changes_nothing_and_a_trained_one_does():
+    net = HATRefiner.from_preset("tiny").eval()
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(net(x), net.hat_model(x))
+        net.out_conv.bias.fill_(0.1)
+        assert torch.allclose(net(x), net.hat_model(x) + 0.1)
+        net.refine = False
+        assert torch.equal(net(x), net.hat_model(x))
+
+
+def test_tiler_gets_hat_and_the_refiner_gets_the_joined_picture(tiny):
+    seen = []
+
+    def tiler(forward, x, scale):
+        seen.append((forward, tuple(x.shape), scale))
+        return torch.zeros(1, 3, 16, 16)
+    out = tiny(torch.rand(1, 3, 8, 8), tiler)
+    assert seen == [(tiny.hat_model, (1, 3, 8, 8), 2)]
+    assert torch.equal(out, tiny.out_conv(tiny.residual_block(torch.zeros(1, 3, 16, 16))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights files
+
+
+def same_picture(a, b):
+    x = torch.rand(1, 3, 9, 7)
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
+def test_save_and_load(tiny, tmp_path):
+    save(tiny, tmp_path / "a b 壁紙.safetensors", dict(recipe="web", stage=2))
+    again = load(tmp_path / "a b 壁紙.safetensors")
+    assert same_picture(tiny, again) and again.refine and not again.training
+    assert {k: again.header[k] for k in ("preset", "scale", "recipe", "stage")} == dict(
+        preset="tiny", scale=2, recipe="web", stage=2)
+    assert os.listdir(tmp_path) == ["a b 壁紙.safetensors"]
+
+
+def test_saved_in_bf16_is_half_as_big(tiny, tmp_path):
+    save(tiny, tmp_path / "full.safetensors")
+    save(tiny, tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "full")]
+    assert sizes[0] < 0.6 * sizes[1] and load(tmp_path / "half.safetensors").hat_model.conv_first.weight.dtype == torch.float32
+
+
+def test_an_untrained_refiner_is_left_out(tmp_path):
+    save(HATRefiner.from_preset("tiny"), tmp_path / "a.safetensors")
+    assert load(tmp_path / "a.safetensors").refine is False
+
+
+@pytest.mark.parametrize("wrap", (None, "params_ema", "params", "state_dict"))
+@pytest.mark.parametrize("prefix", ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."))
+def test_official_files_load(tiny, tmp_path, wrap, prefix):
+    state = {prefix + k: v for k, v in tiny.hat_model.state_dict().items()}
+    torch.save({wrap: state} if wrap else state, tmp_path / "HAT.pth")
+    again = load(tmp_path / "HAT.pth")
+    assert again.header["preset"] == "tiny" and same_picture(tiny.hat_model, again)
+
+
+def test_params_ema_wins_over_params(tiny, tmp_path):
+    good = tiny.hat_model.state_dict()
+    torch.save({"params": {k: v * 0 for k, v in good.items()}, "params_ema": good}, tmp_path / "HAT.pth")
+    assert same_picture(tiny.hat_model, load(tmp_path / "HAT.pth"))
+
+
+@pytest.mark.parametrize("scale", (3, 4))
+def test_sizes_are_read_from_the_file(tmp_path, scale):
+    torch.manual_seed(0)
+    odd = shake(HATRefiner(scale=scale, embed_dim=20, depths=(2, 4), heads=5, window=6, compress=5, squeeze=4, refiner_dim=7))
+    save(odd, tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors")
+    assert same_picture(odd, again) and again.header["preset"] is None and again.scale == scale
+
+
+@pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
+def test_plain_hat_opens_in_spandrel(tiny, tmp_path, suffix):
+    spandrel = pytest.importorskip("spandrel")
+    M.export_hat(tiny, tmp_path / f"hat{suffix}")
+    theirs = spandrel.ModelLoader().load_from_file(tmp_path / f"hat{suffix}")
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert theirs.scale == 2 and (theirs.model.eval()(x) - tiny.hat_model(x)).abs().max() < 1e-5
+    assert same_picture(tiny.hat_model, load(tmp_path / f"hat{suffix}"))
+
+
+def broken(tmp_path, kind, tiny):
+    path = tmp_path / "w.safetensors"
+    save(tiny, path)
+    if kind == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "cut to nothing":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("not weights")
+    elif kind == "other network":
+        save_file({"layer.weight": torch.zeros(3)}, path)
+    elif kind == "cut pth":
+        path = tmp_path / "w.pth"
+        torch.save(tiny.state_dict(), path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "pickle":
+        path = tmp_path / "w.pth"
+        path.write_bytes(pickle.dumps(Path))
+    elif kind == "no tensors":
+        path = tmp_path / "w.pth"
+        torch.save({"params": {"epoch": 3}}, path)
+    elif kind == "absent":
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("kind", ("cut short", "cut to nothing", "text", "other network", "cut pth", "pickle", "no tensors",
+                                  "absent"))
+def test_bad_files_are_one_line(tmp_path, kind, tiny):
+    path = broken(tmp_path, kind, tiny)
+    with pytest.raises(WeightsError) as e:
+        load(path)
+    assert path.name in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pickle_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+    torch.save({"params": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError):
+        load(tmp_path / "w.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_every_odd_key_is_named(tiny, tmp_path):
+    state = tiny.state_dict()
+    state["hat_model.surprise"] = state.pop("hat_model.norm.weight")
+    state["out_conv.bias"] = torch.zeros(4)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError) as e:
+        load_into(HATRefiner.from_preset("tiny"), tmp_path / "w.safetensors")
+    for word in ("missing: hat_model.norm.weight", "unexpected: hat_model.surprise", "out_conv.bias (4,) for (3,)"):
+        assert word in str(e.value)
+    net = HATRefiner.from_preset("tiny")
+    load_into(net, tmp_path / "w.safetensors", strict=False)
+    assert torch.equal(net.hat_model.conv_last.weight, tiny.hat_model.conv_last.weight)
+
+
+@pytest.mark.parametrize("preset,scale,word", (("low", 2, "tiny 2x"), ("tiny", 3, "tiny 2x")))
+def test_another_preset_or_scale_is_refused(tiny, tmp_path, preset, scale, word):
+    save(tiny, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=word):
+        load_into(HATRefiner.from_preset(preset, scale), tmp_path / "w.safetensors")
+
+
+def test_full_disk_leaves_the_old_file(tiny, tmp_path, monkeypatch):
+    save(tiny, tmp_path / "w.safetensors")
+    before = (tmp_path / "w.safetensors").read_bytes()
+
+    def full(self, data):
+        with open(self, "wb") as f:
+            f.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        save(shake(tiny), tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
+
+
+def test_find_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M, "__file__", str(tmp_path / "model.py"))
+    with pytest.raises(WeightsError, match="train.py"):
+        M.find_weights()
+    for i, run in enumerate(("old", "new")):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        save(tiny, tmp_path / "runs" / run / "best.safetensors")
+        os.utime(tmp_path / "runs" / run / "best.safetensors", (i, i))
+    assert M.find_weights().parent.name == "new"
+    (tmp_path / "weights").mkdir()
+    for name in ("clean-low", "web-low"):
+        save(tiny, tmp_path / "weights" / f"{name}.safetensors")
+    assert M.find_weights().name == "web-low.safetensors"
+
+
+def test_command_line(tiny, tmp_path):
+    save(tiny, tmp_path / "w.safetensors", dict(stage=1))
+
+    def run(*args):
+        return subprocess.run([sys.executable, "model.py", *map(str, args)], cwd=HERE.parent, capture_output=True, text=True)
+    done = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
+    assert done.returncode == 0 and json.loads(done.stdout[:done.stdout.rindex("}") + 1])["stage"] == 1
+    assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
+    again = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
