@@ -171,6 +171,18 @@ class HAB(nn.Module):
         return x + drop_path(self.mlp(self.norm2(x)), self.p, self.training)
 
 
+def widen(x, dim, window, edge):
+    """Gives every window along dim `edge` pixels of each neighbour: n windows of `window` become n of window + 2 edge.
+    Beyond the border there are zeros, which take part in the softmax as in the paper's code. Slices and one cat: in
+    backward many times faster than Tensor.unfold."""
+    x = x.unflatten(dim, (-1, window))
+    n = x.shape[dim]
+    none = torch.zeros_like(x.narrow(dim, 0, 1).narrow(dim + 1, 0, edge))
+    before = torch.cat([none, x.narrow(dim, 0, n - 1).narrow(dim + 1, window - edge, edge)], dim)
+    after = torch.cat([x.narrow(dim, 1, n - 1).narrow(dim + 1, 0, edge), none], dim)
+    return torch.cat([before, x, after], dim + 1).flatten(dim, dim + 1)
+
+
 class OCAB(nn.Module):
     """Overlapping cross-attention block: queries look into a window wider than their own."""
 
@@ -189,9 +201,8 @@ class OCAB(nn.Module):
         t, wide, heads, edge = self.window, self.wide, self.heads, (self.wide - self.window) // 2
         qkv = self.qkv(self.norm1(x))
         q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) h (i j) d", i=t, j=t, h=heads)
-        # zeros beyond the border take part in the softmax, as in the paper's code
-        kv = F.pad(qkv[..., c:], (0, 0, edge, edge, edge, edge)).unfold(1, wide, t).unfold(2, wide, t)
-        k, v = rearrange(kv, "b y x (two h d) i j -> two (b y x) h (i j) d", two=2, h=heads)
+        kv = widen(widen(qkv[..., c:], 1, t, edge), 2, t, edge)
+        k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) h (i j) d", two=2, h=heads, i=wide, j=wide)
         bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
         a = rearrange(attend(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
         x = x + self.proj(a)

@@ -1,0 +1,53 @@
+"""Each leaf file, copied alone into an empty folder, imports and does its job there."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+JOBS = {
+    "model": """
+        model = HATRefiner.from_preset("tiny", scale=2).eval()
+        save(model, "w.safetensors")
+        sr = load("w.safetensors")(torch.rand(1, 3, 5, 7))
+        assert sr.shape == (1, 3, 10, 14)
+    """,
+    "losses": """
+        sr = torch.rand(1, 3, 8, 8, requires_grad=True)
+        Charbonnier()(sr, torch.rand(1, 3, 8, 8)).backward()
+        assert sr.grad.abs().min() > 0
+    """,
+    "degrade": """
+        hr = torch.rand(2, 3, 32, 48)
+        for recipe in RECIPES:
+            assert degrade(hr, recipe, 2, [1, 2]).shape == (2, 3, 16, 24)
+    """,
+    "tile": """
+        from PIL import Image
+        Image.new("RGBA", (40, 30), (200, 100, 50, 128)).save("a.png")
+        picture = read_picture("a.png")
+        up = Tiler(16, 8)(torch.nn.Upsample(scale_factor=2), picture.rgb[None], 2)
+        assert up.shape == (1, 3, 60, 80)
+        save_picture("b.png", Picture(rgb=up[0]))
+        assert Image.open("b.png").size == (80, 60) and Image.open("b.png").getpixel((3, 3)) == (200, 100, 50)
+    """,
+    "scrape": "",
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_alone(name, tmp_path):
+    if not (ROOT / f"{name}.py").exists():
+        pytest.skip(f"{name}.py is not written yet")
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    import textwrap
+    job = f"import torch\nfrom {name} import *\n" + textwrap.dedent(JOBS[name])
+    done = subprocess.run([sys.executable, "-c", job], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_imports_torchvision_at_the_top():
+    done = subprocess.run([sys.executable, "-c", "import train, sys; sys.exit('torchvision' in sys.modules)"], cwd=ROOT)
+    assert done.returncode == 0

@@ -1,0 +1,354 @@
+"""data.py: packing odd folders, exact batches, the drawn demo pictures, the command line."""
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import degrade
+import tile
+
+HERE = Path(__file__).parent.parent
+
+
+def noise(h, w, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (h, w, channels), np.uint8)
+
+
+def save(path, pixels, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.squeeze()).save(path, **how)
+    return path
+
+
+def command(*args, before="", cwd=None):
+    line = before + '"$0" "$@"'
+    return subprocess.run(["bash", "-c", line, sys.executable, str(HERE / "data.py"), *map(str, args)],
+                          capture_output=True, text=True, cwd=cwd)
+
+
+def one_line_error(result):
+    return (result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+            and "Traceback" not in result.stdout + result.stderr)
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    save(folder / "plain one.png", noise(100, 150))
+    save(folder / "深い/壁紙 その1.png", noise(64, 64))
+    save(folder / "photo.JPG", noise(70, 90), format="JPEG")
+    save(folder / "web.webp", noise(64, 65), lossless=True)
+    save(folder / "grey.png", noise(80, 64, 1))
+    Image.fromarray(noise(64, 70)).quantize(16).save(folder / "palette.png")
+    Image.fromarray(noise(64, 70, 4), "CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray((noise(64, 64, 1).squeeze().astype(np.uint16) * 257)).save(folder / "deep.png")
+    save(folder / "small.png", noise(40, 200))
+    save(folder / "tiny.png", noise(31, 200))
+    clear = noise(64, 64, 4)
+    clear[..., 3] = 0
+    save(folder / "clear.png", clear)
+    save(folder / "clear too.png", clear)
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    whole = save(folder / "cut.png", noise(90, 90)).read_bytes()
+    (folder / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "notes.txt").write_text("passed over")
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(zoo, tmp_path_factory):
+    said = []
+    out = data.pack([zoo], tmp_path_factory.mktemp("packed") / "p.safetensors", size=64, min_side=32, log=said.append)
+    return out, said
+
+
+# ---- packing
+
+def test_pack_reads_the_zoo(packed):
+    out, said = packed
+    meta, n, size, at = data.read_header(out)
+    patches = load_file(out)["patches"]         # the public library reads our header
+    assert patches.shape == (n, 64, 64, 3) and size == 64 and patches.dtype == torch.uint8
+    # 2x3, 1, 2x2, 1x2, 2x1, 1x2, 1x2, 1, 1x4 and twice 1
+    assert n == 6 + 1 + 4 + 2 + 2 + 2 + 2 + 1 + 4 + 2
+    assert (meta["pictures"], meta["too_small"], meta["unreadable"]) == ("11", "1", "4")
+    skipped = [line for line in said if line.startswith("skipped")]
+    for name in ("text.jpg", "empty.png", "cut.png", "dangling.png", "tiny.png"):
+        assert sum(name in line for line in skipped) == 1
+    assert len(skipped) == 5 and "4 unreadable and 1 small" in said[-1]
+    assert not list(out.parent.glob("*.part"))
+
+
+def test_pack_keeps_every_pixel(tmp_path):
+    pixels = noise(150, 210)
+    save(tmp_path / "in" / "a.png", pixels)
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=64, log=lambda _: None)
+    patches = load_file(out)["patches"].numpy()
+    assert len(patches) == 3 * 4
+    ys, xs = np.linspace(0, 150 - 64, 3).round().astype(int), np.linspace(0, 210 - 64, 4).round().astype(int)
+    again = np.zeros_like(pixels)
+    seen = np.zeros(pixels.shape[:2], bool)
+    for patch, (y, x) in zip(patches, [(y, x) for y in ys for x in xs]):
+        again[y:y + 64, x:x + 64] = patch
+        seen[y:y + 64, x:x + 64] = True
+    assert seen.all() and (again == pixels).all()
+
+
+def test_small_pictures_are_mirrored_out(tmp_path):
+    pixels = noise(40, 50)
+    save(tmp_path / "in" / "a.png", pixels)
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=32, log=lambda _: None)
+    patch = load_file(out)["patches"].numpy()[0]
+    assert (patch[:40, :50] == pixels).all()
+    assert (patch[40:64, :50] == pixels[:15:-1]).all() and (patch[:40, 50:64] == pixels[:, :35:-1]).all()
+
+
+def test_16_bit_is_rounded_not_cut():
+    rgb = torch.tensor([100.4, 100.6, 255.0]).reshape(3, 1, 1).expand(3, 8, 8) / 255
+    assert data.cut(rgb, 8)[0, 0, 0].tolist() == [100, 101, 255]
+
+
+def test_transparency_gets_smooth_grounds_of_its_own(zoo, tmp_path):
+    grounds = [data.ground(f"0/{i}.png", 96, 128) for i in range(40)]
+    assert all(g.shape == (3, 96, 128) and 0 <= g.min() and g.max() <= 1 for g in grounds)
+    assert torch.equal(grounds[3], data.ground("0/3.png", 96, 128))
+    means = torch.stack([g.mean((1, 2)) for g in grounds])
+    assert means.std(0).min() > 0.1                                               # varied
+    assert max(float(g.diff(dim=2).abs().max()) for g in grounds) < 0.1           # no edges, no checker
+    kinds = [float(g.std((1, 2)).max()) > 0 for g in grounds]
+    assert 5 < sum(kinds) < 38                                                    # some plain, some not
+    for name in ("clear.png", "clear too.png"):
+        (tmp_path / name).symlink_to(zoo / name)
+    out = data.pack(tmp_path, tmp_path / "p.safetensors", size=64, min_side=32, log=lambda _: None)
+    both = load_file(out)["patches"]
+    shown = [(data.ground(f"0/0/{name}", 64, 64) * 255).round().byte().permute(1, 2, 0)
+             for name in ("clear too.png", "clear.png")]
+    assert sorted(torch.equal(b, s) for b in both for s in shown) == [False, False, True, True]
+
+
+def test_reused_and_rebuilt(tmp_path):
+    say, said = (lambda line: said.append(line)), []
+    one = save(tmp_path / "in" / "a.png", noise(64, 64))
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=32, log=say)
+    first = out.stat()
+    data.pack(tmp_path / "in", out, size=64, min_side=32, log=say)
+    assert out.stat().st_ino == first.st_ino and "packed before" in said[-1]
+    save(tmp_path / "in" / "b.png", noise(64, 64, seed=1))                        # one more
+    data.pack(tmp_path / "in", out, size=64, min_side=32, log=say)
+    assert data.read_header(out)[1] == 2
+    save(one, noise(64, 64, seed=2))                                              # one changed
+    os.utime(one, ns=(1, 1))
+    data.pack(tmp_path / "in", out, size=64, min_side=32, log=say)
+    assert (load_file(out)["patches"][0].numpy() == noise(64, 64, seed=2)).all()
+    data.pack(tmp_path / "in", out, size=32, min_side=32, log=say)                # another size
+    assert data.read_header(out)[1:3] == (8, 32)
+    (tmp_path / "in").rename(tmp_path / "elsewhere")                              # the folder moved: nothing changed
+    data.pack(tmp_path / "elsewhere", out, size=32, min_side=32, log=say)
+    assert "packed before" in said[-1]
+    with open(out, "r+b") as file:
+        file.truncate(out.stat().st_size - 1)
+    data.pack(tmp_path / "elsewhere", out, size=32, min_side=32, log=say)         # damaged: made anew
+    assert data.read_header(out)[1] == 8
+
+
+def test_no_picture_is_one_line(zoo, tmp_path):
+    quiet = dict(size=64, min_side=32, log=lambda _: None)
+    (tmp_path / "none").mkdir()
+    save(tmp_path / "tiny" / "a.png", noise(8, 8))
+    for folder, words in (("none", "no picture"), ("tiny", "none of 1 pictures is usable"), ("absent", "no such")):
+        with pytest.raises(ValueError, match=words) as caught:
+            data.pack(tmp_path / folder, tmp_path / "p.safetensors", **quiet)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="raise the size"):
+        data.pack(zoo, tmp_path / "p.safetensors", size=64, min_side=128)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["none", "tiny"]
+
+
+def test_stopped_in_the_middle_keeps_what_was(zoo, tmp_path, monkeypatch):
+    save(tmp_path / "in" / "a.png", noise(64, 64))
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=32, log=lambda _: None)
+    before, read, seen = out.read_bytes(), tile.read_picture, []
+
+    def stop_at_fifth(path):
+        seen.append(path)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(tile, "read_picture", stop_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        data.pack(zoo, out, size=64, min_side=32, log=lambda _: None)
+    assert out.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.safetensors"]
+
+
+def test_someone_elses_file_is_left_alone(tmp_path):
+    save(tmp_path / "in" / "a.png", noise(64, 64))
+    out = tmp_path / "thesis.txt"
+    out.write_text("years of work")
+    with pytest.raises(ValueError, match="not a patch file"):
+        data.pack(tmp_path / "in", out, size=64, min_side=32)
+    assert out.read_text() == "years of work"
+    data.pack(tmp_path / "in", out, size=64, min_side=32, log=lambda _: None, overwrite=True)
+    assert data.read_header(out)[1] == 1
+
+
+def test_header_holds_long_strange_names(tmp_path):
+    for i in range(40):
+        (tmp_path / ("🎨" * 50 + f"{i}.png")).write_bytes(b"")
+    (tmp_path / os.fsdecode(b"broken \xff.png")).write_bytes(b"")
+    save(tmp_path / "a.png", noise(32, 32))
+    out = data.pack(tmp_path, tmp_path / "p.safetensors", size=32, min_side=32, log=lambda _: None)
+    assert (load_file(out)["patches"][0].numpy() == noise(32, 32)).all()
+
+
+# ---- batches
+
+def batches(out, steps=6, batch=5, patch=16, recipe="web", seed=3):
+    return data.Batches(out, steps, batch, patch, 2, recipe, seed)
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(p, q) for x, y in zip(a, b) for p, q in zip(x, y))
+
+
+def test_batches_are_the_same_with_any_workers_and_after_a_restart(packed):
+    ds = batches(packed[0])
+    direct = [ds[i] for i in range(6)]
+    lr, hr = direct[0]
+    assert lr.shape == (5, 3, 16, 16) and hr.shape == (5, 3, 32, 32) and lr.dtype == hr.dtype == torch.float32
+    assert hr.is_contiguous() and 0 <= hr.min() and hr.max() <= 1 and 0 <= lr.min() and lr.max() <= 1
+    assert same(direct, list(data.loader(batches(packed[0]), 0, 0)))
+    assert same(direct, list(data.loader(batches(packed[0]), 0, 2)))
+    assert same(direct[4:], list(data.loader(batches(packed[0]), 4, 2)))
+    assert not same(direct, [batches(packed[0], seed=4)[i] for i in range(6)])
+    assert not torch.equal(direct[0][1], direct[1][1])
+    with pytest.raises(IndexError):
+        ds[6]
+
+
+def test_batches_travel_without_their_open_files(packed):
+    ds = batches(packed[0])
+    first = ds[0]
+    sent = pickle.dumps(ds)
+    assert len(sent) < 5000 and same([first], [pickle.loads(sent)[0]])
+
+
+def test_every_patch_once_an_epoch_from_several_files(tmp_path):
+    files = []
+    for k, count in enumerate((3, 4)):      # each picture of one colour that tells which it is
+        for i in range(count):
+            save(tmp_path / str(k) / f"{i}.png", np.full((32, 32, 3), 10 * (3 * k + i) + 5, np.uint8))
+        files.append(tmp_path / f"{k}.safetensors")
+        data.pack(tmp_path / str(k), files[k], size=32, min_side=32, log=lambda _: None)
+    ds = data.Batches(files, 14, 3, 16, 2, "bicubic", 0)
+    colours = torch.cat([ds[i][1][:, 0, 0, 0] for i in range(14)]).mul(255).round().int().tolist()
+    epochs = [colours[i:i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(e) == [5, 15, 25, 35, 45, 55, 65] for e in epochs)
+    assert len({tuple(e) for e in epochs}) > 1
+
+
+def test_crops_are_true_and_turned_all_eight_ways(tmp_path):
+    pixels = noise(40, 40)
+    save(tmp_path / "in" / "a.png", pixels)
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=40, min_side=32, log=lambda _: None)
+    ds = data.Batches(out, 20, 8, 16, 2, "bicubic", 0)
+    ways, places = set(), set()
+    turned = [np.rot90(pixels, k)[:, ::f] for k in range(4) for f in (1, -1)]
+    index = [{np.ascontiguousarray(t[y, x:x + 4]).tobytes(): (y, x) for y in range(9) for x in range(9)}
+             for t in turned]
+    for lr, hr in (ds[i] for i in range(20)):
+        assert torch.equal(lr, degrade.degrade(hr, "bicubic", 2, [0] * 8))
+        for crop in (hr.permute(0, 2, 3, 1) * 255).round().byte().numpy():
+            found = [(way, at[crop[0, :4].tobytes()]) for way, at in enumerate(index) if crop[0, :4].tobytes() in at]
+            way, (y, x) = found[0]
+            assert (turned[way][y:y + 32, x:x + 32] == crop).all()
+            ways.add(way), places.add((y, x))
+    assert len(ways) == 8 and len(places) > 40 and {y for y, _ in places} == set(range(9))
+
+
+def test_broken_patch_files_are_one_line(packed, tmp_path):
+    whole = packed[0].read_bytes()
+    for name, content, words in (("short", whole[:-5], "cut short"), ("head", whole[:100], "not a patch file"),
+                                 ("empty", b"", "not a patch file"), ("text", b"hello, hello", "not a patch file"),
+                                 ("list", (2).to_bytes(8, "little") + b"[]", "not a patch file")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=words) as caught:
+            batches(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="larger size"):
+        batches(packed[0], patch=48)
+
+
+# ---- demo
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "demo"
+    data.draw_demo(folder, train=5, val=4)
+    return folder
+
+
+def test_demo_pictures_are_many_and_detailed(demo):
+    paths = sorted(demo.glob("*/*.png"))
+    assert len(list((demo / "train").iterdir())) == 5 and len(paths) == 9
+    assert len({p.read_bytes() for p in paths}) == 9
+    for path in paths:
+        rgb = tile.read_picture(path).rgb
+        assert min(rgb.shape[1:]) >= 384 and max(rgb.shape[1:]) <= 768
+        small = degrade.resize(rgb[None], (rgb.shape[1] // 2, rgb.shape[2] // 2))
+        back = degrade.resize(small, rgb.shape[1:])
+        loss = -10 * torch.log10(((back - rgb) ** 2).mean())
+        assert 14 < loss < 34, (path.name, loss)            # halving hurts: there are sharp lines and texture
+        colours = len(np.unique((rgb.numpy() * 255).round().astype(np.uint8).reshape(3, -1), axis=1).T)
+        assert colours > (150 if "page" in path.name else 5000)
+
+
+def test_demo_is_drawn_from_its_seed_and_complete_or_absent(demo, tmp_path, monkeypatch):
+    data.draw_demo(tmp_path / "again", train=1, val=1)
+    data.draw_demo(tmp_path / "other", seed=1, train=1, val=0)
+    assert (tmp_path / "again/train/000_meadow.png").read_bytes() == (demo / "train/000_meadow.png").read_bytes()
+    assert (tmp_path / "other/train/000_meadow.png").read_bytes() != (demo / "train/000_meadow.png").read_bytes()
+    with pytest.raises(FileExistsError):
+        data.draw_demo(tmp_path / "again")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "portrait", stop)
+    with pytest.raises(KeyboardInterrupt):
+        data.draw_demo(tmp_path / "stopped", train=2, val=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]
+
+
+# ---- the command
+
+def test_command(zoo, tmp_path):
+    drawn = command("demo", "demo", "--train", 1, "--val", 1, cwd=tmp_path)
+    assert drawn.returncode == 0 and len(list((tmp_path / "demo").glob("*/*.png"))) == 2
+    assert one_line_error(command("demo", "demo", cwd=tmp_path))
+    done = command("pack", zoo, "demo", "-o", "a/p.safetensors", "--size", 64, "--min-side", 32, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("skipped: ") == 5
+    assert data.read_header(tmp_path / "a/p.safetensors")[0]["pictures"] == "13"
+    again = command("pack", zoo, "demo", "-o", "a/p.safetensors", "--size", 64, "--min-side", 32, cwd=tmp_path)
+    assert "packed before" in again.stdout
+    assert one_line_error(command("pack", tmp_path / "nowhere", "-o", tmp_path / "b.safetensors"))
+    assert "example" in command("--help").stdout
+
+
+def test_no_room_leaves_nothing(zoo, tmp_path):
+    full = command("pack", zoo, "-o", tmp_path / "p.safetensors", "--size", 64, "--min-side", 32,
+                   before="ulimit -f 64; ")
+    assert one_line_error(full) and "cannot write" in full.stderr and not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    assert one_line_error(command("pack", zoo, "-o", tmp_path / "file/p.safetensors", "--size", 64, "--min-side", 32))
+    full = command("demo", tmp_path / "demo", "--train", 1, "--val", 0, before="ulimit -f 8; ")
+    assert one_line_error(full) and [p.name for p in tmp_path.iterdir()] == ["file"]

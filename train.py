@@ -1,0 +1,399 @@
+"""Trains HAT and its refiner, in three stages:
+
+    python train.py --stage 1 --patch 64                                    # draws demo pictures and learns from them
+    python train.py --stage 1 --data wallpapers --val held_out --preset low --out runs/mine
+    python train.py --stage 2 --data wallpapers --val held_out --weights runs/mine/best.safetensors
+
+Stage 1, foundation: HAT alone on patches. Stage 2, tiling adaptation: HAT tile by tile and the refiner, gradients through
+both. Stage 3, artifact removal: HAT frozen, the refiner alone learns what tiles leave behind.
+One run is one folder; the same command again goes on where it stopped, to the bit (same machine, CPU, fp32).
+Needs torch, numpy, pillow and every other file of this folder but scrape.py.
+"""
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import degrade
+import evaluate
+from losses import Charbonnier
+from model import PRESETS, HATRefiner, WeightsError, load_into, save, write_atomic
+from tile import PictureError, Tiler, bf16_is_native, find_pictures
+
+STAGES = {   # what a stage sets where no flag says otherwise
+    1: dict(patch=64, tiling=False, lr=1e-3, train=("hat_model",)),
+    2: dict(patch=128, tiling=True, lr=2e-5, train=("hat_model", "residual_block", "out_conv")),
+    3: dict(patch=256, tiling=True, lr=1e-5, train=("residual_block", "out_conv")),
+}
+DEMO = Path("data/demo")
+MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite"}   # when a run is resumed
+
+
+class UserError(ValueError):
+    """A mistake in what was asked for; the message is one line."""
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(
+        description="Trains HAT and its refiner. With no --data it draws demo pictures and learns from those.",
+        epilog="example: python train.py --stage 1 --patch 64 --data wallpapers --val held_out --out runs/mine",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    a = p.add_argument
+    a("--stage", type=int, choices=STAGES, required=True, help="1 foundation, 2 tiling adaptation, 3 refiner only")
+    a("--patch", type=int, help="side of an LR patch [64, 128, 256 by stage]", default=argparse.SUPPRESS)
+    a("--data", nargs="+", help="folders of HR pictures [drawn demo pictures]", default=argparse.SUPPRESS)
+    a("--val", help="folder of HR pictures to validate on, never trained on", default=argparse.SUPPRESS)
+    a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as web:0.7,bicubic:0.3")
+    a("--preset", choices=PRESETS, default="low", help="size of the network")
+    a("--scale", type=int, choices=(2, 3, 4), default=2, help="scale factor")
+    a("--init", choices=("warm", "plain"), default="warm", help="warm: start as an interpolation; plain: HAT's usual start")
+    a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
+    a("--steps", type=int, help="optimiser steps [400 on a CPU, 50000 on a GPU]", default=argparse.SUPPRESS)
+    a("--batch", type=int, help="patches per step [4 on a CPU, 16 on a GPU]", default=argparse.SUPPRESS)
+    a("--lr", type=float, help="learning rate at its highest [1e-3, 2e-5, 1e-5 by stage]", default=argparse.SUPPRESS)
+    a("--warmup", type=int, default=20, help="steps over which the learning rate rises")
+    a("--clip", type=float, default=0.5, help="largest norm of the gradient")
+    a("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones saved")
+    a("--tile-size", type=int, default=64, help="LR pixels a tile advances (stages 2 and 3)")
+    a("--tile-pad", type=int, default=32, help="LR pixels a tile sees around that")
+    a("--amp", choices=("bf16", "off"), help="precision [bf16 where the device has it]", default=argparse.SUPPRESS)
+    a("--compile", action="store_true", help="compile HAT's blocks: slow to start, then faster")
+    a("--checkpoint", action="store_true", help="recompute activations in backward: slower, far less memory")
+    a("--workers", type=int, default=1, help="processes that make batches")
+    a("--every", type=int, help="steps between reports [a tenth of the run]", default=argparse.SUPPRESS)
+    a("--val-count", type=int, default=8, help="validation pictures to use at most, 0 for all")
+    a("--out", help="run folder [runs/stageN-PRESET-SCALEx]", default=argparse.SUPPRESS)
+    a("--seed", type=int, default=0, help="of weights, patches, crops and degradations")
+    a("--device", help="cuda, mps or cpu [the best there is]", default=argparse.SUPPRESS)
+    a("--overwrite", action="store_true", help="start anew in a run folder that is there")
+    args = p.parse_args(argv)
+
+    def default(name, value):
+        if not hasattr(args, name):
+            setattr(args, name, value)
+    stage = STAGES[args.stage]
+    default("device", "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    cpu = args.device == "cpu"
+    amp = "bf16" if bf16_is_native(torch.device(args.device)) else "off"
+    for name, value in dict(patch=stage["patch"], lr=stage["lr"], steps=400 if cpu else 50000, batch=4 if cpu else 16,
+                            data=None, val=None, weights=None, amp=amp,
+                            out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
+        default(name, value)
+    default("every", max(1, args.steps // 10))
+    return args
+
+
+def check(args):
+    """The mistakes that can be seen before anything is read."""
+    window = PRESETS[args.preset]["window"]
+    if args.patch < window or args.patch % window:
+        raise UserError(f"--patch {args.patch} does not fit preset {args.preset}: take a multiple of its window, {window}")
+    if STAGES[args.stage]["tiling"] and args.tile_size % window:
+        raise UserError(f"--tile-size {args.tile_size} is no multiple of the window of preset {args.preset}, {window}")
+    for name in ("steps", "batch", "every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if args.stage > 1 and not args.weights:
+        raise UserError(f"stage {args.stage} builds on the stage before: name its file with --weights")
+    if args.data and not args.val:
+        raise UserError("--data without --val: name a folder of pictures that are not trained on")
+    for folder in [*(args.data or []), *([args.val] if args.val else [])]:
+        if not Path(folder).is_dir():
+            raise UserError(f"no folder {folder}")
+    degrade.shares(args.recipe)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run folder
+
+
+def open_run(args):
+    """Makes or reopens the run folder. Returns what state.pt holds, or None for a fresh run."""
+    out = Path(args.out)
+    asked = {k: v for k, v in vars(args).items()}
+    if (out / "args.json").exists() and not args.overwrite:
+        was = json.loads((out / "args.json").read_text())
+        changed = [k for k in asked if asked[k] != was.get(k) and k not in MAY_CHANGE]
+        if changed:
+            raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
+                            "name another folder with --out, or start anew in it with --overwrite")
+    elif out.exists() and args.overwrite:
+        for name in ("state.pt", "best.safetensors", "last.safetensors", "log.csv", "curves.png"):
+            (out / name).unlink(missing_ok=True)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "args.json", json.dumps(asked, indent=1).encode())
+    if not (out / "state.pt").exists():
+        return None
+    try:
+        return torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{out / 'state.pt'} cannot be read ({type(e).__name__}); --overwrite starts anew") from None
+
+
+def write_state(path, state):
+    buffer = io.BytesIO()       # torch.save to a full disk raises what nobody understands; this raises OSError
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_png(path, picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def write_log(out, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(out / "log.csv", text.getvalue().encode())
+    write_png(out / "curves.png", draw_curves(rows))
+
+
+def draw_curves(rows):
+    """Loss and validation PSNR over steps, one under the other, as a Pillow picture."""
+    w, h, left, top = 720, 240, 70, 24
+    picture = Image.new("RGB", (w, 2 * h), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (name, title) in enumerate((("pix", "loss (pix)"), ("psnr_y", "validation PSNR-Y, dB"))):
+        xs, ys = [r["step"] for r in rows], [float(r[name]) for r in rows]
+        lo, hi = min(ys), max(ys)
+        hi = hi if hi > lo else lo + 1e-9
+
+        def at(x, y):
+            return (left + (w - left - 20) * x / max(xs[-1], 1), i * h + h - top - (h - 2 * top) * (y - lo) / (hi - lo))
+        for k in range(5):
+            y = lo + (hi - lo) * k / 4
+            draw.line([at(0, y), at(xs[-1], y)], fill=(225, 225, 225))
+            draw.text((4, at(0, y)[1] - 6), f"{y:.4g}", fill="black")
+            x = xs[-1] * k / 4
+            draw.text((at(x, lo)[0] - 8, at(x, lo)[1] + 6), f"{x:.0f}", fill="black")
+        draw.text((left, i * h + 4), title, fill="black")
+        draw.line([at(x, y) for x, y in zip(xs, ys)] * (2 if len(xs) == 1 else 1), fill=(200, 40, 90), width=2)
+    return picture
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# validation
+
+
+class Validation:
+    """Whole pictures, degraded once; bicubic's figures beside the model's."""
+
+    def __init__(self, args, paths):
+        if args.val_count and len(paths) > args.val_count:      # spread over the folder
+            paths = [paths[i * len(paths) // args.val_count] for i in range(args.val_count)]
+        self.pictures = list(evaluate.pairs(paths, args.recipe, args.scale, args.seed))
+        if not self.pictures:
+            raise UserError(f"no usable picture in {args.val}")
+        self.scale, self.device = args.scale, args.device
+        self.bicubic = self.mean([self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr) for _, lr, hr in self.pictures])
+
+    def score(self, sr, hr):
+        return evaluate.score(sr, hr, self.scale)
+
+    @staticmethod
+    def mean(scores):
+        return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+
+    @torch.inference_mode()
+    def run(self, model, amp):
+        """Mean scores of a model, and a sample strip: LR bicubic | SR | HR of the busiest corner of some pictures."""
+        model.eval()
+        scores, strips = [], []
+        for _, lr, hr in self.pictures:
+            x = lr[None].to(self.device)
+            tiler = Tiler(256, 32) if x.shape[-1] * x.shape[-2] > 2 ** 19 else None
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+                sr = model(x, tiler)[0].float().clamp(0, 1).cpu()
+            scores.append(self.score(sr, hr))
+            if len(strips) < 4:
+                strips.append(self.strip(lr, sr, hr))
+        model.train()
+        width = max(s.shape[1] for s in strips)
+        return self.mean(scores), Image.fromarray(np.concatenate([np.pad(
+            s, ((0, 4), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]))
+
+    def strip(self, lr, sr, hr, side=192):
+        detail = (hr[:, 1:, 1:] - hr[:, :-1, :-1]).abs().mean(0)
+        h, w = min(side, hr.shape[1]), min(side, hr.shape[2])
+        busy = torch.nn.functional.avg_pool2d(detail[None], (max(1, h - 1), max(1, w - 1)), stride=16)[0]
+        y, x = divmod(busy.argmax().item(), busy.shape[1])
+        up = degrade.resize(lr[None], hr.shape[-2:])[0].clamp(0, 1)
+        row = torch.cat([p[:, y * 16:y * 16 + h, x * 16:x * 16 + w] for p in (up, sr, hr)], 2)
+        return (row.permute(1, 2, 0) * 255).round().byte().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def rate(step, args):
+    """Learning rate: a linear rise, then half a cosine down to a hundredth."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    t = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t)))
+
+
+def clock(seconds):
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s"
+
+
+def train(args, state):
+    out, stage = Path(args.out), STAGES[args.stage]
+    folders, val = args.data or [str(DEMO / "train")], args.val or str(DEMO / "val")
+    if not args.data and not (DEMO / "val").is_dir():
+        print(f"no --data: drawing demo pictures into {DEMO}")
+        data.draw_demo(DEMO)
+    side = args.patch * args.scale
+    size = max(256, -(-side * 3 // 2 // 64) * 64)       # room for a random crop in every patch
+    name = f"{Path(folders[0]).name}-{zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode()):08x}-{size}"
+    patches = data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=side)
+    validation = Validation(args, find_pictures([val]))
+
+    torch.manual_seed(args.seed)
+    model = HATRefiner.from_preset(args.preset, args.scale, init=args.init)
+    if args.weights and not state:
+        load_into(model, args.weights)
+    for name, part in model.named_children():
+        part.requires_grad_(name in stage["train"])
+    model.refine = args.stage > 1      # in stage 1 the model is plain HAT
+    model.hat_model.checkpoint = args.checkpoint
+    model.to(args.device, memory_format=torch.channels_last).train()
+    ema = HATRefiner.from_preset(args.preset, args.scale)
+    ema.load_state_dict(model.state_dict())
+    ema.refine = model.refine
+    ema.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averaged = [a for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=args.lr, betas=(0.9, 0.99), fused=args.device != "mps")
+    step, best, rows, spent = 0, -1.0, [], 0.0
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        step, best, rows, spent = state["step"], state["best"], state["rows"], state["spent"]
+    if args.compile:
+        for block in [m for layer in model.hat_model.layers
+                      for m in (*layer.residual_group.blocks, layer.residual_group.overlap_attn)]:
+            block.compile()
+
+    amp = args.amp == "bf16"
+    tiler = Tiler(args.tile_size, args.tile_pad) if stage["tiling"] else None
+    loss_fn = Charbonnier()
+    header = dict(recipe=args.recipe, stage=args.stage, data=[Path(f).name for f in folders], seed=args.seed)
+
+    def keep():
+        write_state(out / "state.pt", dict(
+            step=step, best=best, rows=rows, spent=spent + time.time() - began, model=model.state_dict(),
+            ema=ema.state_dict(), optimiser=optimiser.state_dict(), rng=torch.get_rng_state()))
+
+    stop = []
+    signals = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    count = sum(p.numel() for p in trained)
+    print(f"{args.preset} {args.scale}x, {count:,} parameters trained, stage {args.stage}, {args.device} "
+          f"{'bf16' if amp else 'fp32'}, {len(validation.pictures)} validation pictures, "
+          f"bicubic {validation.bicubic['psnr_y']:.2f} dB" + (f", going on at step {step}" if step else ""), flush=True)
+    batches = data.Batches([patches], args.steps, args.batch, args.patch, args.scale, args.recipe, args.seed)
+    began = last = time.time()
+    first, skipped, live = step, 0, sys.stderr.isatty()
+    for lr, hr in data.loader(batches, step, args.workers):
+        lr, hr = lr.to(args.device, non_blocking=True), hr.to(args.device, non_blocking=True)
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step, args)
+        with torch.autocast(lr.device.type, torch.bfloat16, enabled=amp):
+            sr = model(lr, tiler)
+        pix = loss_fn(sr, hr)
+        report = (step + 1) % args.every == 0 or step + 1 == args.steps
+        at_picture = torch.autograd.grad(pix, sr, retain_graph=True)[0].norm().item() if report else 0
+        optimiser.zero_grad(set_to_none=True)
+        pix.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        if torch.isfinite(norm):
+            skipped = 0
+            optimiser.step()
+            decay = min(args.ema, (step + 1) / (step + 10))        # a short memory while the weights still run
+            torch._foreach_lerp_(averaged, trained, 1 - decay)
+        else:
+            skipped += 1
+            if skipped == 10:
+                raise UserError(f"the gradient is not finite ten steps in a row, at step {step}; the last report's "
+                                "state is kept: try a lower --lr or --amp off")
+        step += 1
+        now = time.time()
+        speed = (step - first) / (now - began)
+        line = f"step {step}/{args.steps}  loss {pix.item():.5f}  {speed * args.batch:.1f} patches/s  " \
+               f"{clock((args.steps - step) / speed)} left"
+        if live and now - last > 0.5:
+            print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
+            last = now
+        if report:
+            scores, strip = validation.run(ema, amp)
+            rows.append(dict(step=step, pix=f"{pix.item():.6f}", pix_grad=f"{at_picture:.3e}", lr=f"{rate(step - 1, args):.3e}",
+                             patches_per_s=f"{speed * args.batch:.2f}", seconds=round(spent + now - began),
+                             **{k: round(v, 4) for k, v in scores.items()}))
+            gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
+            print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
+                  f"SSIM {scores['ssim_y']:.4f}", flush=True)
+            header.update(step=step, psnr_y=round(scores["psnr_y"], 3), bicubic_psnr_y=round(validation.bicubic["psnr_y"], 3))
+            save(ema, out / "last.safetensors", header)
+            if scores["psnr_y"] > best:
+                best = scores["psnr_y"]
+                save(ema, out / "best.safetensors", header)
+            write_png(out / "samples" / f"step_{step:06d}.png", strip)
+            write_log(out, rows)
+            keep()
+        elif stop:
+            keep()
+        if stop:
+            print(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
+            sys.exit(130)
+    for s, handler in signals.items():
+        signal.signal(s, handler)
+    final = validation.bicubic["psnr_y"]
+    weights = out / "best.safetensors"
+    print(f"\ndone in {clock(spent + time.time() - began)}: {weights}, validation {best:.2f} dB PSNR-Y, "
+          f"{best - final:+.2f} dB over bicubic ({final:.2f})\nnext:\n"
+          f"  python tile.py {quote(val)} -o upscaled --weights {quote(weights)}\n"
+          f"  python evaluate.py --data {quote(val)} --recipe {quote(args.recipe)} --weights {quote(weights)}")
+
+
+def quote(path):
+    import shlex
+    return shlex.quote(str(path))
+
+
+def main():
+    args = parse()
+    try:
+        check(args)
+        train(args, open_run(args))
+    except (UserError, WeightsError, PictureError, ValueError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        print(f"error: {e.filename or args.out}: {e.strerror or e}; what was saved before is whole", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped before the first step", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
