@@ -88,6 +88,14 @@ def attend(q, k, v, bias):
     return rearrange(out, "n h t d -> n t (h d)")
 
 
+class LayerNorm(nn.LayerNorm):
+    """Normalises the fp32 residual stream and hands on the type that autocast computes in, cast once."""
+
+    def forward(self, x):
+        y, device = super().forward(x), x.device.type
+        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+
+
 class Mlp(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -110,7 +118,7 @@ class WindowAttention(nn.Module):
         b, h, w, _ = x.shape
         t = self.window
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
-        q, k, v = rearrange(self.qkv(x), "n t (three h d) -> three n h t d", three=3, h=self.heads)
+        q, k, v = (rearrange(y, "n t (h d) -> n h t d", h=self.heads) for y in self.qkv(x).chunk(3, -1))
         bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
         x = self.proj(attend(q, k, v, bias if mask is None else bias + mask))
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
@@ -154,10 +162,10 @@ class HAB(nn.Module):
     def __init__(self, dim, window, heads, compress, squeeze, shift, p):
         super().__init__()
         self.shift, self.p = shift, p
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, window, heads)
         self.conv_block = CAB(dim, compress, squeeze)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim)
 
     def forward(self, x, index, mask):
@@ -189,11 +197,11 @@ class OCAB(nn.Module):
     def __init__(self, dim, window, heads):
         super().__init__()
         self.window, self.heads, self.wide = window, heads, window + int(window * OVERLAP)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((window + self.wide - 1) ** 2, heads))
         self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim)
 
     def forward(self, x, index):
@@ -240,7 +248,7 @@ class RHAG(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         return self.norm(x)
@@ -278,7 +286,7 @@ class HAT(nn.Module):
         self.patch_embed = PatchEmbed(embed_dim)
         self.layers = nn.ModuleList(
             RHAG(embed_dim, depth, window, heads, compress, squeeze, [next(ps) for _ in range(depth)]) for depth in depths)
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, 1, 1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, FEATURES, 3, 1, 1), nn.LeakyReLU(0.01))
         factors = {2: (2,), 3: (3,), 4: (2, 2)}[scale]
@@ -335,8 +343,8 @@ class HAT(nn.Module):
         mask = shift_mask(*x.shape[-2:], self.window, x.device)
         index = self.relative_position_index_SA, self.relative_position_index_OCA
         run = self._checkpointed if self.checkpoint and torch.is_grad_enabled() else self._plain
-        x = self.conv_first(x.contiguous(memory_format=torch.channels_last))
-        y = self.patch_embed(x.permute(0, 2, 3, 1))
+        x = self.conv_first(x.contiguous(memory_format=torch.channels_last)).float()    # the residual stream is fp32
+        y = self.patch_embed(x.permute(0, 2, 3, 1)).float()
         for layer in self.layers:
             y = layer(y, *index, mask, run)
         x = x + self.conv_after_body(self.norm(y).permute(0, 3, 1, 2))
