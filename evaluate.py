@@ -249,6 +249,7 @@ def main():
 
 def run(args):
     """The command, its arguments parsed. Raises ValueError for what one line can say."""
+    tile.keep_freed_memory()
     if args.lr and args.recipe:
         raise ValueError("--lr and --recipe exclude each other; give one")
     if args.whole and args.tile_size is not None:

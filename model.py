@@ -12,10 +12,13 @@ Parameter names are the official ones, so official files load and what is export
 Inside, everything is channels-last: (B, H, W, C). Needs torch, einops, safetensors; copy this file and it works alone.
 """
 import argparse
+import io
 import json
 import math
 import os
 import sys
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -245,15 +248,6 @@ class RHAG(nn.Module):
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = LayerNorm(dim)
-
-    def forward(self, x):
-        return self.norm(x)
-
-
 def pad_to(x, multiple):
     """Mirrors (B, C, H, W) at its right and bottom to multiples of `multiple`, again and again where it is too small
     for one mirroring."""
@@ -283,7 +277,7 @@ class HAT(nn.Module):
         self.register_buffer("relative_position_index_OCA", position_index(window, window + int(window * OVERLAP)))
         ps = iter([drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))])
         self.conv_first = nn.Conv2d(3, embed_dim, 3, 1, 1)
-        self.patch_embed = PatchEmbed(embed_dim)
+        self.patch_embed = nn.Sequential(OrderedDict(norm=LayerNorm(embed_dim)))
         self.layers = nn.ModuleList(
             RHAG(embed_dim, depth, window, heads, compress, squeeze, [next(ps) for _ in range(depth)]) for depth in depths)
         self.norm = LayerNorm(embed_dim)
@@ -293,33 +287,35 @@ class HAT(nn.Module):
         self.upsample = nn.Sequential(*[m for r in factors for m in (nn.Conv2d(FEATURES, r * r * FEATURES, 3, 1, 1),
                                                                      nn.PixelShuffle(r))])
         self.conv_last = nn.Conv2d(FEATURES, 3, 3, 1, 1)
-        self.apply(self._init)
-        for table in (p for n, p in self.named_parameters() if n.endswith("bias_table")):
-            nn.init.trunc_normal_(table, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+            if isinstance(m, (WindowAttention, OCAB)):
+                nn.init.trunc_normal_(m.relative_position_bias_table, std=0.02)
         if init == "warm":
             self.warm_start()
 
-    @staticmethod
-    def _init(m):
-        if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=0.02)
-            nn.init.zeros_(m.bias)
+    def compile_blocks(self):
+        """torch.compile for each attention block; blocks of one kind share what is compiled."""
+        for layer in self.layers:
+            for block in (*layer.residual_group.blocks, layer.residual_group.overlap_attn):
+                block.compile()
 
     @torch.no_grad()
     def warm_start(self):
         """Makes the untrained network an interpolation: R, G, B travel in channels 0-2 from conv_first to conv_last.
         Before the LeakyReLU (slope a) each travels twice, with opposite signs: f(x) - f(-x) = (1 + a) x exactly. The
         convolution before the pixel shuffle holds a three-tap interpolation; what would disturb it starts at zero."""
-        rgb = range(3)
-        for conv in (self.conv_first, self.conv_after_body, self.conv_before_upsample[0]):
-            rows = 6 if conv is self.conv_before_upsample[0] else 3
+        before, relu = self.conv_before_upsample
+        for conv, rows in (self.conv_first, 3), (self.conv_after_body, 3), (before, 6), (self.conv_last, 3):
             conv.weight[:rows] = 0
             conv.bias[:rows] = 0
-        for c in rgb:
-            self.conv_first.weight[c, c, 1, 1] = 1
-            self.conv_before_upsample[0].weight[c, c, 1, 1] = 1
-            self.conv_before_upsample[0].weight[c + 3, c, 1, 1] = -1
-        gain = 1 / (1 + self.conv_before_upsample[1].negative_slope)
+        for c in range(3):
+            self.conv_first.weight[c, c, 1, 1] = self.conv_last.weight[c, c, 1, 1] = 1
+            before.weight[c, c, 1, 1] = 1
+            before.weight[c + 3, c, 1, 1] = -1
+        gain = 1 / (1 + relu.negative_slope)
         for conv, shuffle in zip(self.upsample[::2], self.upsample[1::2]):
             r = shuffle.upscale_factor
             t = (torch.arange(r) - (r - 1) / 2) / r                                  # where a new pixel lies in its old one
@@ -327,22 +323,19 @@ class HAT(nn.Module):
             kernel = torch.einsum("iy,jx->ijyx", taps, taps).reshape(r * r, 3, 3) * gain
             conv.weight[:3 * r * r] = 0
             conv.bias[:3 * r * r] = 0
-            for c in rgb:
+            for c in range(3):
                 conv.weight[c * r * r:(c + 1) * r * r, c] = kernel
                 if gain != 1:
                     conv.weight[c * r * r:(c + 1) * r * r, c + 3] = -kernel
             gain = 1
-        self.conv_last.weight.zero_()
-        self.conv_last.bias.zero_()
-        for c in rgb:
-            self.conv_last.weight[c, c, 1, 1] = 1
 
     def forward(self, x):
         h, w = x.shape[-2:]
         x = pad_to(x, self.window) - self.mean
         mask = shift_mask(*x.shape[-2:], self.window, x.device)
         index = self.relative_position_index_SA, self.relative_position_index_OCA
-        run = self._checkpointed if self.checkpoint and torch.is_grad_enabled() else self._plain
+        keep = not self.checkpoint or not torch.is_grad_enabled()
+        run = (lambda block, *a: block(*a)) if keep else partial(checkpoint, use_reentrant=False)
         x = self.conv_first(x.contiguous(memory_format=torch.channels_last)).float()    # the residual stream is fp32
         y = self.patch_embed(x.permute(0, 2, 3, 1)).float()
         for layer in self.layers:
@@ -352,14 +345,6 @@ class HAT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):      # bf16 has only 8 bits: the picture itself stays fp32
             x = self.conv_last(x.to(self.conv_last.weight.dtype)) + self.mean
         return x[..., :h * self.scale, :w * self.scale]
-
-    @staticmethod
-    def _plain(block, *args):
-        return block(*args)
-
-    @staticmethod
-    def _checkpointed(block, *args):
-        return checkpoint(block, *args, use_reentrant=False)
 
 
 class HATRefiner(nn.Module):
@@ -400,7 +385,7 @@ class HATRefiner(nn.Module):
 # weights files
 
 
-def sizes(state, scale=None):
+def sizes(state):
     """The arguments of HATRefiner that a state dict was made with, read from its shapes."""
     def shape(name):
         return state[name].shape
@@ -531,7 +516,6 @@ def export_hat(model, path):
     state = {k: v.detach().cpu().contiguous() for k, v in model.hat_model.state_dict().items()}
     if Path(path).suffix == ".safetensors":
         return write_atomic(path, to_safetensors(state))
-    import io
     buffer = io.BytesIO()
     torch.save({"params_ema": state}, buffer)
     write_atomic(path, buffer.getvalue())

@@ -11,7 +11,6 @@ Needs torch, numpy, pillow and every other file of this folder but scrape.py.
 """
 import argparse
 import csv
-import ctypes
 import io
 import json
 import math
@@ -31,7 +30,7 @@ import degrade
 import evaluate
 from losses import Charbonnier
 from model import PRESETS, HATRefiner, WeightsError, load_into, save, write_atomic
-from tile import PictureError, Tiler, bf16_is_native, find_pictures
+from tile import PictureError, Tiler, bf16_is_native, find_pictures, keep_freed_memory
 
 STAGES = {   # what a stage sets where no flag says otherwise
     1: dict(patch=64, tiling=False, lr=1e-3, conv_lr=0.3, train=("hat_model",)),
@@ -40,7 +39,7 @@ STAGES = {   # what a stage sets where no flag says otherwise
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
-DEMO = Path("data/demo")
+DEMO = Path("demo")
 MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite"}   # when a run is resumed
 
 
@@ -300,9 +299,7 @@ def train(args, state):
         torch.set_rng_state(state["rng"])
         step, best, rows, spent = state["step"], state["best"], state["rows"], state["spent"]
     if args.compile:
-        for block in [m for layer in model.hat_model.layers
-                      for m in (*layer.residual_group.blocks, layer.residual_group.overlap_attn)]:
-            block.compile()
+        model.hat_model.compile_blocks()
 
     amp = args.amp == "bf16"
     tiler = Tiler(args.tile_size, args.tile_pad) if stage["tiling"] else None
@@ -382,17 +379,6 @@ def train(args, state):
           f"{best - final:+.2f} dB over bicubic ({final:.2f})\nnext:\n"
           f"  python tile.py {quote(val)} -o upscaled --weights {quote(weights)}\n"
           f"  python evaluate.py --data {quote(val)} --recipe {quote(args.recipe)} --weights {quote(weights)}")
-
-
-def keep_freed_memory():
-    """Tells glibc to keep what is freed: giving activations back to Linux and fetching them again each step costs a
-    sixth of a step on a CPU. Elsewhere it does nothing."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)              # M_MMAP_MAX: no mapping of its own for any block
-        mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD
-    except (OSError, AttributeError, TypeError):
-        pass
 
 
 def quote(path):

@@ -127,7 +127,7 @@ def test_it_learns(drawings, tmp_path, monkeypatch, capsys):
     args = flags(drawings, tmp_path / "run", steps=150, every=50, batch=4, lr=4e-3)
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     psnr = [float(r["psnr_y"]) for r in rows(tmp_path / "run")]
-    assert code == 0 and psnr[0] < psnr[1] < psnr[2]
+    assert code == 0 and psnr[2] > psnr[0] + 0.1
 
 
 def test_stage_1_is_plain_hat(whole):

@@ -1,0 +1,235 @@
+"""How fast, beside spandrel's HAT with the same sizes and weights; A and B in turn in one process, medians and ratios.
+
+    python tests/bench.py                          # everything, for this machine's device: about half an hour on 2 cores
+    python tests/bench.py step infer --presets low --rounds 5
+    python tests/bench.py --device cuda            # one call for a GPU machine
+
+Parts: peak (matrix products), step (forward, L1, backward, Adam), infer, picture (1920x1080 by two through the tiler,
+beside plain hard-cropped tiles), memory (1 to 32 megapixels in), loader (patches from a patch file, recipe web).
+Needs spandrel 0.4 or newer for the comparison; without it only our own figures are printed. Prints Markdown.
+"""
+import argparse
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import data                                                            # noqa: E402
+import tile                                                            # noqa: E402
+from model import HAT, PRESETS, HATRefiner                              # noqa: E402
+
+PARTS = ("peak", "step", "infer", "picture", "memory", "loader")
+WORK = {   # device: {preset: (batch, LR side)}
+    "cpu": {"low": (4, 64), "mid": (1, 64), "hat": (1, 32)},
+    "cuda": {"low": (8, 48), "mid": (8, 64), "hat": (8, 64)},
+}
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def clock(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def in_turn(jobs, rounds, device):
+    """{name: function} -> {name: median seconds}; every round runs every job once, after one round for warming up."""
+    seconds = {name: [] for name in jobs}
+    for r in range(rounds + 1):
+        for name, job in jobs.items():
+            begun = clock(device)
+            job()
+            if r:
+                seconds[name].append(clock(device) - begun)
+    return {name: median(s) for name, s in seconds.items()}
+
+
+def machine(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), model)
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def spandrel_hat(ours, sizes):
+    """spandrel's HAT with the weights of ours, or None where spandrel is not installed."""
+    try:
+        import spandrel                                                 # noqa: F401
+    except ImportError:
+        return None
+    from test_model import official_hat
+    return official_hat(ours.cpu(), ours.scale, sizes)
+
+
+def peak(args):
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        n = 8192 if args.device == "cuda" else 2048
+        a = torch.randn(n, n, device=args.device, dtype=dtype)
+        rates[dtype] = 2 * n ** 3 / in_turn({"mm": lambda: a @ a}, args.rounds, args.device)["mm"] / 1e12
+    print(f"matrix products: {rates[torch.float32]:.3g} TFLOP/s fp32, {rates[torch.bfloat16]:.3g} bf16", flush=True)
+    return rates
+
+
+def flops(job):
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
+
+
+def compare(args, training):
+    """Training steps or inference of ours and spandrel's, fp32 and bf16, one table row per preset and precision."""
+    rates = peak(args)
+    name = "training step" if training else "inference"
+    print(f"\n| {name}, seconds | batch x LR side | spandrel fp32 | spandrel bf16 | ours fp32 | ours bf16 | ours bf16 faster "
+          "than spandrel fp32 | than spandrel bf16 | ours bf16, of matrix peak | " + ("patches/s" if training else "s per MP")
+          + " |\n|" + "---|" * 10)
+    for preset in args.presets:
+        sizes = {k: v for k, v in PRESETS[preset].items() if k != "refiner_dim"}
+        batch, side = WORK[args.device][preset]
+        torch.manual_seed(0)
+        ours = HAT(2, **sizes).eval()
+        nets = {"spandrel": spandrel_hat(ours, sizes), "ours": ours}
+        lr, hr = torch.rand(batch, 3, side, side), torch.rand(batch, 3, 2 * side, 2 * side)
+        lr, hr = lr.to(args.device), hr.to(args.device)
+        jobs = {}
+        for who, net in nets.items():
+            if net is None:
+                continue
+            net = net.to(args.device)
+            if who == "ours":
+                net = net.to(memory_format=torch.channels_last)
+                net.checkpoint = args.checkpoint
+                if args.compile:
+                    net.compile_blocks()
+            adam = torch.optim.Adam(net.parameters(), 1e-5, fused=who == "ours")
+            for kind, amp in (("fp32", False), ("bf16", True)):
+                def step(net=net, adam=adam, amp=amp):
+                    with torch.autocast(args.device, torch.bfloat16, enabled=amp):
+                        sr = net(lr)
+                    loss = (sr.float() - hr).abs().mean()
+                    adam.zero_grad(set_to_none=True)
+                    loss.backward()
+                    adam.step()
+
+                def infer(net=net, amp=amp):
+                    with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=amp):
+                        net(lr)
+                jobs[f"{who} {kind}"] = step if training else infer
+        work = flops(jobs["ours bf16"])
+        t = in_turn(jobs, args.rounds, args.device)
+        mine = t["ours bf16"]
+        cells = [f"{t[k]:.3f}" if k in t else "-" for k in ("spandrel fp32", "spandrel bf16", "ours fp32", "ours bf16")]
+        cells += [f"{t[k] / mine:.2f}x" if k in t else "-" for k in ("spandrel fp32", "spandrel bf16")]
+        cells += [f"{work / mine / 1e12 / rates[torch.bfloat16]:.0%}",
+                  f"{batch / mine:.2f}" if training else f"{mine / (batch * 4 * side * side / 1e6):.3f}"]
+        print(f"| {preset} | {batch} x {side} | " + " | ".join(cells) + " |", flush=True)
+        if args.device == "cuda" and training:
+            for kind in ("ours fp32", "ours bf16"):
+                torch.cuda.reset_peak_memory_stats()
+                jobs[kind]()
+                print(f"  {preset} {kind}: peak {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+
+
+def hard_tiles(net, x, side=128, pad=32):
+    """Tiles cut out with a pad and put side by side, as HAT's own code does it."""
+    out = x.new_empty(1, 3, 2 * x.shape[2], 2 * x.shape[3])
+    for top in range(0, x.shape[2], side):
+        for left in range(0, x.shape[3], side):
+            t, le = max(top - pad, 0), max(left - pad, 0)
+            b, r = min(top + side + pad, x.shape[2]), min(left + side + pad, x.shape[3])
+            piece = torch.nn.functional.pad(x[..., t:b, le:r], (0, -(r - le) % 16, 0, -(b - t) % 16), mode="reflect")
+            y = net(piece)[..., 2 * (top - t):2 * (min(top + side, x.shape[2]) - t),
+                           2 * (left - le):2 * (min(left + side, x.shape[3]) - le)]
+            out[..., 2 * top:2 * top + y.shape[2], 2 * left:2 * left + y.shape[3]] = y
+    return out
+
+
+def picture(args):
+    print("\n| 1920x1080 -> 3840x2160, seconds | spandrel fp32, hard tiles | ours | faster |\n|---|---|---|---|")
+    for preset in args.presets:
+        if args.device == "cpu" and preset != "low":
+            continue
+        sizes = {k: v for k, v in PRESETS[preset].items() if k != "refiner_dim"}
+        ours = HATRefiner.from_preset(preset).eval()
+        theirs = spandrel_hat(ours.hat_model, sizes)
+        ours, x = ours.to(args.device, memory_format=torch.channels_last), torch.rand(3, 1080, 1920)
+        tiler = tile.Tiler(128 if args.device == "cpu" else 256, 32)
+        amp = torch.bfloat16 if tile.bf16_is_native(torch.device(args.device)) else None
+        jobs = {"ours": lambda: tile.upscale(ours, x, 2, tiler, args.device, amp)}
+        if theirs:
+            theirs = theirs.to(args.device)
+
+            def other():
+                with torch.inference_mode():
+                    hard_tiles(theirs, x[None].to(args.device), tiler.tile_size)
+            jobs["spandrel"] = other
+        t = in_turn(jobs, 1 if args.device == "cpu" else args.rounds, args.device)
+        print(f"| {preset} | {t.get('spandrel', float('nan')):.1f} | {t['ours']:.1f} | "
+              f"{t.get('spandrel', float('nan')) / t['ours']:.2f}x |", flush=True)
+
+
+def memory(args):
+    """Peak memory of whole processes that enlarge pictures of growing size with `tiny`."""
+    print("\n| megapixels in | peak MiB | of that the two pictures (fp32) |\n|---|---|---|")
+    for mp in (1, 4, 16, 32):
+        side = int((mp * 1e6) ** 0.5)
+        code = (f"import torch, tile, model, resource; m = model.HATRefiner.from_preset('tiny').eval().to('{args.device}'); "
+                f"tile.upscale(m, torch.rand(3, {side}, {side}), 2, tile.Tiler(128, 32), '{args.device}'); "
+                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        print(f"| {mp} | {float(done.stdout):.0f} | {side * side * 3 * 4 * 5 / 2 ** 20:.0f} |", flush=True)
+
+
+def loader(args):
+    with tempfile.TemporaryDirectory() as folder:
+        data.draw_demo(Path(folder) / "demo", train=6, val=1)
+        file = data.pack([Path(folder) / "demo" / "train"], Path(folder) / "p.safetensors", 256, log=lambda *_: None)
+        print("\n| loader, recipe | workers | patches of 64x64 LR a second |\n|---|---|---|")
+        for recipe in ("bicubic", "web"):
+            for workers in (0, 1, 2):
+                batches, count = data.Batches([file], 10 ** 6, 16, 64, 2, recipe, 0), 0
+                stream = iter(data.loader(batches, 0, workers))
+                next(stream)
+                begun = time.time()
+                while time.time() - begun < 5:
+                    next(stream)
+                    count += 16
+                print(f"| {recipe} | {workers} | {count / (time.time() - begun):.0f} |", flush=True)
+                del stream
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to time (default: everything)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    p.add_argument("--presets", nargs="+", choices=PRESETS, default=["low", "mid", "hat"])
+    p.add_argument("--rounds", type=int, default=5, help="counted rounds, of which the median is taken")
+    p.add_argument("--compile", action="store_true", help="ours with its blocks compiled")
+    p.add_argument("--checkpoint", action="store_true", help="ours with activation checkpointing")
+    args = p.parse_args()
+    tile.keep_freed_memory()
+    if args.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    print(f"{machine(args.device)}, torch {torch.__version__}, medians of {args.rounds}\n", flush=True)
+    for part in args.parts or PARTS:
+        {"peak": peak, "step": lambda a: compare(a, True), "infer": lambda a: compare(a, False), "picture": picture,
+         "memory": memory, "loader": loader}[part](args)
+    print(f"\npeak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
