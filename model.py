@@ -271,6 +271,8 @@ class HAT(nn.Module):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale must be 2, 3 or 4, not {scale}")
+        if window % 4:
+            raise ValueError(f"window must be a multiple of 4, not {window}: it grows by a quarter on each side")
         self.scale, self.window, self.checkpoint = scale, window, False
         self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("relative_position_index_SA", position_index(window, window))
@@ -336,8 +338,9 @@ class HAT(nn.Module):
         index = self.relative_position_index_SA, self.relative_position_index_OCA
         keep = not self.checkpoint or not torch.is_grad_enabled()
         run = (lambda block, *a: block(*a)) if keep else partial(checkpoint, use_reentrant=False)
-        x = self.conv_first(x.contiguous(memory_format=torch.channels_last)).float()    # the residual stream is fp32
-        y = self.patch_embed(x.permute(0, 2, 3, 1)).float()
+        x = self.conv_first(x.contiguous(memory_format=torch.channels_last))
+        x = x.to(self.mean.dtype)       # under autocast too the residual stream stays fp32
+        y = self.patch_embed(x.permute(0, 2, 3, 1)).to(x.dtype)
         for layer in self.layers:
             y = layer(y, *index, mask, run)
         x = x + self.conv_after_body(self.norm(y).permute(0, 3, 1, 2))

@@ -291,13 +291,13 @@ def train(args, state):
     optimiser = torch.optim.Adam([dict(params=[p for p in trained if id(p) not in convs], share=1.0),
                                   dict(params=[p for p in trained if id(p) in convs], share=args.conv_lr)],
                                  lr=args.lr, betas=(0.9, 0.99), fused=True)
-    step, best, rows, spent = 0, -1.0, [], 0.0
+    step, best, rows, spent, total, count = 0, -1.0, [], 0.0, 0.0, 0        # total, count: of the loss since the last report
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["rng"])
-        step, best, rows, spent = state["step"], state["best"], state["rows"], state["spent"]
+        step, best, rows, spent, total, count = (state[k] for k in ("step", "best", "rows", "spent", "total", "count"))
     if args.compile:
         model.hat_model.compile_blocks()
 
@@ -308,13 +308,13 @@ def train(args, state):
 
     def keep():
         write_state(out / "state.pt", dict(
-            step=step, best=best, rows=rows, spent=spent + time.time() - began, model=model.state_dict(),
+            step=step, best=best, rows=rows, spent=spent + time.time() - began, total=total, count=count,
+            model=model.state_dict(),
             ema=ema.state_dict(), optimiser=optimiser.state_dict(), rng=torch.get_rng_state()))
 
     stop = []
     signals = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    count = sum(p.numel() for p in trained)
-    print(f"{args.preset} {args.scale}x, {count:,} parameters trained, stage {args.stage}, {args.device} "
+    print(f"{args.preset} {args.scale}x, {sum(p.numel() for p in trained):,} parameters trained, stage {args.stage}, {args.device} "
           f"{'bf16' if amp else 'fp32'}, {len(validation.pictures)} validation pictures, "
           f"bicubic {validation.bicubic['psnr_y']:.2f} dB" + (f", going on at step {step}" if step else ""), flush=True)
     batches = data.Batches([patches], args.steps, args.batch, args.patch, args.scale, args.recipe, args.seed)
@@ -342,17 +342,17 @@ def train(args, state):
             if skipped == 10:
                 raise UserError(f"the gradient is not finite ten steps in a row, at step {step}; the last report's "
                                 "state is kept: try a lower --lr or --amp off")
-        step += 1
+        step, total, count = step + 1, total + pix.item(), count + 1
         now = time.time()
         speed = (step - first) / (now - began)
-        line = f"step {step}/{args.steps}  loss {pix.item():.5f}  {speed * args.batch:.1f} patches/s  " \
+        line = f"step {step}/{args.steps}  loss {total / count:.5f}  {speed * args.batch:.1f} patches/s  " \
                f"{clock((args.steps - step) / speed)} left"
         if live and now - last > 0.5:
             print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
             last = now
         if report:
             scores, strip = validation.run(ema, amp)
-            rows.append(dict(step=step, pix=f"{pix.item():.6f}", pix_grad=f"{at_picture:.3e}", lr=f"{rate(step - 1, args):.3e}",
+            rows.append(dict(step=step, pix=f"{total / count:.6f}", pix_grad=f"{at_picture:.3e}", lr=f"{rate(step - 1, args):.3e}",
                              patches_per_s=f"{speed * args.batch:.2f}", seconds=round(spent + now - began),
                              **{k: round(v, 4) for k, v in scores.items()}))
             gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
@@ -365,6 +365,7 @@ def train(args, state):
                 save(ema, out / "best.safetensors", header)
             write_png(out / "samples" / f"step_{step:06d}.png", strip)
             write_log(out, rows)
+            total, count = 0.0, 0
             keep()
         elif stop:
             keep()

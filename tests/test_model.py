@@ -85,6 +85,12 @@ def test_equals_the_golden_picture():
     assert want.std() > 0.05 and (got - want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("wrong", (dict(window=6), dict(scale=5)))
+def test_sizes_that_cannot_be(wrong):
+    with pytest.raises(ValueError):
+        HAT(**wrong)
+
+
 @pytest.mark.parametrize("h,w", ((1, 1), (1, 9), (3, 3), (5, 2), (17, 9)))
 @pytest.mark.parametrize("scale", (2, 3, 4))
 def test_any_size(h, w, scale):
@@ -128,13 +134,12 @@ def test_warm_start_leaves_a_gradient_everywhere_after_one_step():
 def test_the_whole_network_is_seen_by_gradients(tiny):
     """Finite differences along a random direction agree with autograd, in float64."""
     net = tiny.hat_model.double()
-    net.conv_last.float()      # the last convolution works in its own precision
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    v, eps = torch.randn_like(x), 1e-3
+    v, eps = torch.randn_like(x), 1e-5
     net(x).square().mean().backward()
     with torch.no_grad():
         want = (net(x + eps * v).square().mean() - net(x - eps * v).square().mean()) / (2 * eps)
-    assert torch.allclose((x.grad * v).sum(), want.to(x.dtype), rtol=1e-2)
+    assert torch.allclose((x.grad * v).sum(), want, rtol=1e-6)
 
 
 def test_checkpointing_changes_nothing(tiny):
@@ -239,7 +244,7 @@ def test_params_ema_wins_over_params(tiny, tmp_path):
 @pytest.mark.parametrize("scale", (3, 4))
 def test_sizes_are_read_from_the_file(tmp_path, scale):
     torch.manual_seed(0)
-    odd = shake(HATRefiner(scale=scale, embed_dim=20, depths=(2, 4), heads=5, window=6, compress=5, squeeze=4, refiner_dim=7))
+    odd = shake(HATRefiner(scale=scale, embed_dim=20, depths=(2, 4), heads=5, window=8, compress=5, squeeze=4, refiner_dim=7))
     save(odd, tmp_path / "a.safetensors")
     again = load(tmp_path / "a.safetensors")
     assert same_picture(odd, again) and again.header["preset"] is None and again.scale == scale

@@ -124,10 +124,10 @@ def test_the_commands_it_names_run_as_printed(whole):
 
 
 def test_it_learns(drawings, tmp_path, monkeypatch, capsys):
-    args = flags(drawings, tmp_path / "run", steps=150, every=50, batch=4, lr=4e-3)
+    args = flags(drawings, tmp_path / "run", init="plain", steps=80, every=20, batch=4)
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     psnr = [float(r["psnr_y"]) for r in rows(tmp_path / "run")]
-    assert code == 0 and psnr[2] > psnr[0] + 0.1
+    assert code == 0 and psnr == sorted(psnr) and psnr[-1] > psnr[0] + 5, psnr
 
 
 def test_stage_1_is_plain_hat(whole):
