@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import math
-import os
+import shlex
 import signal
 import sys
 import time
@@ -29,8 +29,8 @@ import data
 import degrade
 import evaluate
 from losses import Charbonnier
-from model import PRESETS, HATRefiner, WeightsError, load_into, save, write_atomic
-from tile import PictureError, Tiler, bf16_is_native, find_pictures, keep_freed_memory
+from model import PRESETS, HATRefiner, load_into, save, write_atomic
+from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory
 
 STAGES = {   # what a stage sets where no flag says otherwise
     1: dict(patch=64, tiling=False, lr=1e-3, conv_lr=0.3, train=("hat_model",)),
@@ -375,16 +375,11 @@ def train(args, state):
     for s, handler in signals.items():
         signal.signal(s, handler)
     final = validation.bicubic["psnr_y"]
-    weights = out / "best.safetensors"
+    weights, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
     print(f"\ndone in {clock(spent + time.time() - began)}: {weights}, validation {best:.2f} dB PSNR-Y, "
           f"{best - final:+.2f} dB over bicubic ({final:.2f})\nnext:\n"
-          f"  python tile.py {quote(val)} -o upscaled --weights {quote(weights)}\n"
-          f"  python evaluate.py --data {quote(val)} --recipe {quote(args.recipe)} --weights {quote(weights)}")
-
-
-def quote(path):
-    import shlex
-    return shlex.quote(str(path))
+          f"  python tile.py {val} -o upscaled --weights {weights}\n"
+          f"  python evaluate.py --data {val} --recipe {recipe} --weights {weights}")
 
 
 def main():
@@ -393,7 +388,7 @@ def main():
     try:
         check(args)
         train(args, open_run(args))
-    except (UserError, WeightsError, PictureError, ValueError) as e:
+    except ValueError as e:     # UserError, WeightsError, PictureError, and what data and degrade say
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
