@@ -458,6 +458,12 @@ def load_into(model, path, strict=True):
     takes what fits by name and shape. Returns the file's header. Raises WeightsError naming every key that is missing,
     unexpected or of another shape."""
     state, header = read_weights(path)
+    fit(model, state, path, strict)
+    return header
+
+
+def fit(model, state, path, strict):
+    """load_into for a state dict that has been read already; path is for the message."""
     own = model.state_dict()
     if not any(k.startswith(("residual_block.", "out_conv.")) for k in state):
         own = {k: v for k, v in own.items() if k.startswith("hat_model.")}
@@ -475,7 +481,6 @@ def load_into(model, path, strict=True):
                 (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(other))) if keys]
         raise WeightsError(f"{path} does not fit this model ({what}); {'; '.join(said)}")
     model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
-    return header
 
 
 def load(path, device="cpu", strict=True):
@@ -486,7 +491,7 @@ def load(path, device="cpu", strict=True):
         model = HATRefiner(**found)
     except (ValueError, ZeroDivisionError, RuntimeError) as e:
         raise WeightsError(f"{path}: {e}") from None
-    load_into(model, path, strict)
+    fit(model, state, path, strict)
     model.header = {"preset": preset_of(found), "scale": model.scale, **header}
     model.refine = bool(model.out_conv.weight.any() or model.out_conv.bias.any())
     return model.eval().to(device)

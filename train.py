@@ -128,7 +128,7 @@ def check(args):
 def open_run(args):
     """Makes or reopens the run folder. Returns what state.pt holds, or None for a fresh run."""
     out = Path(args.out)
-    asked = {k: v for k, v in vars(args).items()}
+    asked = vars(args)
     if (out / "args.json").exists() and not args.overwrite:
         was = json.loads((out / "args.json").read_text())
         changed = [k for k in asked if asked[k] != was.get(k) and k not in MAY_CHANGE]
