@@ -172,13 +172,16 @@ class Batches(torch.utils.data.Dataset):
 
     patch_files: one path or several. patch: side p of the LR crop. recipe: a name or mix that degrade.degrade knows.
     Every patch is seen once an epoch, in an order of its own; of each a random crop, flipped and turned one of 8 ways.
-    What a step holds depends on (seed, step) alone. ValueError: a broken patch file, patches too small for the crop.
+    busiest n: each place of the batch goes to the one of n crops (of n patches) that has the most detail.
+    What a step holds depends on (seed, step) alone. With several ranks each makes its share: rank r of n the r-th of n
+    parts of what one rank would make of batch * n. ValueError: a broken patch file, patches too small for the crop.
     """
 
-    def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed):
+    def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, rank=0, ranks=1):
         self.files = [Path(f) for f in ([patch_files] if isinstance(patch_files, (str, Path)) else patch_files)]
         self.steps, self.batch, self.patch, self.scale = steps, batch, patch, scale
         self.recipe, self.seed, self.maps, self.order = recipe, seed, None, (None, None)
+        self.busiest, self.rank, self.ranks = busiest, rank, ranks
         heads = [read_header(f) for f in self.files]
         for file, (_, _, size, _) in zip(self.files, heads):
             if size < patch * scale:
@@ -204,17 +207,30 @@ class Batches(torch.utils.data.Dataset):
         if self.maps is None:
             self.maps = [np.memmap(f, np.uint8, "r", at, shape) for f, (at, shape) in zip(self.files, self.places)]
         rng, side = np.random.default_rng((self.seed, step)), self.patch * self.scale
+        every, (n, size) = self.batch * self.ranks, (self.busiest, int(self.ends[-1]))
+        mine = range(self.rank * self.batch, (self.rank + 1) * self.batch)
         hr = np.empty((self.batch, side, side, 3), np.uint8)
-        for b in range(self.batch):
-            epoch, k = divmod(step * self.batch + b, int(self.ends[-1]))
-            k = self.shuffled(epoch)[k]
-            file = int(np.searchsorted(self.ends, k, "right"))
-            whole = self.maps[file][k - self.ends[file]]        # counted from the file's end: negative, as Python likes
-            y, x = rng.integers(0, whole.shape[0] - side + 1, 2)
-            crop = np.rot90(whole[y:y + side, x:x + side], rng.integers(4))
-            hr[b] = crop[:, ::-1] if rng.integers(2) else crop
+        corners, turns = rng.random((every, n, 2)), rng.integers(8, size=every)
+        seeds = rng.integers(0, 2 ** 31, every)
+        for b in mine:
+            crops = []
+            for j in range(n):
+                epoch, k = divmod((step * every + b) * n + j, size)
+                k = self.shuffled(epoch)[k]
+                file = int(np.searchsorted(self.ends, k, "right"))
+                whole = self.maps[file][k - self.ends[file]]    # counted from the file's end: negative, as Python likes
+                y, x = (corners[b, j] * (whole.shape[0] - side + 1)).astype(int)
+                crops.append(whole[y:y + side, x:x + side])
+            crop = np.rot90(max(crops, key=detail) if n > 1 else crops[0], turns[b] % 4)
+            hr[b - mine[0]] = crop[:, ::-1] if turns[b] > 3 else crop
         hr = torch.from_numpy(hr).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        return degrade.degrade(hr, self.recipe, self.scale, rng.integers(0, 2 ** 31, self.batch).tolist()), hr
+        return degrade.degrade(hr, self.recipe, self.scale, seeds[mine[0]:mine[-1] + 1].tolist()), hr
+
+
+def detail(pixels):
+    """How busy uint8 (H, W, 3) is: the mean step between neighbours."""
+    p = pixels.astype(np.int16)
+    return np.abs(np.diff(p, axis=0)).mean() + np.abs(np.diff(p, axis=1)).mean()
 
 
 def _quiet_worker(_):

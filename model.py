@@ -85,9 +85,10 @@ def attend(q, k, v, bias):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
     else:
         # on a CPU the plain products beat scaled_dot_product_attention at these sizes, and the bias gets its gradient
+        q, k, v = (x.unflatten(0, (-1, len(bias))) for x in (q, k, v))
         a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        a = (a.view(-1, *bias.shape) + bias.to(a.dtype)).view_as(a)
-        out = a.softmax(-1) @ v
+        out = a.add_(bias.to(a.dtype)).softmax(-1) @ v
+        return rearrange(out, "b n h t d -> (b n) t (h d)")
     return rearrange(out, "n h t d -> n t (h d)")
 
 
@@ -122,7 +123,7 @@ class WindowAttention(nn.Module):
         t = self.window
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
         q, k, v = (rearrange(y, "n t (h d) -> n h t d", h=self.heads) for y in self.qkv(x).chunk(3, -1))
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        bias = self.relative_position_bias_table.t().contiguous()[:, index][None]
         x = self.proj(attend(q, k, v, bias if mask is None else bias + mask))
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
 
@@ -136,7 +137,8 @@ class ChannelAttention(nn.Module):
                                        nn.Conv2d(dim // squeeze, dim, 1), nn.Sigmoid())
 
     def forward(self, x):
-        return x * (self.attention(x) * CONV_SCALE)
+        s = self.attention[1:](x.mean((1, 2))[:, :, None, None]) * CONV_SCALE
+        return x * s.flatten(1)[:, None, None]
 
 
 class CAB(nn.Module):
@@ -148,7 +150,7 @@ class CAB(nn.Module):
                                  nn.Conv2d(dim // compress, dim, 3, 1, 1), ChannelAttention(dim, squeeze))
 
     def forward(self, x):
-        return self.cab(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.cab[3](self.cab[:3](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def drop_path(x, p, training):
@@ -178,7 +180,7 @@ class HAB(nn.Module):
             a = self.attn(y.roll((-s, -s), (1, 2)), index, mask).roll((s, s), (1, 2))
         else:
             a = self.attn(y, index, None)
-        x = x + drop_path(a, self.p, self.training) + self.conv_block(y)
+        x = x + (drop_path(a, self.p, self.training) + self.conv_block(y))
         return x + drop_path(self.mlp(self.norm2(x)), self.p, self.training)
 
 
@@ -214,7 +216,7 @@ class OCAB(nn.Module):
         q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) h (i j) d", i=t, j=t, h=heads)
         kv = widen(widen(qkv[..., c:], 1, t, edge), 2, t, edge)
         k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) h (i j) d", two=2, h=heads, i=wide, j=wide)
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        bias = self.relative_position_bias_table.t().contiguous()[:, index][None]
         a = rearrange(attend(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
         x = x + self.proj(a)
         return x + self.mlp(self.norm2(x))

@@ -6,6 +6,8 @@
 
 Stage 1, foundation: HAT alone on patches. Stage 2, tiling adaptation: HAT tile by tile and the refiner, gradients through
 both. Stage 3, artifact removal: HAT frozen, the refiner alone learns what tiles leave behind.
+    torchrun --nproc_per_node=2 train.py --stage 1 ...                      # several GPUs, or one process for each CPU core
+
 One run is one folder; the same command again goes on where it stopped, to the bit (same machine, CPU, fp32).
 Needs torch, numpy, pillow and every other file of this folder but scrape.py.
 """
@@ -14,15 +16,18 @@ import csv
 import io
 import json
 import math
+import os
 import shlex
 import signal
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 import data
@@ -40,7 +45,7 @@ STAGES = {   # what a stage sets where no flag says otherwise
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
 DEMO = Path("demo")
-MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite"}   # when a run is resumed
+MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks"}   # when a run is resumed
 
 
 class UserError(ValueError):
@@ -63,7 +68,8 @@ def parse(argv=None):
     a("--init", choices=("warm", "plain"), default="warm", help="warm: start as an interpolation; plain: HAT's usual start")
     a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
     a("--steps", type=int, help="optimiser steps [400 on a CPU, 50000 on a GPU]", default=argparse.SUPPRESS)
-    a("--batch", type=int, help="patches per step [4 on a CPU, 16 on a GPU]", default=argparse.SUPPRESS)
+    a("--batch", type=int, help="patches per step and process [4 on a CPU, 16 on a GPU]", default=argparse.SUPPRESS)
+    a("--busiest", type=int, default=1, help="each patch is the one with the most detail of so many random ones")
     a("--lr", type=float, help="learning rate at its highest [1e-3, 2e-5, 1e-5 by stage]", default=argparse.SUPPRESS)
     a("--conv-lr", type=float, help="learning rate of the 3x3 convolutions, as a share of --lr [0.3, 1, 1 by stage]",
       default=argparse.SUPPRESS)
@@ -108,7 +114,7 @@ def check(args):
         raise UserError(f"--patch {args.patch} does not fit preset {args.preset}: take a multiple of its window, {window}")
     if STAGES[args.stage]["tiling"] and args.tile_size % window:
         raise UserError(f"--tile-size {args.tile_size} is no multiple of the window of preset {args.preset}, {window}")
-    for name in ("steps", "batch", "every"):
+    for name in ("steps", "batch", "every", "busiest"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if args.stage > 1 and not args.weights:
@@ -125,13 +131,19 @@ def check(args):
 # the run folder
 
 
-def open_run(args):
-    """Makes or reopens the run folder. Returns what state.pt holds, or None for a fresh run."""
+def open_run(args, rank, ranks):
+    """Makes or reopens the run folder (rank 0 of ranks). Returns what state.pt holds, or None for a fresh run."""
+    if rank:
+        dist.barrier()
+        return read_state(Path(args.out))
     out = Path(args.out)
-    asked = vars(args)
+    asked = {**vars(args), "ranks": ranks}
     if (out / "args.json").exists() and not args.overwrite:
         was = json.loads((out / "args.json").read_text())
         changed = [k for k in asked if asked[k] != was.get(k) and k not in MAY_CHANGE]
+        if was.get("ranks", 1) != ranks:
+            print(f"{out} was made by {was.get('ranks', 1)} processes and goes on with {ranks}: the batch is {ranks} x "
+                  f"{args.batch} patches now, and the result another than that of an unbroken run")
         if changed:
             raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
                             "name another folder with --out, or start anew in it with --overwrite")
@@ -140,6 +152,13 @@ def open_run(args):
             (out / name).unlink(missing_ok=True)
     (out / "samples").mkdir(parents=True, exist_ok=True)
     write_atomic(out / "args.json", json.dumps(asked, indent=1).encode())
+    state = read_state(out)
+    if ranks > 1:
+        dist.barrier()
+    return state
+
+
+def read_state(out):
     if not (out / "state.pt").exists():
         return None
     try:
@@ -197,16 +216,25 @@ def draw_curves(rows):
 
 
 class Validation:
-    """Whole pictures, degraded once; bicubic's figures beside the model's."""
+    """Whole pictures, degraded once; bicubic's figures beside the model's. Several ranks share them out."""
 
-    def __init__(self, args, paths):
+    def __init__(self, args, paths, rank=0, ranks=1):
         if args.val_count and len(paths) > args.val_count:      # spread over the folder
             paths = [paths[i * len(paths) // args.val_count] for i in range(args.val_count)]
-        self.pictures = list(evaluate.pairs(paths, args.recipe, args.scale, args.seed))
-        if not self.pictures:
+        self.pictures = list(evaluate.pairs(paths[rank::ranks], args.recipe, args.scale, args.seed))
+        self.ranks, self.scale, self.device = ranks, args.scale, args.device
+        bicubic = self.everyones([self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr) for _, lr, hr in self.pictures])
+        self.count = len(bicubic)
+        if not bicubic:
             raise UserError(f"no usable picture in {args.val}")
-        self.scale, self.device = args.scale, args.device
-        self.bicubic = self.mean([self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr) for _, lr, hr in self.pictures])
+        self.bicubic = self.mean(bicubic)
+
+    def everyones(self, scores):
+        parts = [scores]
+        if self.ranks > 1:
+            parts = [None] * self.ranks
+            dist.all_gather_object(parts, scores)
+        return [s for part in parts for s in part]
 
     def score(self, sr, hr):
         return evaluate.score(sr, hr, self.scale)
@@ -217,7 +245,8 @@ class Validation:
 
     @torch.inference_mode()
     def run(self, model, amp):
-        """Mean scores of a model, and a sample strip: LR bicubic | SR | HR of the busiest corner of some pictures."""
+        """Mean scores of a model, and a sample strip: LR bicubic | SR | HR of the busiest corner of some of its pictures
+        (None without pictures)."""
         model.eval()
         scores, strips = [], []
         for _, lr, hr in self.pictures:
@@ -229,8 +258,11 @@ class Validation:
             if len(strips) < 4:
                 strips.append(self.strip(lr, sr, hr))
         model.train()
+        scores = self.mean(self.everyones(scores))
+        if not strips:
+            return scores, None
         width = max(s.shape[1] for s in strips)
-        return self.mean(scores), Image.fromarray(np.concatenate([np.pad(
+        return scores, Image.fromarray(np.concatenate([np.pad(
             s, ((0, 4), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]))
 
     def strip(self, lr, sr, hr, side=192):
@@ -260,17 +292,34 @@ def clock(seconds):
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s"
 
 
-def train(args, state):
+def ranks_here(args):
+    """(rank, number of ranks), those of torchrun if it started us; args.device becomes this rank's own."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    return rank, ranks
+
+
+def train(args, rank, ranks):
+    state = open_run(args, rank, ranks)
+    say = print if rank == 0 else lambda *a, **k: None
     out, stage = Path(args.out), STAGES[args.stage]
     folders, val = args.data or [str(DEMO / "train")], args.val or str(DEMO / "val")
+    if ranks > 1 and rank:
+        dist.barrier()      # rank 0 draws and packs, the others find it done
     if not args.data and not (DEMO / "val").is_dir():
         print(f"no --data: drawing demo pictures into {DEMO}")
         data.draw_demo(DEMO)
     side = args.patch * args.scale
     size = max(256, -(-side * 3 // 2 // 64) * 64)       # room for a random crop in every patch
     name = f"{Path(folders[0]).name}-{zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode()):08x}-{size}"
-    patches = data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=side)
-    validation = Validation(args, find_pictures([val]))
+    patches = data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=side, log=say)
+    if ranks > 1 and not rank:
+        dist.barrier()
+    validation = Validation(args, find_pictures([val]), rank, ranks)
 
     torch.manual_seed(args.seed)
     model = HATRefiner.from_preset(args.preset, args.scale, init=args.init)
@@ -300,6 +349,9 @@ def train(args, state):
         step, best, rows, spent, total, count = (state[k] for k in ("step", "best", "rows", "spent", "total", "count"))
     if args.compile:
         model.hat_model.compile_blocks()
+    with warnings.catch_warnings():     # newer versions want the flag under another name
+        warnings.simplefilter("ignore", FutureWarning)
+        net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
 
     amp = args.amp == "bf16"
     tiler = Tiler(args.tile_size, args.tile_pad) if stage["tiling"] else None
@@ -307,6 +359,8 @@ def train(args, state):
     header = dict(recipe=args.recipe, stage=args.stage, data=[Path(f).name for f in folders], seed=args.seed)
 
     def keep():
+        if rank:
+            return
         write_state(out / "state.pt", dict(
             step=step, best=best, rows=rows, spent=spent + time.time() - began, total=total, count=count,
             model=model.state_dict(),
@@ -314,18 +368,20 @@ def train(args, state):
 
     stop = []
     signals = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    print(f"{args.preset} {args.scale}x, {sum(p.numel() for p in trained):,} parameters trained, stage {args.stage}, {args.device} "
-          f"{'bf16' if amp else 'fp32'}, {len(validation.pictures)} validation pictures, "
-          f"bicubic {validation.bicubic['psnr_y']:.2f} dB" + (f", going on at step {step}" if step else ""), flush=True)
-    batches = data.Batches([patches], args.steps, args.batch, args.patch, args.scale, args.recipe, args.seed)
+    say(f"{args.preset} {args.scale}x, {sum(p.numel() for p in trained):,} parameters trained, stage {args.stage}, "
+        f"{f'{ranks} x ' if ranks > 1 else ''}{args.device} "
+        f"{'bf16' if amp else 'fp32'}, {validation.count} validation pictures, "
+        f"bicubic {validation.bicubic['psnr_y']:.2f} dB" + (f", going on at step {step}" if step else ""), flush=True)
+    batches = data.Batches([patches], args.steps, args.batch, args.patch, args.scale, args.recipe, args.seed,
+                           args.busiest, rank, ranks)
     began = last = time.time()
-    first, skipped, live = step, 0, sys.stderr.isatty()
+    first, skipped, live = step, 0, sys.stderr.isatty() and not rank
     for lr, hr in data.loader(batches, step, args.workers):
         lr, hr = lr.to(args.device, non_blocking=True), hr.to(args.device, non_blocking=True)
         for group in optimiser.param_groups:
             group["lr"] = rate(step, args) * group["share"]
         with torch.autocast(lr.device.type, torch.bfloat16, enabled=amp):
-            sr = model(lr, tiler)
+            sr = net(lr, tiler)
         pix = loss_fn(sr, hr)
         report = (step + 1) % args.every == 0 or step + 1 == args.steps
         at_picture = torch.autograd.grad(pix, sr, retain_graph=True)[0].norm().item() if report else 0
@@ -345,15 +401,23 @@ def train(args, state):
         step, total, count = step + 1, total + pix.item(), count + 1
         now = time.time()
         speed = (step - first) / (now - began)
-        line = f"step {step}/{args.steps}  loss {total / count:.5f}  {speed * args.batch:.1f} patches/s  " \
+        stopping = len(stop)
+        if ranks > 1:       # all stop together, and the loss of a report is everyone's
+            told = torch.tensor([stopping, total / ranks], dtype=torch.float64).to(args.device, torch.float32)
+            dist.all_reduce(told)
+            stopping, total = told[0].item() > 0, told[1].item() if report else total
+        line = f"step {step}/{args.steps}  loss {total / count:.5f}  {speed * args.batch * ranks:.1f} patches/s  " \
                f"{clock((args.steps - step) / speed)} left"
         if live and now - last > 0.5:
             print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
             last = now
         if report:
             scores, strip = validation.run(ema, amp)
+        if report and rank:
+            total, count = 0.0, 0
+        elif report:
             rows.append(dict(step=step, pix=f"{total / count:.6f}", pix_grad=f"{at_picture:.3e}", lr=f"{rate(step - 1, args):.3e}",
-                             patches_per_s=f"{speed * args.batch:.2f}", seconds=round(spent + now - began),
+                             patches_per_s=f"{speed * args.batch * ranks:.2f}", seconds=round(spent + now - began),
                              **{k: round(v, 4) for k, v in scores.items()}))
             gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
             print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
@@ -367,16 +431,16 @@ def train(args, state):
             write_log(out, rows)
             total, count = 0.0, 0
             keep()
-        elif stop:
+        elif stopping:
             keep()
-        if stop:
-            print(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
+        if stopping:
+            say(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
             sys.exit(130)
     for s, handler in signals.items():
         signal.signal(s, handler)
     final = validation.bicubic["psnr_y"]
     weights, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
-    print(f"\ndone in {clock(spent + time.time() - began)}: {weights}, validation {best:.2f} dB PSNR-Y, "
+    say(f"\ndone in {clock(spent + time.time() - began)}: {weights}, validation {best:.2f} dB PSNR-Y, "
           f"{best - final:+.2f} dB over bicubic ({final:.2f})\nnext:\n"
           f"  python tile.py {val} -o upscaled --weights {weights}\n"
           f"  python evaluate.py --data {val} --recipe {recipe} --weights {weights}")
@@ -387,13 +451,19 @@ def main():
     keep_freed_memory()
     try:
         check(args)
-        train(args, open_run(args))
+        train(args, *ranks_here(args))
     except ValueError as e:     # UserError, WeightsError, PictureError, and what data and degrade say
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
         print(f"error: {e.filename or args.out}: {e.strerror or e}; what was saved before is whole", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if not dist.is_initialized() or not any(w in str(e) for w in ("gloo", "NCCL", "Connection", "connection")):
+            raise
+        print(f"error: another process of this run is gone ({str(e).splitlines()[0][:200]}); start the same command again "
+              "to go on from the last report", file=sys.stderr)
+        os._exit(2)     # the communication library may hang in its own clean-up
     except KeyboardInterrupt:
         print("\nstopped before the first step", file=sys.stderr)
         sys.exit(130)
