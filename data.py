@@ -170,23 +170,26 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
 class Batches(torch.utils.data.Dataset):
     """batches[step] -> (lr (B, 3, p, p), hr (B, 3, p * scale, p * scale)), float32 in [0, 1].
 
-    patch_files: one path or several. patch: side p of the LR crop. recipe: a name or mix that degrade.degrade knows.
-    Every patch is seen once an epoch, in an order of its own; of each a random crop, flipped and turned one of 8 ways.
-    busiest n: each place of the batch goes to the one of n crops (of n patches) that has the most detail.
+    patch_files: one path or several. patch: side p of the LR crop, or several, of which every step draws one; B is
+    batch for the smallest and less for larger ones, in proportion to their area. recipe: a name or mix that
+    degrade.degrade knows. Every patch is seen once an epoch, in an order of its own (with shares: each file's share of
+    the places, its patches at random); of each a random crop, flipped and turned one of 8 ways. busiest n: each place
+    of the batch goes to the one of n crops (of n patches) that has the most detail.
     What a step holds depends on (seed, step) alone. With several ranks each makes its share: rank r of n the r-th of n
     parts of what one rank would make of batch * n. ValueError: a broken patch file, patches too small for the crop.
     """
 
-    def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, rank=0, ranks=1):
+    def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, shares=None, rank=0, ranks=1):
         self.files = [Path(f) for f in ([patch_files] if isinstance(patch_files, (str, Path)) else patch_files)]
-        self.steps, self.batch, self.patch, self.scale = steps, batch, patch, scale
-        self.recipe, self.seed, self.maps, self.order = recipe, seed, None, (None, None)
-        self.busiest, self.rank, self.ranks = busiest, rank, ranks
-        heads = [read_header(f) for f in self.files]
+        self.patches = [patch] if isinstance(patch, int) else sorted(patch)
+        self.steps, self.batch, self.scale, self.recipe, self.seed = steps, batch, scale, recipe, seed
+        self.busiest, self.shares, self.rank, self.ranks = busiest, shares, rank, ranks
+        self.maps, self.order = None, (None, None)
+        heads, largest = [read_header(f) for f in self.files], self.patches[-1]
         for file, (_, _, size, _) in zip(self.files, heads):
-            if size < patch * scale:
-                raise ValueError(f"{file} holds patches of {size}, but LR crops of {patch} at scale {scale} need "
-                                 f"{patch * scale}; pack again with a larger size or train with a smaller patch")
+            if size < largest * scale:
+                raise ValueError(f"{file} holds patches of {size}, but LR crops of {largest} at scale {scale} need "
+                                 f"{largest * scale}; pack again with a larger size or train with a smaller patch")
         self.places = [(at, (n, size, size, 3)) for _, n, size, at in heads]
         self.ends = np.cumsum([n for _, n, _, _ in heads])
 
@@ -206,25 +209,32 @@ class Batches(torch.utils.data.Dataset):
             raise IndexError(step)
         if self.maps is None:
             self.maps = [np.memmap(f, np.uint8, "r", at, shape) for f, (at, shape) in zip(self.files, self.places)]
-        rng, side = np.random.default_rng((self.seed, step)), self.patch * self.scale
-        every, (n, size) = self.batch * self.ranks, (self.busiest, int(self.ends[-1]))
-        mine = range(self.rank * self.batch, (self.rank + 1) * self.batch)
-        hr = np.empty((self.batch, side, side, 3), np.uint8)
-        corners, turns = rng.random((every, n, 2)), rng.integers(8, size=every)
-        seeds = rng.integers(0, 2 ** 31, every)
-        for b in mine:
+        rng, n, count = np.random.default_rng((self.seed, step)), self.busiest, int(self.ends[-1])
+        patch = self.patches[rng.integers(len(self.patches)) if len(self.patches) > 1 else 0]
+        batch, side = max(1, round(self.batch * (self.patches[0] / patch) ** 2)), patch * self.scale
+        every, mine = batch * self.ranks, slice(self.rank * batch, (self.rank + 1) * batch)
+        if self.shares is None:
+            first = step * self.batch * self.ranks * n
+            places = [divmod(first + k, count) for k in range(every * n)]
+            places = np.array([self.shuffled(epoch)[k] for epoch, k in places])
+        else:
+            file = rng.choice(len(self.files), every * n, p=np.array(self.shares) / sum(self.shares))
+            lengths = np.diff(self.ends, prepend=0)
+            places = self.ends[file] - 1 - (rng.random(every * n) * lengths[file]).astype(int)
+        corners, turns = rng.random((every, n, 2)), rng.integers(8, size=every)[mine]
+        seeds = rng.integers(0, 2 ** 31, every)[mine].tolist()
+        hr = np.empty((batch, side, side, 3), np.uint8)
+        for b, (where, at) in enumerate(zip(places.reshape(every, n)[mine], corners[mine])):
             crops = []
-            for j in range(n):
-                epoch, k = divmod((step * every + b) * n + j, size)
-                k = self.shuffled(epoch)[k]
+            for k, corner in zip(where, at):
                 file = int(np.searchsorted(self.ends, k, "right"))
                 whole = self.maps[file][k - self.ends[file]]    # counted from the file's end: negative, as Python likes
-                y, x = (corners[b, j] * (whole.shape[0] - side + 1)).astype(int)
+                y, x = (corner * (whole.shape[0] - side + 1)).astype(int)
                 crops.append(whole[y:y + side, x:x + side])
             crop = np.rot90(max(crops, key=detail) if n > 1 else crops[0], turns[b] % 4)
-            hr[b - mine[0]] = crop[:, ::-1] if turns[b] > 3 else crop
+            hr[b] = crop[:, ::-1] if turns[b] > 3 else crop
         hr = torch.from_numpy(hr).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        return degrade.degrade(hr, self.recipe, self.scale, seeds[mine[0]:mine[-1] + 1].tolist()), hr
+        return degrade.degrade(hr, self.recipe, self.scale, seeds), hr
 
 
 def detail(pixels):

@@ -2,6 +2,7 @@
 
     python evaluate.py --data HR_FOLDER --recipe bicubic --weights runs/mine/best.safetensors
     python evaluate.py --data HR_FOLDER --lr LR_FOLDER --weights a.safetensors b.safetensors --csv table.csv
+    python evaluate.py runs/a runs/b                                       # training runs side by side
 
 A table with bicubic and Lanczos beside the models: PSNR and SSIM, on luma (Y) and on RGB, and seconds per megapixel
 produced. Conventions: rounded to 8 bits, --border pixels cut off each side (default: the scale), BT.601 Y in 16-235,
@@ -10,6 +11,7 @@ tile.py, degrade.py.
 """
 import argparse
 import csv
+import json
 import math
 import os
 import statistics
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 
 import degrade
 import tile
@@ -175,6 +178,90 @@ def pairs_from(hr_folder, lr_folder, scale, limit=None, skipped=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Training runs side by side
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_run(folder):
+    """The rows of a run folder's log.csv, as {column: float}; columns without a value are left out. Raises ValueError."""
+    try:
+        with open(Path(folder) / "log.csv", newline="") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    except (OSError, ValueError, UnicodeDecodeError) as e:
+        raise ValueError(f"{folder} is no run with a log.csv that can be read ({e})") from None
+    if not rows or not all({"step", "psnr_y", "seconds"} <= row.keys() for row in rows):
+        raise ValueError(f"{folder}/log.csv holds no report yet")
+    return rows
+
+
+def draw_curves(runs):
+    """{name: rows of a log} -> a Pillow picture: validation PSNR-Y and every loss term over the steps, a panel each, a
+    line per run."""
+    w, h, left, top = 720, 220, 70, 24
+    colours = [(200, 40, 90), (30, 90, 200), (20, 140, 70), (200, 120, 0), (120, 60, 180), (0, 140, 160)]
+    runs = {name: [{k: float(v) for k, v in row.items() if v != ""} for row in rows] for name, rows in runs.items()}
+    other = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y", "psnr_rgb", "ssim_rgb"}
+    names = dict.fromkeys(k for rows in runs.values() for row in rows for k in row
+                          if k not in other and not k.endswith("_grad"))
+    names = ["psnr_y", *(n for n in names if n != "psnr_y")]
+    picture = Image.new("RGB", (w, len(names) * h), "white")
+    draw = ImageDraw.Draw(picture)
+    most = max(row["step"] for rows in runs.values() for row in rows)
+    for i, name in enumerate(names):
+        values = [row[name] for rows in runs.values() for row in rows if name in row and math.isfinite(row[name])]
+        lo, hi = min(values, default=0), max(values, default=1)
+        hi = hi if hi > lo else lo + 1e-9
+
+        def at(x, y):
+            return (left + (w - left - 20) * x / max(most, 1), i * h + h - top - (h - 2 * top) * (y - lo) / (hi - lo))
+        for k in range(5):
+            y, x = lo + (hi - lo) * k / 4, most * k / 4
+            draw.line([at(0, y), at(most, y)], fill=(225, 225, 225))
+            draw.text((4, at(0, y)[1] - 6), f"{y:.4g}", fill="black")
+            draw.text((at(x, lo)[0] - 8, at(x, lo)[1] + 6), f"{x:.0f}", fill="black")
+        draw.text((left, i * h + 4), "validation PSNR-Y, dB" if name == "psnr_y" else f"loss: {name}", fill="black")
+        for j, (run, rows) in enumerate(runs.items()):
+            points = [at(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+            colour = colours[j % len(colours)]
+            if points:
+                draw.line(points * (2 if len(points) == 1 else 1), fill=colour, width=2)
+            if len(runs) > 1:
+                draw.text((left + 190 + 130 * (j % 3), i * h + 4 + 11 * (j // 3)), printable_ascii(run), fill=colour)
+    return picture
+
+
+def printable_ascii(text):
+    """Pillow's built-in letters are Latin only."""
+    return text.encode("latin-1", "replace").decode("latin-1")[-20:]
+
+
+def compare(folders, out, overwrite=False):
+    """Prints a table of training runs and writes their curves into the PNG `out`. Raises ValueError."""
+    runs = dict(zip((Path(f).resolve().name for f in folders), map(read_run, folders)))
+    if len(runs) < len(folders):
+        runs = dict(zip(map(str, folders), map(read_run, folders)))
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; choose another name with --curves, or give --overwrite")
+    settings = []
+    for folder in folders:
+        try:
+            settings.append(json.loads((Path(folder) / "args.json").read_text()))
+        except (OSError, ValueError):
+            settings.append({})
+    width = max(map(len, runs)) + 2
+    print(" " * width + f"{'steps':>8}{'seconds':>9}{'PSNR-Y':>9}{'SSIM-Y':>9}{'best':>9}{'at step':>9}  differs in")
+    keys = sorted({k for s in settings for k in s} - {"out", "overwrite", "every", "workers"})
+    for (name, rows), own in zip(runs.items(), settings):
+        best, last = max(rows, key=lambda row: row["psnr_y"]), rows[-1]
+        differs = [f"{k}={own.get(k)}" for k in keys if any(s.get(k) != own.get(k) for s in settings)]
+        print(f"{tile.printable(name):<{width}}{last['step']:>8.0f}{last['seconds']:>9.0f}{last['psnr_y']:>9.2f}"
+              f"{last.get('ssim_y', math.nan):>9.4f}{best['psnr_y']:>9.2f}{best['step']:>9.0f}  {' '.join(differs)}")
+    with tile.replacing(out) as part:
+        draw_curves(runs).save(part, "PNG")
+    print(f"curves: {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -220,8 +307,11 @@ def main():
         description="PSNR and SSIM of models beside bicubic and Lanczos, over a folder of pictures.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python evaluate.py --data wallpapers/ --recipe web --weights runs/mine/best.safetensors\n"
-               "  python evaluate.py --data hr/ --lr lr/ --weights a.safetensors b.safetensors --each --csv table.csv")
-    p.add_argument("--data", required=True, type=Path, help="folder of HR pictures, or one picture")
+               "  python evaluate.py --data hr/ --lr lr/ --weights a.safetensors b.safetensors --each --csv table.csv\n"
+               "  python evaluate.py runs/a runs/b")
+    p.add_argument("runs", nargs="*", type=Path, help="training runs to lay side by side, instead of everything below")
+    p.add_argument("--curves", type=Path, default=Path("curves.png"), help="where their curves go (default: curves.png)")
+    p.add_argument("--data", type=Path, help="folder of HR pictures, or one picture")
     p.add_argument("--recipe", help=f"make the LR pictures: {', '.join(degrade.RECIPES)}, mixes (default: bicubic)")
     p.add_argument("--lr", type=Path, help="take the LR pictures from this folder instead, by name")
     p.add_argument("--weights", nargs="+", metavar="FILE",
@@ -250,6 +340,15 @@ def main():
 def run(args):
     """The command, its arguments parsed. Raises ValueError for what one line can say."""
     tile.keep_freed_memory()
+    if args.runs:
+        if args.data:
+            raise ValueError("give training runs to compare, or --data to measure models on, not both")
+        try:
+            return compare(args.runs, args.curves, args.overwrite)
+        except OSError as e:
+            raise ValueError(f"cannot write {args.curves}: {e.strerror}") from None
+    if not args.data:
+        raise ValueError("--data is missing: the folder of HR pictures to measure on (or name training runs to compare)")
     if args.lr and args.recipe:
         raise ValueError("--lr and --recipe exclude each other; give one")
     if args.whole and args.tile_size is not None:

@@ -44,14 +44,11 @@ CONV_SCALE = 0.01                     # weight of the convolutional branch; not 
 OVERLAP = 0.5                         # overlapping windows are this much wider than plain ones
 FEATURES = 64                         # channels of the upsampler
 
-
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message is one line and says why."""
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # attention
-
 
 def position_index(window, wide):
     """Index into the relative position table for queries in a window and keys in a window `wide` >= window pixels wide
@@ -64,7 +61,6 @@ def position_index(window, wide):
         rel = k[:, None, :] - q[:, :, None] + window - wide + 1
     return rel[0] * (window + wide - 1) + rel[1]
 
-
 def shift_mask(h, w, window, device):
     """Added to the attention of windows shifted by window/2: -100 between pixels that only the cyclic shift made
     neighbours. (h/window * w/window, 1, window^2, window^2)."""
@@ -74,7 +70,6 @@ def shift_mask(h, w, window, device):
     r = region(h)[:, None] * 3 + region(w)[None, :]
     r = rearrange(r, "(y i) (x j) -> (y x) 1 (i j)", i=window, j=window)
     return (r[..., :, None] != r[..., None, :]) * -100.0
-
 
 def attend(q, k, v, bias):
     """softmax(q k^T / sqrt(d) + bias) v, with q (N, heads, n, d), k and v (N, heads, m, d), bias (1 or windows, heads,
@@ -91,7 +86,6 @@ def attend(q, k, v, bias):
         return rearrange(out, "b n h t d -> (b n) t (h d)")
     return rearrange(out, "n h t d -> n t (h d)")
 
-
 class LayerNorm(nn.LayerNorm):
     """Normalises the fp32 residual stream and hands on the type that autocast computes in, cast once."""
 
@@ -99,16 +93,12 @@ class LayerNorm(nn.LayerNorm):
         y, device = super().forward(x), x.device.type
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
+def mlp(dim):
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 2 * dim), act=nn.GELU(), fc2=nn.Linear(2 * dim, dim)))
 
-class Mlp(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * dim)
-        self.fc2 = nn.Linear(2 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
+def bias_of(table, index):
+    """Relative position bias: (entries, heads) table and (n, m) index -> (1, heads, n, m)."""
+    return table.t().contiguous()[None, :, index]
 
 class WindowAttention(nn.Module):
     def __init__(self, dim, window, heads):
@@ -119,14 +109,12 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, index, mask):
-        b, h, w, _ = x.shape
-        t = self.window
+        (b, h, w, _), t = x.shape, self.window
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
         q, k, v = (rearrange(y, "n t (h d) -> n h t d", h=self.heads) for y in self.qkv(x).chunk(3, -1))
-        bias = self.relative_position_bias_table.t().contiguous()[:, index][None]
+        bias = bias_of(self.relative_position_bias_table, index)
         x = self.proj(attend(q, k, v, bias if mask is None else bias + mask))
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
-
 
 class ChannelAttention(nn.Module):
     """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input."""
@@ -140,7 +128,6 @@ class ChannelAttention(nn.Module):
         s = self.attention[1:](x.mean((1, 2))[:, :, None, None]) * CONV_SCALE
         return x * s.flatten(1)[:, None, None]
 
-
 class CAB(nn.Module):
     """The convolutional branch, its output already times CONV_SCALE."""
 
@@ -152,14 +139,12 @@ class CAB(nn.Module):
     def forward(self, x):
         return self.cab[3](self.cab[:3](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
-
 def drop_path(x, p, training):
     """Stochastic depth (Huang et al., ECCV 2016): forget a whole branch for some pictures of the batch."""
     if p == 0 or not training:
         return x
     keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= p
     return x * (keep / (1 - p)).to(x.dtype)
-
 
 class HAB(nn.Module):
     """Hybrid attention block: window attention beside a convolutional branch, then an MLP."""
@@ -171,18 +156,16 @@ class HAB(nn.Module):
         self.attn = WindowAttention(dim, window, heads)
         self.conv_block = CAB(dim, compress, squeeze)
         self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = mlp(dim)
 
     def forward(self, x, index, mask):
-        y = self.norm1(x)
-        s = self.shift
+        y, s = self.norm1(x), self.shift
         if s:
             a = self.attn(y.roll((-s, -s), (1, 2)), index, mask).roll((s, s), (1, 2))
         else:
             a = self.attn(y, index, None)
         x = x + (drop_path(a, self.p, self.training) + self.conv_block(y))
         return x + drop_path(self.mlp(self.norm2(x)), self.p, self.training)
-
 
 def widen(x, dim, window, edge):
     """Gives every window along dim `edge` pixels of each neighbour: n windows of `window` become n of window + 2 edge.
@@ -195,7 +178,6 @@ def widen(x, dim, window, edge):
     after = torch.cat([x.narrow(dim, 1, n - 1).narrow(dim + 1, 0, edge), none], dim)
     return torch.cat([before, x, after], dim + 1).flatten(dim, dim + 1)
 
-
 class OCAB(nn.Module):
     """Overlapping cross-attention block: queries look into a window wider than their own."""
 
@@ -207,7 +189,7 @@ class OCAB(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros((window + self.wide - 1) ** 2, heads))
         self.proj = nn.Linear(dim, dim)
         self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = mlp(dim)
 
     def forward(self, x, index):
         b, h, w, c = x.shape
@@ -216,39 +198,30 @@ class OCAB(nn.Module):
         q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) h (i j) d", i=t, j=t, h=heads)
         kv = widen(widen(qkv[..., c:], 1, t, edge), 2, t, edge)
         k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) h (i j) d", two=2, h=heads, i=wide, j=wide)
-        bias = self.relative_position_bias_table.t().contiguous()[:, index][None]
+        bias = bias_of(self.relative_position_bias_table, index)
         a = rearrange(attend(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
         x = x + self.proj(a)
         return x + self.mlp(self.norm2(x))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the network
 
-
-class ResidualGroup(nn.Module):
-    def __init__(self, dim, depth, window, heads, compress, squeeze, ps):
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            HAB(dim, window, heads, compress, squeeze, shift=window // 2 * (i % 2), p=ps[i]) for i in range(depth))
-        self.overlap_attn = OCAB(dim, window, heads)
-
-
 class RHAG(nn.Module):
-    """Residual hybrid attention group."""
+    """Residual hybrid attention group: HABs, every second one shifted, then one OCAB and a convolution."""
 
     def __init__(self, dim, depth, window, heads, compress, squeeze, ps):
         super().__init__()
-        self.residual_group = ResidualGroup(dim, depth, window, heads, compress, squeeze, ps)
+        self.residual_group = nn.ModuleDict(dict(
+            blocks=nn.ModuleList(HAB(dim, window, heads, compress, squeeze, window // 2 * (i % 2), ps[i]) for i in range(depth)),
+            overlap_attn=OCAB(dim, window, heads)))
         self.conv = nn.Conv2d(dim, dim, 3, 1, 1)
 
     def forward(self, x, index_sa, index_oca, mask, run):
         y = x
-        for block in self.residual_group.blocks:
+        for block in self.residual_group["blocks"]:
             y = run(block, y, index_sa, mask)
-        y = run(self.residual_group.overlap_attn, y, index_oca)
+        y = run(self.residual_group["overlap_attn"], y, index_oca)
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
 
 def pad_to(x, multiple):
     """Mirrors (B, C, H, W) at its right and bottom to multiples of `multiple`, again and again where it is too small
@@ -260,7 +233,6 @@ def pad_to(x, multiple):
             i = torch.arange(want, device=x.device) % max(2 * n - 2, 1)
             x = x.index_select(dim, torch.minimum(i, 2 * n - 2 - i))
     return x
-
 
 class HAT(nn.Module):
     """forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale*H, scale*W), about [0, 1] (not clamped). Any H, W >= 1.
@@ -291,19 +263,18 @@ class HAT(nn.Module):
         self.upsample = nn.Sequential(*[m for r in factors for m in (nn.Conv2d(FEATURES, r * r * FEATURES, 3, 1, 1),
                                                                      nn.PixelShuffle(r))])
         self.conv_last = nn.Conv2d(FEATURES, 3, 3, 1, 1)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
-            if isinstance(m, (WindowAttention, OCAB)):
-                nn.init.trunc_normal_(m.relative_position_bias_table, std=0.02)
+        for name, p in self.named_parameters():
+            if "relative_position_bias_table" in name or (p.dim() == 2 and name.endswith("weight")):
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith(("qkv.bias", "proj.bias", "fc1.bias", "fc2.bias")):
+                nn.init.zeros_(p)
         if init == "warm":
             self.warm_start()
 
     def compile_blocks(self):
         """torch.compile for each attention block; blocks of one kind share what is compiled."""
         for layer in self.layers:
-            for block in (*layer.residual_group.blocks, layer.residual_group.overlap_attn):
+            for block in (*layer.residual_group["blocks"], layer.residual_group["overlap_attn"]):
                 block.compile()
 
     @torch.no_grad()
@@ -351,7 +322,6 @@ class HAT(nn.Module):
             x = self.conv_last(x.to(self.conv_last.weight.dtype)) + self.mean
         return x[..., :h * self.scale, :w * self.scale]
 
-
 class HATRefiner(nn.Module):
     """HAT (`hat_model`), then a small residual network over the whole SR picture (`residual_block`, `out_conv`) that
     learns to erase what HAT on tiles leaves at their borders. `out_conv` starts at zero: untrained, it changes nothing.
@@ -385,62 +355,51 @@ class HATRefiner(nn.Module):
             sr = sr + self.out_conv(self.residual_block(sr)).float()
         return sr
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # weights files
 
-
 def sizes(state):
     """The arguments of HATRefiner that a state dict was made with, read from its shapes."""
-    def shape(name):
-        return state[name].shape
+    hat, block = "hat_model.", "hat_model.layers.0.residual_group.blocks.0."
     try:
-        dim = shape("hat_model.conv_first.weight")[0]
-        block = "hat_model.layers.0.residual_group.blocks.0."
-        groups = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("hat_model.layers."))
+        dim = len(state[hat + "conv_first.weight"])
+        table = state[block + "attn.relative_position_bias_table"]
+        blocks = {tuple(map(int, k.split(".")[2:6:3])) for k in state if ".residual_group.blocks." in k}
         found = dict(
-            embed_dim=dim,
-            depths=tuple(len({k.split(".")[5] for k in state if k.startswith(f"hat_model.layers.{i}.residual_group.blocks.")})
-                         for i in range(groups)),
-            heads=shape(block + "attn.relative_position_bias_table")[1],
-            window=(math.isqrt(shape(block + "attn.relative_position_bias_table")[0]) + 1) // 2,
-            compress=dim // shape(block + "conv_block.cab.0.weight")[0],
-            squeeze=dim // shape(block + "conv_block.cab.3.attention.1.weight")[0])
-        found["scale"] = 4 if "hat_model.upsample.2.weight" in state else \
-            math.isqrt(shape("hat_model.upsample.0.weight")[0] // FEATURES)
+            embed_dim=dim, depths=tuple(sum(g == i for g, _ in blocks) for i in range(1 + max(g for g, _ in blocks))),
+            heads=table.shape[1], window=(math.isqrt(len(table)) + 1) // 2,
+            compress=dim // len(state[block + "conv_block.cab.0.weight"]),
+            squeeze=dim // len(state[block + "conv_block.cab.3.attention.1.weight"]),
+            scale=4 if hat + "upsample.2.weight" in state else math.isqrt(len(state[hat + "upsample.0.weight"]) // FEATURES))
         if "residual_block.0.weight" in state:
-            found["refiner_dim"] = shape("residual_block.0.weight")[0]
+            found["refiner_dim"] = len(state["residual_block.0.weight"])
     except (KeyError, IndexError, ValueError):
         raise WeightsError("this is no HAT: its layers have other names") from None
     return found
 
-
 def preset_of(found):
     """The name of the preset with these sizes, or None."""
-    for name, preset in PRESETS.items():
-        if all(found.get(k, v) == v for k, v in preset.items()):
-            return name
-    return None
+    return next((name for name, preset in PRESETS.items() if all(found.get(k, v) == v for k, v in preset.items())), None)
 
-
-def read_weights(path):
+def read_weights(path, header_only=False):
     """(state dict with names of HATRefiner, header dict) from one of our .safetensors files or an official .pth or
-    .safetensors of plain HAT. Raises WeightsError."""
-    path = Path(path)
+    .safetensors of plain HAT; header_only leaves the state dict empty. Raises WeightsError."""
+    path, header = Path(path), {}
     if not path.is_file():
         raise WeightsError(f"no weights file {path}")
-    header = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
                 header = json.loads((f.metadata() or {}).get("kabegami", "{}"))
-                state = {k: f.get_tensor(k) for k in f.keys()}
+                state = {k: f.get_tensor(k) for k in ([] if header_only else f.keys())}
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {} if header_only else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, ValueError, RuntimeError, KeyError, AttributeError) as e:
         raise WeightsError(f"{path} cannot be read: cut short or no weights file ({type(e).__name__})") from None
     except Exception as e:   # pickle's UnpicklingError and whatever else a file that is no checkpoint sets off
         raise WeightsError(f"{path} is no plain weights file, and only plain ones are opened ({type(e).__name__})") from None
+    if header_only:
+        return {}, header
     for wrap in ("params_ema", "params", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrap), dict):
             state = state[wrap]
@@ -450,40 +409,33 @@ def read_weights(path):
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
-    if "conv_first.weight" in state:
-        state = {"hat_model." + k: v for k, v in state.items()}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, header
+    hat = "hat_model." if "conv_first.weight" in state else ""
+    return {hat + k: v.float() if v.is_floating_point() else v for k, v in state.items()}, header
 
-
-def load_into(model, path, strict=True):
-    """Loads a weights file into a HATRefiner of the same sizes; a plain HAT leaves the refiner as it is. strict=False
-    takes what fits by name and shape. Returns the file's header. Raises WeightsError naming every key that is missing,
-    unexpected or of another shape."""
-    state, header = read_weights(path)
-    fit(model, state, path, strict)
-    return header
-
-
-def fit(model, state, path, strict):
-    """load_into for a state dict that has been read already; path is for the message."""
+def fit(model, state, path, strict=True):
+    """Puts a state dict into a HATRefiner of the same sizes; a plain HAT leaves the refiner as it is. strict=False takes
+    what fits by name and shape. Raises WeightsError (path is for its message) naming every key that is missing, unexpected
+    or of another shape."""
     own = model.state_dict()
     if not any(k.startswith(("residual_block.", "out_conv.")) for k in state):
         own = {k: v for k, v in own.items() if k.startswith("hat_model.")}
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    other = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state.keys()
-             if state[k].shape != own[k].shape]
-    if strict and (missing or unexpected or other):
+    wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "of another shape": {
+        f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape}}
+    if strict and any(wrong.values()):
         try:
             theirs = sizes(state)
             what = f"it is {preset_of(theirs) or theirs} {theirs['scale']}x"
         except WeightsError as e:
             what = str(e)
-        said = [f"{name}: {', '.join(keys)}" for name, keys in
-                (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(other))) if keys]
-        raise WeightsError(f"{path} does not fit this model ({what}); {'; '.join(said)}")
+        said = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in wrong.items() if keys)
+        raise WeightsError(f"{path} does not fit this model ({what}); {said}")
     model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
 
+def load_into(model, path, strict=True):
+    """Loads a weights file into a HATRefiner, as fit() does. Returns the file's header. Raises WeightsError."""
+    state, header = read_weights(path)
+    fit(model, state, path, strict)
+    return header
 
 def load(path, device="cpu", strict=True):
     """A HATRefiner in eval mode with the sizes and weights of the file. Raises WeightsError."""
@@ -498,7 +450,6 @@ def load(path, device="cpu", strict=True):
     model.refine = bool(model.out_conv.weight.any() or model.out_conv.bias.any())
     return model.eval().to(device)
 
-
 def write_atomic(path, data):
     """Bytes into a file that is there whole or not at all."""
     path = Path(path)
@@ -509,7 +460,6 @@ def write_atomic(path, data):
     finally:
         tmp.unlink(missing_ok=True)
 
-
 def save(model, path, header=None, dtype=None):
     """Writes a HATRefiner as one .safetensors file: its weights (as `dtype` if given) and a JSON header under the
     metadata key `kabegami`, holding sizes and scale beside whatever `header` adds. Raises OSError."""
@@ -519,17 +469,15 @@ def save(model, path, header=None, dtype=None):
     about = {"preset": preset_of(found), "scale": model.scale, "sizes": found, **(header or {})}
     write_atomic(path, to_safetensors(state, {"kabegami": json.dumps(about)}))
 
-
 def export_hat(model, path):
     """Writes the plain HAT (without the refiner) under its official names, .safetensors or .pth (`params_ema`), for
     spandrel, chaiNNer, ComfyUI and HAT's own code."""
-    state = {k: v.detach().cpu().contiguous() for k, v in model.hat_model.state_dict().items()}
+    state, buffer = {k: v.detach().cpu().contiguous() for k, v in model.hat_model.state_dict().items()}, io.BytesIO()
     if Path(path).suffix == ".safetensors":
-        return write_atomic(path, to_safetensors(state))
-    buffer = io.BytesIO()
-    torch.save({"params_ema": state}, buffer)
+        buffer.write(to_safetensors(state))
+    else:
+        torch.save({"params_ema": state}, buffer)
     write_atomic(path, buffer.getvalue())
-
 
 def find_weights():
     """The weights to use when none are named: shipped ones beside this file (`web-low` first), otherwise the newest
@@ -540,7 +488,6 @@ def find_weights():
         raise WeightsError("no weights in weights/ and no run in runs/; name some with --weights, or train some: "
                            "python train.py --stage 1 --patch 64")
     return (shipped + runs)[0]
-
 
 def main():
     p = argparse.ArgumentParser(description="Says what is in a weights file; with OUT, exports its plain HAT.",
@@ -564,7 +511,6 @@ def main():
     except (WeightsError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

@@ -373,7 +373,7 @@ def train(args, rank, ranks):
         f"{'bf16' if amp else 'fp32'}, {validation.count} validation pictures, "
         f"bicubic {validation.bicubic['psnr_y']:.2f} dB" + (f", going on at step {step}" if step else ""), flush=True)
     batches = data.Batches([patches], args.steps, args.batch, args.patch, args.scale, args.recipe, args.seed,
-                           args.busiest, rank, ranks)
+                           args.busiest, rank=rank, ranks=ranks)
     began = last = time.time()
     first, skipped, live = step, 0, sys.stderr.isatty() and not rank
     for lr, hr in data.loader(batches, step, args.workers):
