@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw
 import data
 import degrade
 import evaluate
+from demo import draw_demo
 from losses import Charbonnier
 from model import PRESETS, HATRefiner, load_into, save, write_atomic
 from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory
@@ -312,7 +313,7 @@ def train(args, rank, ranks):
         dist.barrier()      # rank 0 draws and packs, the others find it done
     if not args.data and not (DEMO / "val").is_dir():
         print(f"no --data: drawing demo pictures into {DEMO}")
-        data.draw_demo(DEMO)
+        draw_demo(DEMO, progress=data.progress)
     side = args.patch * args.scale
     size = max(256, -(-side * 3 // 2 // 64) * 64)       # room for a random crop in every patch
     name = f"{Path(folders[0]).name}-{zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode()):08x}-{size}"

@@ -22,6 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data                                                            # noqa: E402
+import demo                                                            # noqa: E402
 import tile                                                            # noqa: E402
 from model import HAT, PRESETS, HATRefiner                              # noqa: E402
 
@@ -196,7 +197,7 @@ def memory(args):
 
 def loader(args):
     with tempfile.TemporaryDirectory() as folder:
-        data.draw_demo(Path(folder) / "demo", train=6, val=1)
+        demo.draw_demo(Path(folder) / "demo", train=6, val=1)
         file = data.pack([Path(folder) / "demo" / "train"], Path(folder) / "p.safetensors", 256, log=lambda *_: None)
         print("\n| loader, recipe | workers | patches of 64x64 LR a second |\n|---|---|---|")
         for recipe in ("bicubic", "web"):

@@ -33,6 +33,10 @@ JOBS = {
         save_picture("b.png", Picture(rgb=up[0]))
         assert Image.open("b.png").size == (80, 60) and Image.open("b.png").getpixel((3, 3)) == (200, 100, 50)
     """,
+    "demo": """
+        draw_demo("drawn", train=1, val=1)
+        assert len(list(Path("drawn").glob("*/*.png"))) == 2
+    """,
     "scrape": "",
 }
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import data
 import degrade
+import demo as room
+from demo import draw_demo
 import tile
 
 HERE = Path(__file__).parent.parent
@@ -294,7 +296,7 @@ def test_broken_patch_files_are_one_line(packed, tmp_path):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn") / "demo"
-    data.draw_demo(folder, train=5, val=4)
+    draw_demo(folder, train=5, val=4)
     return folder
 
 
@@ -314,18 +316,18 @@ def test_demo_pictures_are_many_and_detailed(demo):
 
 
 def test_demo_is_drawn_from_its_seed_and_complete_or_absent(demo, tmp_path, monkeypatch):
-    data.draw_demo(tmp_path / "again", train=1, val=1)
-    data.draw_demo(tmp_path / "other", seed=1, train=1, val=0)
+    draw_demo(tmp_path / "again", train=1, val=1)
+    draw_demo(tmp_path / "other", seed=1, train=1, val=0)
     assert (tmp_path / "again/train/000_meadow.png").read_bytes() == (demo / "train/000_meadow.png").read_bytes()
     assert (tmp_path / "other/train/000_meadow.png").read_bytes() != (demo / "train/000_meadow.png").read_bytes()
     with pytest.raises(FileExistsError):
-        data.draw_demo(tmp_path / "again")
+        draw_demo(tmp_path / "again")
 
     def stop(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "portrait", stop)
+    monkeypatch.setattr(room, "portrait", stop)
     with pytest.raises(KeyboardInterrupt):
-        data.draw_demo(tmp_path / "stopped", train=2, val=0)
+        draw_demo(tmp_path / "stopped", train=2, val=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "other"]
 
 
@@ -352,3 +354,43 @@ def test_no_room_leaves_nothing(zoo, tmp_path):
     assert one_line_error(command("pack", zoo, "-o", tmp_path / "file/p.safetensors", "--size", 64, "--min-side", 32))
     full = command("demo", tmp_path / "demo", "--train", 1, "--val", 0, before="ulimit -f 8; ")
     assert one_line_error(full) and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---- batches of several kinds
+
+def test_ranks_share_one_batch(packed):
+    whole = data.Batches(packed[0], 3, 6, 16, 2, "web", 5, busiest=2)
+    parts = [data.Batches(packed[0], 3, 2, 16, 2, "web", 5, busiest=2, rank=r, ranks=3) for r in range(3)]
+    for step in range(3):
+        assert same([whole[step]], [tuple(map(torch.cat, zip(*(p[step] for p in parts))))])
+
+
+def test_busiest_prefers_detail(tmp_path):
+    flat, busy = np.full((64, 64, 3), 200, np.uint8), noise(64, 64)
+    for i, pixels in enumerate((flat, flat, flat, busy)):
+        save(tmp_path / "in" / f"{i}.png", pixels)
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=32, log=lambda _: None)
+
+    def share(n):
+        ds = data.Batches(out, 10, 8, 16, 2, "bicubic", 0, busiest=n)
+        return np.mean([(ds[i][1].flatten(1).std(1) > 0.05).float().mean().item() for i in range(10)])
+    assert abs(share(1) - 0.25) < 0.02 and share(4) > 0.6
+    assert data.detail(busy) > data.detail(flat) == 0
+
+
+def test_patches_of_mixed_size(packed):
+    ds = data.Batches(packed[0], 40, 8, (24, 8, 16), 2, "bicubic", 0)
+    shapes = {tuple(ds[i][0].shape) for i in range(40)}
+    assert shapes == {(8, 3, 8, 8), (2, 3, 16, 16), (1, 3, 24, 24)}
+    assert all(ds[i][1].shape[-1] == 2 * ds[i][0].shape[-1] for i in range(5)) and same([ds[7]], [ds[7]])
+
+
+def test_shares_of_files(tmp_path):
+    files = []
+    for k, count in enumerate((1, 9)):
+        for i in range(count):
+            save(tmp_path / str(k) / f"{i}.png", np.full((32, 32, 3), 250 * k, np.uint8))
+        files.append(data.pack(tmp_path / str(k), tmp_path / f"{k}.safetensors", size=32, min_side=32, log=lambda _: None))
+    ds = data.Batches(files, 20, 20, 16, 2, "bicubic", 0, shares=(0.7, 0.3))
+    dark = np.mean([(ds[i][1][:, 0, 0, 0] < 0.5).float().mean().item() for i in range(20)])
+    assert 0.63 < dark < 0.77

@@ -2,6 +2,7 @@
 table and the CSV against scores computed here."""
 import csv
 import errno
+import json
 import re
 import sys
 
@@ -370,3 +371,48 @@ def test_full_disk_leaves_no_half_table(hr_folder, tmp_path, monkeypatch, capsys
                              "--csv", tmp_path / "tables" / "t.csv")
     assert code == 2 and "No space left on device" in err.splitlines()[-1] and "bicubic" in out
     assert not list((tmp_path / "tables").iterdir())
+
+
+# ---- runs side by side
+
+def log_of(folder, rows, **settings):
+    folder.mkdir(parents=True)
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    (folder / "log.csv").write_text("\n".join([",".join(names), *(",".join(str(r.get(k, "")) for k in names) for r in rows)]))
+    (folder / "args.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_runs_are_laid_side_by_side(tmp_path, capsys, monkeypatch):
+    a = log_of(tmp_path / "a", [dict(step=10, pix=0.2, seconds=5, psnr_y=30.0, ssim_y=0.9),
+                                dict(step=20, pix=0.1, adv=0.5, seconds=9, psnr_y=29.5, ssim_y=0.91)], lr=0.1, seed=0)
+    b = log_of(tmp_path / "ラン", [dict(step=20, pix=0.3, seconds=8, psnr_y=31.25, ssim_y=0.92)], lr=0.2, seed=0)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(a), str(b), "--curves", str(tmp_path / "c.png")])
+    evaluate.main()
+    said = capsys.readouterr().out
+    assert "30.00" in said and "31.25" in said and "lr=0.1" in said and "lr=0.2" in said and "seed" not in said
+    picture = Image.open(tmp_path / "c.png")
+    assert picture.size == (720, 3 * 220)         # PSNR, pix, adv
+    pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
+    assert all((pixels == colour).all(1).any() for colour in ((200, 40, 90), (30, 90, 200)))
+    with pytest.raises(SystemExit) as e:
+        evaluate.main()
+    assert e.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", (None, "step,psnr_y,seconds\n", "step,psnr_y,seconds\n1,x,2\n", "a,b\n1,2\n"))
+def test_a_folder_that_is_no_run(tmp_path, capsys, monkeypatch, text):
+    if text is not None:
+        (tmp_path / "log.csv").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--curves", str(tmp_path / "c.png")])
+    with pytest.raises(SystemExit) as e:
+        evaluate.main()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_without_data_or_runs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit) as e:
+        evaluate.main()
+    assert e.value.code == 2 and "--data is missing" in capsys.readouterr().err
