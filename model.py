@@ -43,6 +43,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)   # of DIV2K
 CONV_SCALE = 0.01                     # weight of the convolutional branch; not stored in official files, so fixed
 OVERLAP = 0.5                         # overlapping windows are this much wider than plain ones
 FEATURES = 64                         # channels of the upsampler
+CHUNK = 128                           # windows at a time in attention without gradients, on a CPU
 
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message is one line and says why."""
@@ -71,20 +72,23 @@ def shift_mask(h, w, window, device):
     r = rearrange(r, "(y i) (x j) -> (y x) 1 (i j)", i=window, j=window)
     return (r[..., :, None] != r[..., None, :]) * -100.0
 
-def attend(q, k, v, bias):
-    """softmax(q k^T / sqrt(d) + bias) v, with q (N, heads, n, d), k and v (N, heads, m, d), bias (1 or windows, heads,
-    n, m); N is a multiple of windows. Returns (N, n, heads * d)."""
+def attend(q, k, v, bias, mask=None):
+    """softmax(q k^T / sqrt(d) + bias + mask) v, with q (N, heads, n, d), k and v (N, heads, m, d), bias (1, heads, n, m),
+    mask (windows, 1, n, m) or None; N is a multiple of windows. Returns (N, n, heads * d)."""
     if q.is_cuda:
-        # a bias that repeats over the batch is not expanded unless the windows differ
-        bias = bias if len(bias) == 1 else bias.repeat(len(q) // len(bias), 1, 1, 1)
+        bias = bias if mask is None else (bias + mask).repeat(len(q) // len(mask), 1, 1, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
-    else:
-        # on a CPU the plain products beat scaled_dot_product_attention at these sizes, and the bias gets its gradient
-        q, k, v = (x.unflatten(0, (-1, len(bias))) for x in (q, k, v))
-        a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        out = a.add_(bias.to(a.dtype)).softmax(-1) @ v
-        return rearrange(out, "b n h t d -> (b n) t (h d)")
-    return rearrange(out, "n h t d -> n t (h d)")
+        return rearrange(out, "n h t d -> n t (h d)")
+    if not torch.is_grad_enabled() and len(q) > CHUNK:      # on a CPU what fits the cache is done sooner
+        parts = [slice(i, i + CHUNK) for i in range(0, len(q), CHUNK)]
+        masks = mask if mask is None or len(mask) == len(q) else mask.repeat(len(q) // len(mask), 1, 1, 1)
+        return torch.cat([attend(q[p], k[p], v[p], bias, mask if mask is None else masks[p]) for p in parts])
+    # there the plain products beat scaled_dot_product_attention at these sizes, and the bias gets its gradient
+    windows = 1 if mask is None else len(mask)
+    q, k, v = (x.unflatten(0, (-1, windows)) for x in (q, k, v))
+    a = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).add_(bias.to(q.dtype))
+    out = (a if mask is None else a.add_(mask.to(q.dtype))).softmax(-1) @ v
+    return rearrange(out, "b n h t d -> (b n) t (h d)")
 
 class LayerNorm(nn.LayerNorm):
     """Normalises the fp32 residual stream and hands on the type that autocast computes in, cast once."""
@@ -113,7 +117,7 @@ class WindowAttention(nn.Module):
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
         q, k, v = (rearrange(y, "n t (h d) -> n h t d", h=self.heads) for y in self.qkv(x).chunk(3, -1))
         bias = bias_of(self.relative_position_bias_table, index)
-        x = self.proj(attend(q, k, v, bias if mask is None else bias + mask))
+        x = self.proj(attend(q, k, v, bias, mask))
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
 
 class ChannelAttention(nn.Module):

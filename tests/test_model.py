@@ -367,3 +367,17 @@ def test_command_line(tiny, tmp_path):
     assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
     again = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_attention_in_chunks_is_the_same(batch, monkeypatch):
+    """Without gradients windows are taken some at a time; shifted ones keep their own masks."""
+    torch.manual_seed(0)
+    net = HAT(2, **{k: v for k, v in PRESETS["tiny"].items() if k != "refiner_dim"}).eval()
+    for p in net.parameters():
+        p.data.add_(torch.randn_like(p) * 0.05)
+    x = torch.rand(batch, 3, 20, 28)
+    whole = net(x)
+    monkeypatch.setattr(M, "CHUNK", 4)
+    with torch.no_grad():
+        assert (net(x) - whole).abs().max() < 1e-5
