@@ -121,7 +121,9 @@ class WindowAttention(nn.Module):
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input."""
+    """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input. Where that is only a tile,
+    `global_pool`, a callable (B, H, W, C) -> (B, C), puts the mean of the whole picture in its place."""
+    global_pool = None
 
     def __init__(self, dim, squeeze):
         super().__init__()
@@ -129,7 +131,8 @@ class ChannelAttention(nn.Module):
                                        nn.Conv2d(dim // squeeze, dim, 1), nn.Sigmoid())
 
     def forward(self, x):
-        s = self.attention[1:](x.mean((1, 2))[:, :, None, None]) * CONV_SCALE
+        mean = self.global_pool(x) if self.global_pool else x.mean((1, 2))
+        s = self.attention[1:](mean[:, :, None, None]) * CONV_SCALE
         return x * s.flatten(1)[:, None, None]
 
 class CAB(nn.Module):
@@ -332,6 +335,7 @@ class HATRefiner(nn.Module):
 
     forward(lr, tiler=None): (B, 3, H, W) in [0, 1] -> (B, 3, scale*H, scale*W), not clamped. tiler(hat_model, lr, scale)
     runs HAT tile by tile. `refine = False` leaves the refiner out (load() does so where it is untrained)."""
+    reach = 4   # pixels of sr that the refiner looks at around each
 
     def __init__(self, scale=2, refiner_dim=32, **hat):
         super().__init__()
@@ -354,10 +358,11 @@ class HATRefiner(nn.Module):
         return model
 
     def forward(self, lr, tiler=None):
-        sr = self.hat_model(lr) if tiler is None else tiler(self.hat_model, lr, self.scale)
-        if self.refine:
-            sr = sr + self.out_conv(self.residual_block(sr)).float()
-        return sr
+        return self.refined(self.hat_model(lr) if tiler is None else tiler(self.hat_model, lr, self.scale))
+
+    def refined(self, sr):
+        """HAT's sr (B, 3, H, W) with the refiner's correction."""
+        return sr + self.out_conv(self.residual_block(sr)).float() if self.refine else sr
 
 # ----------------------------------------------------------------------------------------------------------------------
 # weights files

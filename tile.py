@@ -1,8 +1,10 @@
-"""Any picture, any size, through a model without seams. Three rooms: pictures in and out (the only place where
-they are opened and saved), the tiler, the upscaling command.
+"""Any picture, any size, through a model without seams. Four rooms: pictures in and out (the only place where they
+are opened and saved), the tiler, a whole picture in bounded memory, the upscaling command.
 
     python tile.py wallpaper.png -o bigger.png
     python tile.py folder more/pictures -o big --weights runs/NAME/best.safetensors
+    python tile.py folder -o 4k --fit 3840x2160 --crop focus --skip-larger
+    torchrun --nproc_per_node 4 tile.py folder -o big       # four processes share the folder
 
 Needs torch, numpy, Pillow. Copied alone it works with any forward(x) that makes (b, 3, h, w) scale times larger;
 only the command wants model.py beside it.
@@ -10,8 +12,13 @@ only the command wants model.py beside it.
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
+import itertools
+import math
 import os
+import random
+import signal
 import struct
 import sys
 import tempfile
@@ -19,6 +26,8 @@ import time
 import warnings
 import zlib
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +50,15 @@ class PictureError(ValueError):
 @dataclass
 class Picture:
     """rgb (3, H, W) float32 in [0, 1], its orientation applied. alpha (1, H, W) in [0, 1] or None. grey and depth
-    (8 or 16) say how it was stored and will be stored. icc and exif are the raw profiles or None."""
+    (8 or 16) say how it was stored and will be stored. icc and exif are the raw profiles or None. note says what
+    reading changed or left behind."""
     rgb: torch.Tensor
     alpha: torch.Tensor | None = None
     grey: bool = False
     depth: int = 8
     icc: bytes | None = None
     exif: bytes | None = None
+    note: str = ""
 
 
 def printable(path):
@@ -134,11 +145,23 @@ def turned(pixels, orientation):
     return pixels[:, ::-1] if orientation in (2, 4) else pixels
 
 
-def read_picture(path):
+def to_srgb(im, icc):
+    """An 8-bit image in RGB or CMYK and its profile -> (the image in sRGB, the profile's name), or None where the
+    profile makes no sense or this Pillow cannot convert."""
+    try:
+        from PIL import ImageCms
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        name = " ".join(ImageCms.getProfileDescription(profile).split())
+        return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"), name
+    except Exception:  # lcms raises its own kinds
+        return None
+
+
+def read_picture(path, srgb=False):
     """File -> Picture: PNG, JPEG, WebP, AVIF, BMP, TIFF, GIF (first frame), whatever their mode; 16-bit PNGs at full
-    depth. A profile that does not fit RGB or grey (CMYK's, say) is left behind, the rest are kept as they are.
+    depth. Colours keep their profile, with srgb they are converted by it (8 bit only); CMYK is always converted.
     Raises PictureError when the file is missing, cut short, not a picture, or larger than Pillow's bomb limit."""
-    path = Path(path)
+    path, notes = Path(path), []
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a file")
@@ -147,20 +170,39 @@ def read_picture(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as im:
-                pixels = samples(im, path)
+                cmyk = im.mode == "CMYK"
+                by_profile = to_srgb(im, im.info.get("icc_profile") or b"") if cmyk else None
+                pixels = np.asarray(by_profile[0]) if by_profile else samples(im, path)
                 icc = im.info.get("icc_profile") or b""
                 orientation, exif = exif_of(im)
+                if getattr(im, "n_frames", 1) > 1:
+                    notes.append(f"first of {im.n_frames} frames")
+            del im
     except Image.UnidentifiedImageError:
         raise PictureError(f"{printable(path)}: not a picture, or of a kind that Pillow cannot read") from None
     except Exception as e:  # broken files make Pillow raise nearly anything
         reason = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
         raise PictureError(f"{printable(path)}: {reason}") from e
+    if cmyk:
+        notes.append(f"CMYK converted to sRGB {f'by its profile {by_profile[1]}' if by_profile else 'without profile'}")
+    elif srgb and icc and pixels.shape[2] > 2:
+        by_profile = pixels.dtype == np.uint8 and to_srgb(Image.fromarray(np.ascontiguousarray(pixels[..., :3])), icc)
+        if by_profile:
+            pixels, icc = np.concatenate([np.asarray(by_profile[0]), pixels[..., 3:]], -1), b""
+            notes.append(f"{by_profile[1]} converted to sRGB")
+        else:
+            notes.append("profile kept, " + ("it makes no sense" if pixels.dtype == np.uint8 else "16 bit"))
+    if icc[16:20] not in (b"RGB ", b"GRAY"):
+        icc = None
     depth = 16 if pixels.dtype == np.uint16 else 8
-    pixels = np.ascontiguousarray(turned(pixels, orientation).transpose(2, 0, 1))
-    x = torch.from_numpy(pixels.astype(np.float32)).div_(65535 if depth == 16 else 255)
+    pixels = turned(pixels, orientation)
+    x = torch.empty(pixels.shape[2], *pixels.shape[:2])
+    for y in range(0, x.shape[1], 256):
+        rows = torch.from_numpy(pixels[y:y + 256].astype(np.float32, order="C"))
+        x[:, y:y + 256] = rows.permute(2, 0, 1) / (65535 if depth == 16 else 255)
     grey, alpha = len(x) < 3, x[-1:].clone() if len(x) in (2, 4) else None
     rgb = x[:1].repeat(3, 1, 1) if grey else x[:3]
-    return Picture(rgb, alpha, grey, depth, icc if icc[16:20] in (b"RGB ", b"GRAY") else None, exif)
+    return Picture(rgb, alpha, grey, depth, icc, exif, "; ".join(notes))
 
 
 def composite(picture, ground):
@@ -175,7 +217,7 @@ def composite(picture, ground):
 @contextlib.contextmanager
 def replacing(path):
     """A temporary name beside path; becomes path if the block ends well, disappears if it does not."""
-    part = path.with_name(f".{os.getpid()}.part")
+    part = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         yield part
         os.replace(part, path)
@@ -184,73 +226,105 @@ def replacing(path):
             part.unlink(missing_ok=True)
 
 
-def save_picture(path, picture, quality=95):
-    """Picture -> file, its format by the suffix: .png .jpg .jpeg .webp .avif; complete or not at all.
+def save_picture(path, picture, quality=95, dither=False):
+    """Picture -> file; see save_strips."""
+    planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
+    size = picture.rgb.shape[1:]
+    save_strips(path, (torch.cat([p[:, y:y + 256] for p in planes]) for y in range(0, size[0], 256)), size, picture,
+                quality, dither)
 
-    PNG keeps 16 bit, PNG and JPEG keep grey, all but JPEG keep alpha: there the picture is laid on white. quality is
-    for JPEG (always 4:4:4, thin coloured lines need it), WebP and AVIF. Raises PictureError for what the format
-    cannot hold, OSError when the file cannot be written."""
-    path = Path(path)
+
+def save_strips(path, strips, size, picture, quality=95, dither=False):
+    """Strips (3 or, with alpha, 4, h, W) from top to bottom -> file of this size (H, W), its format by the suffix: .png
+    .jpg .jpeg .webp .avif; complete or not at all. What else the file is to hold, picture says (its pixels apart).
+
+    PNG is written strip by strip and keeps 16 bit, PNG and JPEG keep grey, all but JPEG keep alpha: there the picture
+    is laid on white. quality is for JPEG (always 4:4:4, thin coloured lines need it), WebP and AVIF. dither: 8-bit
+    colours are not rounded but scattered between the two nearest levels, so that soft gradients show no bands.
+    Raises PictureError for what the format cannot hold, before the first strip is asked for, and OSError when the file
+    cannot be written."""
+    path, (height, width) = Path(path), size
     kind = WRITES.get(path.suffix.lower())
     if kind is None:
         raise PictureError(f"{printable(path)}: cannot save as {path.suffix or 'a file without suffix'}; "
                            f"use one of {' '.join(WRITES)}")
-    if max(picture.rgb.shape) > LONGEST_SIDE[kind]:
+    if max(size) > LONGEST_SIDE[kind]:
         raise PictureError(f"{printable(path)}: {kind} holds at most {LONGEST_SIDE[kind]} pixels a side; save as .png")
     grey = picture.grey and kind in ("PNG", "JPEG")
-    rgb, alpha = (composite(picture, 1.0), None) if kind == "JPEG" else (picture.rgb, picture.alpha)
-    rgb = rgb.mean(0, keepdim=True) if grey else rgb
+    alpha = picture.alpha is not None and kind != "JPEG"
     depth = 16 if picture.depth == 16 and kind == "PNG" else 8
-    pixels = quantised([rgb] if alpha is None else [rgb, alpha], depth)
     icc = picture.icc if picture.icc and picture.icc[16:20] == (b"GRAY" if grey else b"RGB ") else None
     exif = picture.exif if kind != "JPEG" or len(picture.exif or b"") < 65534 else None  # one JPEG segment
-    memory = io.BytesIO()  # in memory first: Pillow writing straight to a full disk loses the reason
-    if depth == 16:
-        write_png16(memory, pixels, icc, exif)
-    else:
-        extra = {"JPEG": {"subsampling": 0}, "PNG": {}}.get(kind, {})
+
+    def arrays():
+        y = 0
+        for rows in (rows for strip in strips for rows in strip.split(64, 1)):
+            rgb, a = rows[:3], rows[3:]
+            if len(a) and not alpha:
+                rgb, a = rgb * a + 1 - a, a[:0]
+            rgb = rgb.mean(0, keepdim=True) if grey else rgb
+            yield np.concatenate([quantised(rgb, depth, y if dither and depth == 8 else None), quantised(a, depth)], -1)
+            y += rows.shape[1]
+
+    channels = (1 if grey else 3) + alpha
+    with replacing(path) as part, open(part, "wb") as file:
+        if kind == "PNG":
+            return write_png(file, arrays(), height, width, channels, depth, icc, exif)
+        pixels, y = np.empty((height, width, channels), np.uint8), 0
+        for array in arrays():
+            pixels[y:y + len(array)] = array
+            y += len(array)
+        memory = io.BytesIO()  # Pillow writing straight to a full disk loses the reason
+        extra = {"subsampling": 0} if kind == "JPEG" else {}
         extra |= {k: v for k, v in (("icc_profile", icc), ("exif", exif)) if v}
         try:
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(
-                memory, kind, quality=quality, **extra)
+            im = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+            im.save(memory, kind, quality=quality, **extra)
         except (OSError, ValueError, KeyError) as e:
             raise PictureError(f"{printable(path)}: Pillow cannot write this {kind}: {e}") from e
-    with replacing(path) as part:
-        part.write_bytes(memory.getbuffer())
+        file.write(memory.getbuffer())
 
 
-def quantised(planes, depth):
-    """List of (c, H, W) in [0, 1] -> array (H, W, sum of c) of uint8 or uint16, a strip at a time to spare memory."""
-    height, width = planes[0].shape[1:]
-    pixels = np.empty((height, width, sum(len(p) for p in planes)), np.uint16 if depth == 16 else np.uint8)
-    for y in range(0, height, 256):
-        strip = torch.cat([p[:, y:y + 256].detach().float().cpu() for p in planes]).permute(1, 2, 0)
-        pixels[y:y + 256] = strip.clamp(0, 1).mul(2**depth - 1).round().numpy()
-    return pixels
+def quantised(x, depth, dither_at=None):
+    """(c, h, w) in [0, 1] -> array (h, w, c) of uint8 or uint16: rounded, or from row dither_at of its picture on
+    scattered by interleaved gradient noise (Jimenez, SIGGRAPH 2014), which looks even and depends on the place only;
+    whole levels, such as flat black and white, stay as they are."""
+    x = x.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).mul(2**depth - 1).numpy()
+    if dither_at is None:
+        x = x.round()
+    else:
+        rows, columns, c = np.ogrid[dither_at:dither_at + x.shape[0], :x.shape[1], :x.shape[2]]
+        across = (columns + 5.588238 * c) * 0.06711056
+        noise = (52.9829189 * ((across + rows * 0.00583715) % 1) % 1).astype(np.float32)
+        x = np.floor(x + noise * 0.999 + 0.0005)  # a whole level less some rounding error is one still
+    return x.astype(np.uint16 if depth == 16 else np.uint8)
 
 
-def write_png16(file, pixels, icc, exif):
-    """uint16 array (H, W, 1..4) as PNG, every row Paeth-filtered: Pillow writes 16 bit for grey only."""
+def write_png(file, strips, height, width, channels, depth, icc=None, exif=None):
+    """Arrays (h, W, 1..4) of uint8 or uint16 as PNG, a few rows at a time as they come; each row filtered by Sub, Up or
+    Paeth, whichever leaves least. Pillow would want the whole picture, and writes 16 bit for grey only."""
     def chunk(kind, data):
         file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
 
-    height, width, channels = pixels.shape
     file.write(b"\x89PNG\r\n\x1a\n")
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0))
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, (0, 4, 2, 6)[channels - 1], 0, 0, 0))
     if icc:
         chunk(b"iCCP", b"ICC\0\0" + zlib.compress(icc))
     if exif:
         chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
-    packer = zlib.compressobj(6)
-    above = np.zeros((1, width * channels * 2), np.int16)
-    for y in range(0, height, 64):
-        rows = pixels[y:y + 64].astype(">u2").reshape(-1, width * channels).view(np.uint8).astype(np.int16)
+    packer, pixel = zlib.compressobj(6), channels * depth // 8
+    above = np.zeros((1, width * pixel), np.int16)
+    for rows in strips:
+        rows = rows.astype(f">u{depth // 8}").reshape(-1, width * channels).view(np.uint8).astype(np.int16)
         up = np.concatenate([above, rows[:-1]])
-        left, corner = (np.pad(a, ((0, 0), (channels * 2, 0)))[:, :rows.shape[1]] for a in (rows, up))
+        left, corner = (np.pad(a, ((0, 0), (pixel, 0)))[:, :rows.shape[1]] for a in (rows, up))
         to_left, to_up, to_corner = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
-        guess = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
-        filtered = np.pad((rows - guess).astype(np.uint8), ((0, 0), (1, 0)), constant_values=4)  # 4 = Paeth
-        chunk(b"IDAT", packer.compress(filtered.tobytes()))
+        paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
+        rests = np.stack([(rows - guess).astype(np.uint8) for guess in (left, up, paeth)])
+        best = np.minimum(rests, -rests).sum(2, dtype=np.int64).argmin(0)
+        filtered = np.concatenate([np.uint8([1, 2, 4])[best][:, None], rests[best, np.arange(len(rows))]], 1)
+        if packed := packer.compress(filtered.tobytes()):
+            chunk(b"IDAT", packed)
         above = rows[-1:]
     chunk(b"IDAT", packer.flush())
     chunk(b"IEND", b"")
@@ -272,12 +346,13 @@ class Span:
 class Tiler:
     """tiler(forward, x, scale) = forward(x), tile by tile; gradients flow.
 
-    Tiles advance by tile_size and see tile_pad more on either side, so all are tile_size + 2 * tile_pad wide (less only
-    where the picture itself is). They start on multiples of `align`, the model's window, so that windows fall where
-    they do in the whole picture; a picture that is no multiple of align is mirrored out to one and the result cropped;
-    the last tile moves back to fit. Of the 2 * tile_pad that neighbours share, each one's outer quarter is dropped (a
-    model is at its worst there) and the middle half is a linear crossfade: a forward that reaches no further than
-    tile_pad / 2 gives exactly the untiled result. Pixels are input pixels; batch is tiles per forward.
+    Tiles advance by tile_size and see tile_pad more on either side. All are equally large, and no larger than it takes
+    to cover the picture with as many of them as tile_size allows. They start on multiples of `align`, the model's
+    window, so that windows fall where they do in the whole picture; a picture that is no multiple of align is mirrored
+    out to one and the result cropped; the last tile moves back to fit. Of the 2 * tile_pad that neighbours share, each
+    one's outer quarter is dropped (a model is at its worst there) and the middle half is a linear crossfade: a forward
+    that reaches no further than tile_pad / 2 gives exactly the untiled result. Pixels are input pixels; batch is tiles
+    per forward.
     """
     def __init__(self, tile_size=64, tile_pad=32, batch=1, align=16):
         if align < 1 or tile_size < align or tile_size % align:
@@ -294,8 +369,10 @@ class Tiler:
         Crossfade k is a ramp 0..1 in the middle of what tiles k - 1 and k share, and tile k weighs ramp k - ramp k+1:
         however many tiles meet (the last one may have moved far back), the weights add up to one by themselves."""
         padded = -(-side // self.align) * self.align
-        width = min(self.tile_size + 2 * self.tile_pad, padded)
-        reads = [*range(0, padded - width, self.tile_size), padded - width]
+        inner = max(padded - 2 * self.tile_pad, 1)  # what the tiles have to advance in all
+        advance = -(-inner // -(-inner // self.tile_size) // self.align) * self.align
+        width = min(advance + 2 * self.tile_pad, padded)
+        reads = [*range(0, padded - width, advance), padded - width]
         fade = self.tile_pad * scale
         starts = [(a + width + b - self.tile_pad) // 2 * scale for a, b in zip(reads, reads[1:])]
         starts, stops = [0, *starts], [*(s + fade for s in starts), side * scale]
@@ -313,6 +390,21 @@ class Tiler:
     def count(self, height, width):
         """Tiles for a picture of this size."""
         return len(self.spans(height, 1)[1]) * len(self.spans(width, 1)[1])
+
+    def cores(self, side):
+        """Along an axis, each tile's own stretch: (read, start, stop), start and stop from the tile's edge. Together
+        they cover the picture and its mirrored margin once."""
+        width, spans = self.spans(side, 1)
+        cuts = [0, *(s.start + self.tile_pad // 2 for s in spans[1:]), spans[-1].read + width]
+        return [(s.read, a - s.read, b - s.read) for s, a, b in zip(spans, cuts, cuts[1:])]
+
+    def smaller(self):
+        """A Tiler of half the memory or less, or None if there is none worth having."""
+        if self.batch > 1:
+            return Tiler(self.tile_size, self.tile_pad, self.batch // 2, self.align)
+        if self.tile_size < 2 * max(self.align, self.tile_pad):
+            return None
+        return Tiler(self.tile_size // 2 // self.align * self.align, self.tile_pad, 1, self.align)
 
     def strips(self, forward, x, scale):
         """Yields the result of forward on x (B, 3, H, W) from top to bottom as finished strips (B, 3, h, W * scale).
@@ -350,63 +442,293 @@ def window(x, dim, start, length):
 
 def crossfaded(pieces, spans, dim):
     """Weigh successive pieces and add them where they overlap along dim; yields the finished stretches in order."""
-    tail = None
-    for piece, span in zip(pieces, spans):
-        shape = [1] * piece.ndim
+    pieces, tail = iter(pieces), None
+    for span in spans:
+        shape = [1] * 4
         shape[dim] = -1
+        piece = next(pieces)
         piece = piece * span.weight.to(piece.device).view(shape)
-        if tail is not None and tail.shape[dim]:
-            shared = tail.shape[dim]
-            rest = piece.narrow(dim, shared, piece.shape[dim] - shared)
-            piece = torch.cat([piece.narrow(dim, 0, shared) + tail, rest], dim)
+        if tail is not None:
+            piece.narrow(dim, 0, tail.shape[dim]).add_(tail)
         done = span.ready - span.start
         yield piece.narrow(dim, 0, done)
-        tail = piece.narrow(dim, done, piece.shape[dim] - done)
+        tail = piece.narrow(dim, done, piece.shape[dim] - done).clone()  # and the rest can go
 
 
 # ------------------------------------------------------------------ a whole picture, in bounded memory
 
+class Enough(Exception):
+    """Raised in the middle of a forward whose rest nobody needs."""
+
+
+class SharedPools:
+    """Tells every tile what HAT's channel attention would see in the whole picture: the means over the picture of what
+    its layers pool. For networks whose modules have an attribute `global_pool`, to be set to a callable
+    (b, h, w, c) -> (b, c) on maps as large as the input; on others it has no effect.
+
+    The means are found by running the tiles, summing what each contributes of its own, and running them again with the
+    means found so far, till they stay. The first layer's are right after one pass, and with those the second's after
+    two: after as many passes as there are layers all are exact, but since channel attention is a small part of HAT, two
+    or three do. A pass ends at the last pool, at about three quarters of a forward.
+    """
+    ROUGH_TILES = 64    # that "rough" looks at, drawn from all
+    STEADY = 1e-3       # change of a mean, over the largest of its layer, below which "exact" is done
+
+    def __init__(self, network):
+        modules = network.modules() if isinstance(network, torch.nn.Module) else ()
+        self.layers = [m for m in modules if getattr(m, "global_pool", 0) is None]
+        self.means, self.sums, self.turn, self.mask = {}, {}, 0, None
+
+    def __enter__(self):
+        for i, layer in enumerate(self.layers):
+            layer.global_pool = partial(self.pool, i)
+
+    def __exit__(self, *_):
+        for layer in self.layers:
+            layer.global_pool = None
+
+    def pool(self, i, x):
+        key = self.turn, i
+        if self.mask is not None:
+            self.sums[key] = self.sums.get(key, 0) + torch.einsum("bhwc,bhw->c", x.float(), self.mask)
+            if i + 1 == len(self.layers):
+                raise Enough
+        mean = self.means.get(key)
+        return x.mean((1, 2)) if mean is None else mean.to(x.dtype).expand(len(x), -1)
+
+    def settle(self, run, x, tiler, sync):
+        """Finds the means: sync "rough" in one pass over some of the tiles of x (B, 3, H, W), "exact" in as many passes
+        over all as it takes. run(tiles, mask) is the forward; mask (b, h, w) is one where a tile stands for the
+        picture. A generator: yields (tiles done, tiles to do as far as one can tell)."""
+        places = list(itertools.product(tiler.cores(x.shape[2]), tiler.cores(x.shape[3])))
+        height, width = tiler.spans(x.shape[2], 1)[0], tiler.spans(x.shape[3], 1)[0]
+        if sync == "rough" and len(places) > self.ROUGH_TILES:
+            places = random.Random(0).sample(places, self.ROUGH_TILES)
+        for step in range(len(self.layers) if sync == "exact" else min(len(self.layers), 1)):
+            self.sums, area = {}, 0
+            for k in range(0, len(places), tiler.batch):
+                some = places[k:k + tiler.batch]
+                tiles = [window(window(x, 2, row, height), 3, column, width) for (row, *_), (column, *_) in some]
+                mask = x.new_zeros(len(some), len(x), height, width)
+                for m, ((_, top, bottom), (_, left, right)) in zip(mask, some):
+                    m[:, top:bottom, left:right] = 1
+                area += mask.sum().item()
+                run(torch.cat(tiles), mask.flatten(0, 1))
+                done = step * len(places) + k + len(some)
+                yield done, len(places) * max(step + 1, 3 if sync == "exact" else 1)
+            means = {key: s / area for key, s in self.sums.items() if s.isfinite().all()}  # fp16 may overflow
+            steady = means.keys() == self.means.keys() and all(
+                (means[key] - m).abs().max() <= self.STEADY * m.abs().max() for key, m in self.means.items())
+            self.means = means
+            if steady:
+                break
+        self.mask = None
+
+
+def turn(x, k):
+    """One of the eight flips and quarter turns of (..., h, w), k from 0 to 7; turn_back undoes it."""
+    return (x.flip(-1) if k > 3 else x).rot90(k % 4, (-2, -1))
+
+
+def turn_back(x, k):
+    x = x.rot90(-(k % 4), (-2, -1))
+    return x.flip(-1) if k > 3 else x
+
+
+def doubtful(out, tiles, scale):
+    """Which results (b, 3, h * scale, w * scale) of tiles (b, 3, h, w) cannot be right: not finite, or, averaged over
+    16x16 input pixels, too far from the input (a black tile, say) -> (b,) bool."""
+    side = min(16, *tiles.shape[2:])
+    before, after = F.avg_pool2d(tiles, side), F.avg_pool2d(out, side * scale)
+    far = (after - before).abs().flatten(1).mean(1) > 0.02 + 0.2 * before.abs().flatten(1).mean(1)
+    return far | ~out.isfinite().flatten(1).all(1)
+
+
 @torch.inference_mode()
-def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None):
-    """(3, H, W) -> (3, H * scale, W * scale) float32 in [0, 1] on the CPU, strip by strip: the device holds one batch
-    of tiles, the CPU both pictures and one row of tiles.
+def upscaled(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, sync="off", tta=False, strength=1.0,
+             low_freq_lock=False):
+    """(3, H, W) -> generator of strips (3, h, W * scale), top to bottom, float32 in [0, 1] on the CPU. The device holds
+    one batch of tiles, the CPU the picture and one row of tiles.
 
-    amp: a dtype for autocast, or None for the forward's own. progress(done, total) after every batch of tiles.
-    A tile whose output is not finite is done again without autocast; FloatingPointError if that does not help."""
-    device = torch.device(device)
-    done, total = 0, tiler.count(*rgb.shape[1:])
+    A forward with a `refined` (our HATRefiner) is taken apart: its hat_model(x) goes tile by tile, refined(sr), which
+    looks `reach` pixels far, over the joined picture. amp: a dtype for autocast, or None for the forward's own.
+    progress(done, total) after every batch of tiles. sync "rough" or "exact": see SharedPools. tta: the mean of eight
+    flips and turns, at eight times the cost. strength 0..1: from plain Lanczos to the model. low_freq_lock: see
+    locked. A tile whose output is doubtful is done again without autocast; FloatingPointError if it stays so."""
+    device, (height, width) = torch.device(device), rgb.shape[1:]
+    body = forward.hat_model if hasattr(forward, "refined") else forward
+    pools = SharedPools(body if sync != "off" else None)
+    done, before, total = 0, 0, tiler.count(height, width)
 
-    def careful(tiles):
-        nonlocal done
-        tiles = tiles.to(device)
+    def run(function, amp, *inputs):
         with torch.autocast(device.type, amp) if amp else contextlib.nullcontext():
-            out = forward(tiles).float()
-        bad = ~out.isfinite().flatten(1).all(1)
+            return function(*(x.to(device) for x in inputs))
+
+    def turned_forward(tiles, mask=None):
+        out, turns = 0, 8 if tta else 1
+        with pools:
+            for k in range(turns):
+                pools.turn, pools.mask = k, None if mask is None else turn(mask, k)
+                with contextlib.suppress(Enough):
+                    out = out + turn_back(body(turn(tiles, k)), k) / turns
+        return out
+
+    def checked(function, scale, tiles):
+        tiles = tiles.to(device)
+        out = run(function, amp, tiles).float()
+        bad = doubtful(out, tiles, scale)
         if bad.any():
-            out[bad] = forward(tiles[bad]).float()
+            out[bad] = run(function, None, tiles[bad]).float()
             if not out.isfinite().all():
                 raise FloatingPointError("the model gives NaN or infinite values here, in fp32 too; nothing is saved")
-        done += len(tiles)
-        if progress:
-            progress(done, total)
+            if doubtful(out, tiles, scale).any():
+                raise FloatingPointError("what the model makes of this has little to do with it, in fp32 too; "
+                                         "nothing is saved")
         return out.cpu()
 
-    result = torch.empty(3, rgb.shape[1] * scale, rgb.shape[2] * scale)
+    def counted(tiles):
+        nonlocal done
+        out = checked(turned_forward, scale, tiles)
+        done += len(tiles)
+        if progress:
+            progress(before + done, before + total)
+        return out
+
+    for before, expected in pools.settle(partial(run, turned_forward, amp), rgb[None], tiler, sync):
+        if progress:
+            progress(before, expected + total)
+    strips = (strip[0] for strip in tiler.strips(counted, rgb[None], scale))
+    if getattr(forward, "refine", hasattr(forward, "refined")):
+        pieces = Tiler(512, 2 * forward.reach, align=1)  # exact, as far as forward.reach is
+        strips = with_halo(strips, lambda x, top: pieces(partial(checked, forward.refined, 1), x[None], 1)[0],
+                           -(-forward.reach // scale) * scale, height * scale)
+    if low_freq_lock:
+        strips = with_halo(strips, lambda x, top: locked(x, rgb, scale, top), (3 * LOCK_SIGMA + 1) * scale,
+                           height * scale)
     y = 0
-    for strip in tiler.strips(careful, rgb[None], scale):
-        torch.clamp(strip[0], 0, 1, out=result[:, y:y + strip.shape[2]])
-        y += strip.shape[2]
+    for strip in strips:
+        strip, stop = strip.clamp_(0, 1), y + strip.shape[1]
+        if strength < 1:
+            strip = lanczos(rgb, (height * scale, width * scale), y, stop).lerp(strip, strength)
+        yield strip
+        y = stop
+
+
+def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, **how):
+    """upscaled, joined: (3, H, W) -> (3, H * scale, W * scale) float32 in [0, 1] on the CPU."""
+    result, y = torch.empty(3, rgb.shape[1] * scale, rgb.shape[2] * scale), 0
+    for strip in upscaled(forward, rgb, scale, tiler, device, amp, progress, **how):
+        result[:, y:y + strip.shape[1]] = strip
+        y += strip.shape[1]
     return result
 
 
-def upscale_picture(forward, picture, scale, tiler, **how):
-    """Picture -> Picture scale times larger; how: see upscale. Colour goes through forward, alpha through Lanczos."""
+def with_halo(strips, function, halo, height):
+    """function(x, top), which looks `halo` rows up and down, over a picture `height` high that arrives in strips
+    (C, h, W): yields what it makes of the whole, in strips. top is the row of the picture that x begins with, a
+    multiple of anything that halo and all heights are multiples of."""
+    x, top, above = None, 0, 0  # above: rows of x that are through and stay as context
+    for strip in strips:
+        x = strip if x is None else torch.cat([x, strip], 1)
+        ready = x.shape[1] - (halo if top + x.shape[1] < height else 0)
+        if ready > above:
+            yield function(x, top)[:, above:ready]
+            drop = max(ready - halo, 0)
+            x, top, above = x[:, drop:].clone(), top + drop, ready - drop
+
+
+def lanczos(x, size, start=0, stop=None, top=0, height=None):
+    """Rows start..stop (default: all) of x (C, h, w) resized to size (H, W) by Pillow's antialiased Lanczos, in [0, 1].
+    x may be but rows of a picture `height` high, from row top on, as far as they are looked at."""
+    (H, W), height = size, height or x.shape[1]
+    stop, step = H if stop is None else stop, height / H
+    reach = 3 * max(step, 1) + 1
+    first, last = max(int(start * step - reach), top), min(math.ceil(stop * step + reach), top + x.shape[1])
+    box = 0, start * step - first, x.shape[2], min(stop * step - first, last - first)
+    planes = [Image.fromarray(plane.numpy()).resize((W, stop - start), Image.Resampling.LANCZOS, box=box)
+              for plane in x[:, first - top:last - top]]
+    return torch.from_numpy(np.stack([np.asarray(p) for p in planes])).clamp_(0, 1)
+
+
+def resized(strips, height, size):
+    """Strips (C, h, W) of a picture `height` high -> strips of it at size (H, W), as lanczos makes it."""
+    x, top, start, step = None, 0, 0, height / size[0]
+    reach = 3 * max(step, 1) + 1
+    for strip in strips:
+        x = strip if x is None else torch.cat([x, strip], 1)
+        end = top + x.shape[1]
+        stop = size[0] if end == height else int((end - reach) / step)
+        if stop > start:
+            yield lanczos(x, size, start, stop, top, height)
+            drop = max(int(stop * step - reach) - top, 0)
+            x, top, start = x[:, drop:].clone(), top + drop, stop
+
+
+LOCK_SIGMA = 8  # input pixels
+
+
+def locked(sr, rgb, scale, top):
+    """sr (3, h * scale, W * scale), rows from top on, with the low frequencies (Gaussian, sigma LOCK_SIGMA) of its
+    input rgb (3, H, W): colours and large shades cannot drift."""
+    top //= scale
+    rest = rgb[:, top:top + sr.shape[1] // scale] - F.avg_pool2d(sr, scale)
+    reach = 3 * LOCK_SIGMA
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / LOCK_SIGMA) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    rest = F.pad(rest[None], (reach,) * 4, mode="replicate")
+    rest = F.conv2d(F.conv2d(rest, kernel, groups=3), kernel.transpose(2, 3), groups=3)
+    return sr + F.interpolate(rest, scale_factor=scale, mode="bilinear")[0]
+
+
+def upscaled_picture(forward, picture, scale, tiler, size=None, alpha="lanczos", **how):
+    """Picture -> generator of strips (3 or, with alpha, 4, h, W), top to bottom, of size (H, W), by default scale times
+    the picture's; the model's result is resized to any other. alpha: "lanczos" or "model", which takes it through
+    forward too. how: see upscaled."""
+    height, width = picture.rgb.shape[1:]
+    native = height * scale, width * scale
+    size = size or native
+
+    def through_model(x):
+        strips = upscaled(forward, x, scale, tiler, **how)
+        return strips if size == native else resized(strips, native[0], size)
+
     if picture.alpha is None:
-        return replace(picture, rgb=upscale(forward, picture.rgb, scale, tiler, **how))
-    height, width = picture.alpha.shape[1:]
-    alpha = Image.fromarray(picture.alpha[0].numpy()).resize((width * scale, height * scale), Image.Resampling.LANCZOS)
-    return replace(picture, rgb=upscale(forward, bled(picture.rgb, picture.alpha), scale, tiler, **how),
-                   alpha=torch.from_numpy(np.array(alpha))[None].clamp_(0, 1))
+        yield from through_model(picture.rgb)
+        return
+    seen_through = bool((picture.alpha < 1).any())
+    by_model = through_model(picture.alpha.expand(3, -1, -1)) if alpha == "model" and seen_through else None
+    y = 0
+    for strip in through_model(bled(picture.rgb, picture.alpha)):
+        stop = y + strip.shape[1]
+        a = next(by_model).mean(0, keepdim=True) if by_model else lanczos(picture.alpha, size, y, stop)
+        yield torch.cat([strip, a])
+        y = stop
+
+
+def upscale_picture(forward, picture, scale, tiler, **how):
+    """upscaled_picture, joined: Picture -> Picture."""
+    x = torch.cat(list(upscaled_picture(forward, picture, scale, tiler, **how)), 1)
+    return replace(picture, rgb=x[:3], alpha=None if picture.alpha is None else x[3:])
+
+
+def cropped(picture, size, where="center"):
+    """The largest part of a Picture with the aspect of size (H, W): "center", "top" (if it is cut at the sides, their
+    middle) or "focus", where there is most detail."""
+    height, width = picture.rgb.shape[1:]
+    h, w = min(height, max(round(width * size[0] / size[1]), 1)), min(width, max(round(height * size[1] / size[0]), 1))
+    spare = max(height - h, width - w)
+    start = 0 if where == "top" and h < height else spare // 2
+    if where == "focus" and spare and min(height, width) > 1:
+        shrunk = [max(side * 256 // max(height, width), 2) for side in (height, width)]
+        x = F.adaptive_avg_pool2d(composite(picture, 0.5), shrunk)
+        detail = ((x[:, 1:, 1:] - x[:, :-1, 1:]).abs() + (x[:, 1:, 1:] - x[:, 1:, :-1]).abs()).sum(0)
+        profile = detail.sum(1 if h < height else 0)
+        taken = max(round(len(profile) * (h / height if h < height else w / width)), 1)
+        inside = profile.unfold(0, taken, 1).sum(1)
+        start = round(inside.argmax().item() / max(len(inside) - 1, 1) * spare)
+    top, left = (start, 0) if h < height else (0, start)
+    part = slice(None), slice(top, top + h), slice(left, left + w)
+    return replace(picture, rgb=picture.rgb[part], alpha=None if picture.alpha is None else picture.alpha[part])
 
 
 def bled(rgb, alpha):
@@ -436,14 +758,78 @@ def bf16_is_native(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep what is freed for the next tile, or training step: giving it back to Linux and fetching it again,
-    page by page, takes up to half of the time on a CPU. Where there is no glibc it does nothing."""
+    """Tells glibc to keep what is freed for the next tile, or training step: giving it back to Linux and fetching it
+    again, page by page, takes up to half of the time on a CPU. Where there is no glibc it does nothing."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)              # M_MMAP_MAX: no mapping of its own for any block
         mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD
     except (OSError, AttributeError, TypeError):
         pass
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, in any of the words that PyTorch and its libraries have for it."""
+    words = "out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed"
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+
+
+def free_memory(device):
+    """Bytes still to be had on a torch.device; for a CPU within the limits of process and container, and shared with
+    the other processes of torchrun. Where nothing is known, 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        found.append(int(next(x for x in open("/proc/meminfo") if x.startswith("MemAvailable")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        cache = next(x for x in open(group / "memory.stat") if x.startswith("inactive_file")).split()[1]
+        found.append(limit - int((group / "memory.current").read_text()) + int(cache))
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize())
+    return max(min(found, default=2**32), 0) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def memory_peak(device):
+    """Bytes that the process has held at most, on a CPU ever, on CUDA since the last call. 0 if nobody counts them."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:
+        return 0
+
+
+@torch.inference_mode()
+def auto_tile_size(forward, device, amp, tiler):
+    """The tile size for a forward on this device and a Tiler's pad, batch and align: 384 (512 on CUDA; beyond, the
+    overlap hardly matters), or what fits into half of the free memory, by a trial on one small tile."""
+    def peak_after(side):
+        with torch.autocast(device.type, amp) if amp else contextlib.nullcontext():
+            forward(torch.rand(1, 3, side, side, device=device))
+        return memory_peak(device)
+
+    align, side = tiler.align, -(-128 // tiler.align) * tiler.align
+    least, most = -(-32 // align) * align, (512 if device.type == "cuda" else 384) // align * align
+    try:
+        before = peak_after(align)  # libraries loaded, buffers made
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else before
+        per_pixel = max((peak_after(side) - before) / side**2, 2048)
+    except Exception as e:
+        if not out_of_memory(e):
+            raise
+        return least
+    fits = (free_memory(device) / 2 / per_pixel / tiler.batch) ** 0.5 - 2 * tiler.tile_pad
+    return max(min(int(fits) // align * align, most), least)
 
 
 def plan(inputs, out, suffix):
@@ -502,25 +888,69 @@ def fail(message):
     sys.exit(2)
 
 
+def width_by_height(text):
+    try:
+        width, height = map(int, text.lower().split("x"))
+        if min(width, height) > 0:
+            return height, width
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is no size; write it as 3840x2160")
+
+
+def tile_size_or_auto(text):
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give a number of pixels or auto") from None
+
+
 def main():
     p = argparse.ArgumentParser(
         description="Upscale pictures. Alpha, grey, 16 bit (PNG), colour profile and EXIF are kept.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tile.py wallpaper.jpg -o wallpaper-2x.png\n  python tile.py pictures -o upscaled\n\n"
+        epilog="examples:\n  python tile.py wallpaper.jpg -o wallpaper-2x.png\n  python tile.py pictures -o upscaled\n"
+               "  python tile.py pictures -o 4k --fit 3840x2160 --crop focus --skip-larger\n"
+               "  torchrun --nproc_per_node 2 tile.py pictures -o upscaled\n\n"
                "exit code: 0 all done, 1 some pictures failed (named), 2 nothing could be done as asked")
-    p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of them (whole trees)")
+    p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of them (trees, mirrored in --out)")
     p.add_argument("-o", "--out", required=True, help="folder for the results; a file name when IN is one picture")
     p.add_argument("--weights", help="model file (default: one of weights/, else the newest runs/*/best.safetensors)")
-    p.add_argument("--format", default="png", choices=["png", "webp", "jpg", "keep"],
+
+    g = p.add_argument_group("the result")
+    g.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size; what is too much is cut off")
+    g.add_argument("--crop", default="center", choices=["center", "top", "focus"],
+                   help="with --fit, which part stays; focus: where there is most detail (default: center)")
+    g.add_argument("--scale", type=float, help="times larger, 1.5 say: the model's own scale, then Lanczos")
+    g.add_argument("--skip-larger", action="store_true", help="with --fit: leave out what is that large already")
+    g.add_argument("--format", default="png", choices=["png", "webp", "avif", "jpg", "keep"],
                    help="of results in a folder; keep: as the input, where it can be written (default: png)")
-    p.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1..100 (default: 95)")
-    p.add_argument("--tile-size", type=int, help="input pixels from tile to tile (default: 256; 128 on the CPU)")
-    p.add_argument("--tile-pad", type=int, default=32, help="pixels more that a tile sees on each side (default: 32)")
-    p.add_argument("--batch", type=int, default=1, help="tiles at once (default: 1)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native, else off)")
-    p.add_argument("--overwrite", action="store_true", help="replace results that exist (default: they are skipped)")
+    g.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1..100 (default: 95)")
+    g.add_argument("--depth", type=int, choices=[8, 16], help="bits; 16 for PNG (default: as the input)")
+    g.add_argument("--dither", action="store_true", help="8 bit without bands in soft gradients; larger files")
+    g.add_argument("--icc", default="keep", choices=["keep", "srgb"],
+                   help="colour profile: kept, or colours converted to sRGB (default: keep)")
+    g.add_argument("--overwrite", action="store_true", help="replace results that exist (default: they are skipped)")
+    g.add_argument("--skip-existing", action="store_true", help="skip results that exist without naming each")
+
+    g = p.add_argument_group("how the model is used")
+    g.add_argument("--strength", type=float, default=1.0, help="0..1, from plain Lanczos to the model (default: 1)")
+    g.add_argument("--low-freq-lock", action="store_true", help="keep the large shades of the input: no colour shift")
+    g.add_argument("--tta", action="store_true", help="mean of 8 flips and turns: a little better, 8 times slower")
+    g.add_argument("--alpha", default="lanczos", choices=["lanczos", "model"], help="enlarged by (default: lanczos)")
+    g.add_argument("--tile-size", "--tile", type=tile_size_or_auto, metavar="N|auto",
+                   help="input pixels from tile to tile, at most; auto: by free memory. Halved when memory runs out all "
+                        "the same (default: auto)")
+    g.add_argument("--tile-pad", type=int, help="pixels more that a tile sees on each side (default: two windows; "
+                                                "16 for low, 32 for larger models)")
+    g.add_argument("--sync", default="off", choices=["off", "rough", "exact"],
+                   help="whether tiles share the channel attention of the whole picture (default: off)")
+    g.add_argument("--batch", type=int, default=1, help="tiles at once (default: 1)")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    g.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native, else off)")
     args = p.parse_args()
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
     try:
         run(args)
     except KeyboardInterrupt:
@@ -529,18 +959,59 @@ def main():
         sys.exit(130)
 
 
+def refuse_nonsense(args):
+    """Raises ValueError for arguments that do not go together."""
+    if not 1 <= args.quality <= 100:
+        raise ValueError(f"--quality {args.quality} does not work; use 1 to 100")
+    if not 0 <= args.strength <= 1:
+        raise ValueError(f"--strength {args.strength:g} does not work; use 0 to 1")
+    if args.scale is not None and not 0 < args.scale <= 16:
+        raise ValueError(f"--scale {args.scale:g} does not work; use 16 or less")
+    if args.scale and args.fit:
+        raise ValueError("--fit and --scale exclude each other; give one")
+    if not args.fit and (args.skip_larger or args.crop != "center"):
+        raise ValueError("--crop and --skip-larger go with --fit; give the size with it")
+    if args.skip_existing and args.overwrite:
+        raise ValueError("--skip-existing and --overwrite exclude each other; give one")
+
+
+def one_picture(network, source, target, args, tiler, device, amp, label):
+    """Reads, upscales, saves -> (a line that says so, pixels made; 0 if it was left out)."""
+    begun, scale = time.time(), network.scale
+    picture = read_picture(source, args.icc == "srgb")
+    height, width = picture.rgb.shape[1:]
+    size = height * scale, width * scale
+    if args.fit:
+        if args.skip_larger and height >= args.fit[0] and width >= args.fit[1]:
+            return f"{printable(source)} is {width}x{height}, skipped", 0
+        size, picture = args.fit, cropped(picture, args.fit, args.crop)
+    elif args.scale:
+        size = max(round(height * args.scale), 1), max(round(width * args.scale), 1)
+    picture.depth = args.depth or picture.depth
+    progress = label and Progress(label, size[0] * size[1])
+    strips = upscaled_picture(network, picture, scale, tiler, size, args.alpha, device=device, amp=amp,
+                              progress=progress, sync=args.sync, tta=args.tta, strength=args.strength,
+                              low_freq_lock=args.low_freq_lock)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_strips(target, strips, size, picture, args.quality, args.dither)
+    line = f"{printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - begun:.1f} s"
+    return line + (f"  ({picture.note})" if picture.note else ""), size[0] * size[1]
+
+
 def run(args):
     """The command, its arguments parsed. Ends the process with the exit code."""
     keep_freed_memory()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
+        refuse_nonsense(args)
         jobs = plan(args.inputs, args.out, None if args.format == "keep" else f".{args.format}")
+        if args.depth == 16 and any(target.suffix.lower() != ".png" for _, target in jobs):
+            raise ValueError("--depth 16 works with PNG only; add --format png")
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if best == "cuda" and ranks > 1:
+            best = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         device = torch.device(args.device or best)
         torch.empty(1, device=device)
-        tiler = Tiler((128 if device.type == "cpu" else 256) if args.tile_size is None else args.tile_size,
-                      args.tile_pad, args.batch)
-        if not 1 <= args.quality <= 100:
-            raise ValueError(f"--quality {args.quality} does not work; use 1 to 100")
     except ValueError as e:  # PictureError is one
         fail(e)
     except (RuntimeError, AssertionError) as e:
@@ -553,14 +1024,16 @@ def run(args):
         tempfile.TemporaryFile(dir=top).close()
     except OSError as e:
         fail(f"cannot write to {printable(top)}: {e.strerror}; choose another --out")
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # all wait for the slowest
 
     todo = []
-    for source, target in jobs:
+    for source, target in jobs[rank::ranks]:
         if args.overwrite or not target.exists():
             todo.append((source, target))
-        else:
+        elif not args.skip_existing:
             print(f"{printable(target)} exists, skipped (--overwrite replaces it)")
-    done, failed, begun = 0, 0, time.time()
+    done, pixels, failed, skipped, begun = 0, 0, 0, len(jobs[rank::ranks]) - len(todo), time.time()
     if todo:
         try:
             import model
@@ -570,31 +1043,55 @@ def run(args):
             fail(f"{e}; the command needs model.py beside tile.py and the packages of requirements.txt")
         except (ValueError, OSError) as e:  # WeightsError is the first
             fail(e)
-        precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[amp]
-        print(f"{printable(weights)}: {network.scale}x on {device}, {precision}", flush=True)
-    for number, (source, target) in enumerate(todo, 1):
-        start = time.time()
+        align = getattr(getattr(network, "hat_model", None), "window", 16)
+        pad = 2 * align if args.tile_pad is None else args.tile_pad
         try:
-            picture = read_picture(source)
-            height, width = picture.rgb.shape[1:]
-            progress = Progress(f"{number}/{len(todo)} {printable(source.name)}", height * width * network.scale**2)
-            result = upscale_picture(network, picture, network.scale, tiler, device=device, amp=amp, progress=progress)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(target, result, args.quality)
-        except (PictureError, FloatingPointError) as e:
+            tiler = Tiler(align if args.tile_size is None else args.tile_size, pad, args.batch, align)
+            if args.tile_size is None:
+                tiler = Tiler(auto_tile_size(network, device, amp, tiler), pad, args.batch, align)
+        except ValueError as e:
+            fail(e)
+        if rank == 0:
+            precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[amp]
+            print(f"{printable(weights)}: {network.scale}x on {device}, {precision}, tiles of {tiler.tile_size}",
+                  flush=True)
+    for number, (source, target) in enumerate(todo, 1):
+        label = f"{number}/{len(todo)} {printable(source.name)}" if rank == 0 else None
+        smaller = tiler
+        while smaller:
+            tiler, smaller, problem = smaller, None, None
+            try:
+                line, made = one_picture(network, source, target, args, tiler, device, amp, label)
+            except PictureError as e:
+                problem = str(e)
+            except OSError as e:
+                if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                    fail(f"cannot write {printable(target)}: {e.strerror}; {done} pictures done so far are kept")
+                problem = f"cannot write {printable(target)}: {e.strerror or e}"
+            except Exception as e:  # what the model throws concerns this picture; the next ones may do
+                kind = "" if isinstance(e, FloatingPointError) else f"{type(e).__name__}: "
+                problem = f"{printable(source)}: {kind}{' '.join(str(e).split())}"
+                smaller = tiler.smaller() if out_of_memory(e) else None
             Progress.clear()
+            if smaller:  # out here the exception has let go of what it held
+                print(f"out of memory; going on with tiles of {smaller.tile_size}, {smaller.batch} at once",
+                      file=sys.stderr, flush=True)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if problem:
+            print(problem, file=sys.stderr, flush=True)
             failed += 1
-            print(e if isinstance(e, PictureError) else f"{printable(source)}: {e}", file=sys.stderr, flush=True)
-            continue
-        except torch.cuda.OutOfMemoryError:
-            fail(f"{printable(source)}: out of memory; use a --tile-size below {tiler.tile_size} or a smaller --batch")
-        except OSError as e:
-            fail(f"cannot write {printable(target)}: {e.strerror or e}; {done} pictures done so far are kept")
-        done += 1
-        Progress.clear()
-        print(f"{printable(target)}  {width}x{height} -> {result.rgb.shape[2]}x{result.rgb.shape[1]}  "
-              f"{time.time() - start:.1f} s", flush=True)
-    print(f"{done} done, {len(jobs) - len(todo)} skipped, {failed} failed, {time.time() - begun:.1f} s")
+        else:
+            print(line, flush=True)
+            done, skipped, pixels = done + (made > 0), skipped + (made == 0), pixels + made
+    if ranks > 1:
+        sums = torch.tensor([done, skipped, failed, pixels])
+        torch.distributed.all_reduce(sums)
+        done, skipped, failed, pixels = sums.tolist()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(f"{done} done, {skipped} skipped, {failed} failed, {pixels / 1e6:.1f} Mpixel, "
+              f"{time.time() - begun:.1f} s")
     sys.exit(1 if failed else 0)
 
 

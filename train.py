@@ -12,41 +12,49 @@ One run is one folder; the same command again goes on where it stopped, to the b
 Needs torch, numpy, pillow and every other file of this folder but scrape.py.
 """
 import argparse
+import contextlib
+import copy
 import csv
 import io
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import data
 import degrade
 import evaluate
 from demo import draw_demo
-from losses import Charbonnier
-from model import PRESETS, HATRefiner, load_into, save, write_atomic
+from losses import GANS, WEIGHTS, MultiScaleDiscriminator, SRLoss, discriminator_loss, enhance_lines, parse_weights
+from model import PRESETS, HATRefiner, WeightsError, load_into, read_weights, save, write_atomic
 from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory
 
-STAGES = {   # what a stage sets where no flag says otherwise
-    1: dict(patch=64, tiling=False, lr=1e-3, conv_lr=0.3, train=("hat_model",)),
-    2: dict(patch=128, tiling=True, lr=2e-5, conv_lr=1.0, train=("hat_model", "residual_block", "out_conv")),
-    3: dict(patch=256, tiling=True, lr=1e-5, conv_lr=1.0, train=("residual_block", "out_conv")),
+STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: on a CPU, on a GPU
+    1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
+    2: dict(patch=("128", "128"), batch=(1, 8), steps=(100, 10000), use_tiling=True, lr=2e-5, conv_lr=1.0,
+            train="hat_model,residual_block,out_conv"),
+    3: dict(patch=("256", "256,384,512"), batch=(1, 4), steps=(100, 5000), use_tiling=True, lr=1e-5, conv_lr=1.0,
+            train="residual_block,out_conv"),
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
 DEMO = Path("demo")
-MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks"}   # when a run is resumed
+MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
+              "tensorboard", "dry_run", "vgg_weights", "anime_weights", "detector"}   # when a run is resumed
 
 
 class UserError(ValueError):
@@ -60,33 +68,60 @@ def parse(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     a = p.add_argument
     a("--stage", type=int, choices=STAGES, required=True, help="1 foundation, 2 tiling adaptation, 3 refiner only")
-    a("--patch", type=int, help="side of an LR patch [64, 128, 256 by stage]", default=argparse.SUPPRESS)
-    a("--data", nargs="+", help="folders of HR pictures [drawn demo pictures]", default=argparse.SUPPRESS)
+    a("--patch", help="side of an LR patch, or several (256,384,512), one drawn for each step [64, 128, 256 by stage; "
+      "on a GPU stage 3 draws from 256,384,512]", default=argparse.SUPPRESS)
+    a("--data", nargs="+", action="extend", metavar="DIR", default=argparse.SUPPRESS,
+      help="folders of HR pictures; DIR/@0.3 makes 30%% of the patches come from there [drawn demo pictures]")
     a("--val", help="folder of HR pictures to validate on, never trained on", default=argparse.SUPPRESS)
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as web:0.7,bicubic:0.3")
     a("--preset", choices=PRESETS, default="low", help="size of the network")
     a("--scale", type=int, choices=(2, 3, 4), default=2, help="scale factor")
     a("--init", choices=("warm", "plain"), default="warm", help="warm: start as an interpolation; plain: HAT's usual start")
     a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
-    a("--steps", type=int, help="optimiser steps [400 on a CPU, 50000 on a GPU]", default=argparse.SUPPRESS)
-    a("--batch", type=int, help="patches per step and process [4 on a CPU, 16 on a GPU]", default=argparse.SUPPRESS)
+    a("--steps", type=int, help="optimiser steps [400, 100, 100 by stage; GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
+    a("--batch", type=int, help="patches per step and process, fewer of larger ones [4, 1, 1 by stage; GPU 16, 8, 4]",
+      default=argparse.SUPPRESS)
+    a("--accum", type=int, default=1, help="batches whose gradients are added up for one step")
     a("--busiest", type=int, default=1, help="each patch is the one with the most detail of so many random ones")
     a("--lr", type=float, help="learning rate at its highest [1e-3, 2e-5, 1e-5 by stage]", default=argparse.SUPPRESS)
     a("--conv-lr", type=float, help="learning rate of the 3x3 convolutions, as a share of --lr [0.3, 1, 1 by stage]",
       default=argparse.SUPPRESS)
     a("--warmup", type=int, default=20, help="steps over which the learning rate rises")
-    a("--eps", type=float, default=0.1, help="Charbonnier's: errors below it count by their square. Near 0 it is L1, under "
-      "which a hair of wrong colour in flat areas drowns what lines and texture teach")
+    a("--loss", default="pix", help="terms and weights: pix=1,freq=0.3,edge=1,... of " + ", ".join(WEIGHTS) + "; a name alone gets its usual weight")
+    a("--eps", type=float, default=0.1, help="of pix (Charbonnier): errors below it count by their square. Near 0 it is L1, "
+      "under which a hair of wrong colour in flat areas drowns what lines and texture teach")
+    a("--gan-after", type=int, default=0, help="steps before the adversarial term begins")
+    a("--gan", choices=GANS, default="ragan", help="kind of adversarial loss")
+    a("--lr-d", type=float, default=1e-4, help="learning rate of the discriminator")
+    a("--d-features", type=int, help="width of the discriminator [16 on a CPU, 64 on a GPU]", default=argparse.SUPPRESS)
+    a("--r1", type=float, default=0.0, help="weight of the discriminator's gradient penalty on real pictures")
+    a("--mask", action="store_true", help="less weight of edge and adv where the picture is soft: bokeh, glow, gradients")
+    a("--edge-kernel", type=int, default=3, help="side of the derivative filter of the term edge")
+    a("--perceptual", choices=("vgg", "anime", "twin"), default="vgg", help="network of the term perc; twin: both")
+    a("--sharpen-until", type=float, default=0.0, help="until this share of the steps every second target is line-enhanced")
+    a("--vgg-weights", help="VGG19 for the term perc: a file, or torchvision to have it fetched", default=argparse.SUPPRESS)
+    a("--anime-weights", help="ResNet50 trained on Danbooru tags, for the term perc", default=argparse.SUPPRESS)
+    a("--detector", help="artifact detector for art_cls and art_feat [weights/detector.safetensors]", default=argparse.SUPPRESS)
     a("--clip", type=float, default=0.5, help="largest norm of the gradient")
     a("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones saved")
-    a("--tile-size", type=int, default=64, help="LR pixels a tile advances (stages 2 and 3)")
+    a("--train", help="modules that learn, by name [hat_model | all | residual_block,out_conv by stage]",
+      default=argparse.SUPPRESS)
+    a("--freeze", default="", help="modules that do not, by name: hat_model, hat_model.layers.0, ...")
+    a("--use-tiling", action="store_true", default=None, help="run HAT tile by tile [stages 2 and 3]")
+    a("--no-tiling", dest="use_tiling", action="store_false", default=None, help="run HAT over whole patches [stage 1]")
+    a("--tile-size", type=int, default=64, help="LR pixels a tile advances")
     a("--tile-pad", type=int, default=32, help="LR pixels a tile sees around that")
-    a("--amp", choices=("bf16", "off"), help="precision [bf16 where the device has it]", default=argparse.SUPPRESS)
+    a("--amp", choices=("bf16", "fp16", "off"), help="precision [bf16 where the device has it]", default=argparse.SUPPRESS)
     a("--compile", action="store_true", help="compile HAT's blocks: slow to start, then faster")
     a("--checkpoint", action="store_true", help="recompute activations in backward: slower, far less memory")
     a("--workers", type=int, default=1, help="processes that make batches")
     a("--every", type=int, help="steps between reports [a tenth of the run]", default=argparse.SUPPRESS)
     a("--val-count", type=int, default=8, help="validation pictures to use at most, 0 for all")
+    a("--patience", type=int, default=0, help="stop after so many reports without a better validation [never]")
+    a("--keep", type=int, default=0, help="weights of the last so many reports to keep beside best and last")
+    a("--tensorboard", action="store_true", help="log there too, if that package is installed")
+    a("--dry-run", action="store_true", help="try everything in a minute: data, steps, validation, saving, resuming; "
+      "then say what the run would take")
     a("--out", help="run folder [runs/stageN-PRESET-SCALEx]", default=argparse.SUPPRESS)
     a("--seed", type=int, default=0, help="of weights, patches, crops and degradations")
     a("--device", help="cuda, mps or cpu [the best there is]", default=argparse.SUPPRESS)
@@ -98,11 +133,14 @@ def parse(argv=None):
             setattr(args, name, value)
     stage = STAGES[args.stage]
     default("device", "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    cpu = args.device == "cpu"
+    on = int(args.device != "cpu")
+    for name, value in stage.items():
+        default(name, value[on] if isinstance(value, tuple) else value)
+    if args.use_tiling is None:
+        args.use_tiling = stage["use_tiling"]
     amp = "bf16" if bf16_is_native(torch.device(args.device)) else "off"
-    for name, value in dict(patch=stage["patch"], lr=stage["lr"], conv_lr=stage["conv_lr"], steps=400 if cpu else 50000, batch=4 if cpu else 16,
-                            data=None, val=None, weights=None, amp=amp,
-                            out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
+    for name, value in dict(data=None, val=None, weights=None, amp=amp, vgg_weights=None, anime_weights=None, detector=None,
+                            d_features=64 if on else 16, out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
         default(name, value)
     default("every", max(1, args.steps // 10))
     return args
@@ -111,21 +149,80 @@ def parse(argv=None):
 def check(args):
     """The mistakes that can be seen before anything is read."""
     window = PRESETS[args.preset]["window"]
-    if args.patch < window or args.patch % window:
-        raise UserError(f"--patch {args.patch} does not fit preset {args.preset}: take a multiple of its window, {window}")
-    if STAGES[args.stage]["tiling"] and args.tile_size % window:
-        raise UserError(f"--tile-size {args.tile_size} is no multiple of the window of preset {args.preset}, {window}")
-    for name in ("steps", "batch", "every", "busiest"):
+    try:
+        patches = [int(p) for p in args.patch.split(",")]
+    except ValueError:
+        raise UserError(f"--patch {args.patch} is no number and no list such as 256,384,512") from None
+    for patch in patches:
+        if patch < window or patch % window:
+            raise UserError(f"--patch {patch} does not fit preset {args.preset}: take a multiple of its window, {window}")
+    if args.use_tiling:
+        if args.tile_size % window:
+            raise UserError(f"--tile-size {args.tile_size} is no multiple of the window of preset {args.preset}, {window}")
+        Tiler(args.tile_size, args.tile_pad, align=window)
+    for name in ("steps", "batch", "every", "busiest", "accum"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    if args.stage > 1 and not args.weights:
-        raise UserError(f"stage {args.stage} builds on the stage before: name its file with --weights")
     if args.data and not args.val:
         raise UserError("--data without --val: name a folder of pictures that are not trained on")
-    for folder in [*(args.data or []), *([args.val] if args.val else [])]:
+    for folder in [*(f for f, _ in folders_and_shares(args.data or [])), *([args.val] if args.val else [])]:
         if not Path(folder).is_dir():
             raise UserError(f"no folder {folder}")
     degrade.shares(args.recipe)
+    parse_weights(args.loss)
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise UserError("--tensorboard needs that package: pip install tensorboard") from None
+
+
+def folders_and_shares(given):
+    """["a", "b/@0.3"] -> [("a", None), ("b/", 0.3)]. Raises UserError."""
+    found = []
+    for text in given:
+        folder, at, share = text.rpartition("@")
+        if not at or Path(text).is_dir():
+            found.append((text, None))
+            continue
+        try:
+            found.append((folder, float(share)))
+        except ValueError:
+            raise UserError(f"--data {text}: behind the @ belongs a share such as 0.3") from None
+    given = [s for _, s in found if s is not None]
+    if any(not 0 < s <= 1 for s in given) or sum(given) > 1 + 1e-9 or (sum(given) >= 1 and len(given) < len(found)):
+        raise UserError("--data: shares lie between 0 and 1 and leave something for folders without one")
+    return found
+
+
+def stage_before(args):
+    """The newest best.safetensors in runs/ of the stage before with this preset and scale. Raises UserError."""
+    fit = []
+    for path in Path("runs").glob("*/best.safetensors"):
+        try:
+            header = read_weights(path, header_only=True)[1]
+        except WeightsError:
+            continue
+        if (header.get("stage"), header.get("preset"), header.get("scale")) == (args.stage - 1, args.preset, args.scale):
+            fit.append(path)
+    if not fit:
+        raise UserError(f"stage {args.stage} builds on stage {args.stage - 1}, and runs/ holds no such run of {args.preset} "
+                        f"{args.scale}x: train that first, or name a file with --weights")
+    return str(max(fit, key=lambda p: p.stat().st_mtime))
+
+
+def choose(model, learn, freeze):
+    """Lets the named modules learn and nothing else. Raises UserError that lists the right names."""
+    parts = {name: part for name, part in model.named_modules() if name}
+    model.requires_grad_(False)
+    for names, on in ((learn, True), (freeze, False)):
+        for name in filter(None, (n.strip() for n in names.split(","))):
+            if name not in parts:
+                right = [n for n in parts if n.count(".") < 1 or (n.count(".") == 2 and ".layers." in n)]
+                raise UserError(f"no module {name!r}; there are {', '.join(right)}, and what is in them")
+            parts[name].requires_grad_(on)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("nothing is left to learn: --train and --freeze leave no parameter")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,6 +265,13 @@ def read_state(out):
         raise UserError(f"{out / 'state.pt'} cannot be read ({type(e).__name__}); --overwrite starts anew") from None
 
 
+def checkpoint_bytes(parts):
+    """About what state.pt takes: the networks, and twice the trained one again for Adam."""
+    nets = sum(p.numel() * 4 for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
+    return nets + sum(8 * p.numel() for part in parts.values() if isinstance(part, torch.optim.Optimizer)
+                      for group in part.param_groups for p in group["params"])
+
+
 def write_state(path, state):
     buffer = io.BytesIO()       # torch.save to a full disk raises what nobody understands; this raises OSError
     torch.save(state, buffer)
@@ -182,34 +286,12 @@ def write_png(path, picture):
 
 def write_log(out, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    names = dict.fromkeys(k for row in rows for k in row)       # some terms begin later than others
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(out / "log.csv", text.getvalue().encode())
-    write_png(out / "curves.png", draw_curves(rows))
-
-
-def draw_curves(rows):
-    """Loss and validation PSNR over steps, one under the other, as a Pillow picture."""
-    w, h, left, top = 720, 240, 70, 24
-    picture = Image.new("RGB", (w, 2 * h), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, (name, title) in enumerate((("pix", "loss (pix)"), ("psnr_y", "validation PSNR-Y, dB"))):
-        xs, ys = [r["step"] for r in rows], [float(r[name]) for r in rows]
-        lo, hi = min(ys), max(ys)
-        hi = hi if hi > lo else lo + 1e-9
-
-        def at(x, y):
-            return (left + (w - left - 20) * x / max(xs[-1], 1), i * h + h - top - (h - 2 * top) * (y - lo) / (hi - lo))
-        for k in range(5):
-            y = lo + (hi - lo) * k / 4
-            draw.line([at(0, y), at(xs[-1], y)], fill=(225, 225, 225))
-            draw.text((4, at(0, y)[1] - 6), f"{y:.4g}", fill="black")
-            x = xs[-1] * k / 4
-            draw.text((at(x, lo)[0] - 8, at(x, lo)[1] + 6), f"{x:.0f}", fill="black")
-        draw.text((left, i * h + 4), title, fill="black")
-        draw.line([at(x, y) for x, y in zip(xs, ys)] * (2 if len(xs) == 1 else 1), fill=(200, 40, 90), width=2)
-    return picture
+    write_png(out / "curves.png", evaluate.draw_curves({out.name: rows}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -245,16 +327,16 @@ class Validation:
         return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
 
     @torch.inference_mode()
-    def run(self, model, amp):
+    def run(self, model, amp, tiler=None):
         """Mean scores of a model, and a sample strip: LR bicubic | SR | HR of the busiest corner of some of its pictures
         (None without pictures)."""
         model.eval()
         scores, strips = [], []
         for _, lr, hr in self.pictures:
             x = lr[None].to(self.device)
-            tiler = Tiler(256, 32) if x.shape[-1] * x.shape[-2] > 2 ** 19 else None
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                sr = model(x, tiler)[0].float().clamp(0, 1).cpu()
+            large = x.shape[-1] * x.shape[-2] > 2 ** 19
+            with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                sr = model(x, tiler or (Tiler(256, 32) if large else None))[0].float().clamp(0, 1).cpu()
             scores.append(self.score(sr, hr))
             if len(strips) < 4:
                 strips.append(self.strip(lr, sr, hr))
@@ -288,6 +370,18 @@ def rate(step, args):
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t)))
 
 
+def memory(kind):
+    """Most memory ever used, MiB: of the GPU, or of this process."""
+    if kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:     # Windows has none
+        return 0.0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
 def clock(seconds):
     m, s = divmod(int(seconds), 60)
     return f"{m // 60}h{m % 60:02d}m" if m >= 60 else f"{m}m{s:02d}s"
@@ -304,147 +398,302 @@ def ranks_here(args):
     return rank, ranks
 
 
-def train(args, rank, ranks):
+def patch_files(args, log):
+    """Packs what --data names into patches/. Returns (files, their shares or None)."""
+    folders = folders_and_shares(args.data or [str(DEMO / "train")])
+    sides = [int(p) * args.scale for p in args.patch.split(",")]
+    size = max(256, -(-max(sides) * 3 // 2 // 64) * 64)        # room for a random crop in every patch
+    shared = any(share is not None for _, share in folders)
+
+    def packed(folders):
+        code = zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode())
+        name = f"{Path(folders[0]).name}-{code:08x}-{size}"
+        return data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=min(sides), log=log)
+    if not shared:
+        return [packed([f for f, _ in folders])], None
+    files = [packed([f]) for f, _ in folders]
+    counts = [data.read_header(f)[1] for f in files]
+    rest = 1 - sum(s for _, s in folders if s is not None)
+    free = sum(n for n, (_, s) in zip(counts, folders) if s is None)
+    return files, [rest * n / free if s is None else s for n, (_, s) in zip(counts, folders)]
+
+
+def groups(stream, size):
+    """Lists of `size` successive batches."""
+    group = []
+    for batch in stream:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def train(args, rank, ranks, until=None):
+    """Trains to the end, or to step `until`. Returns what a dry run wants to know."""
+    if args.stage > 1 and not args.weights:
+        had = Path(args.out) / "args.json"
+        args.weights = json.loads(had.read_text()).get("weights") if had.exists() and not args.overwrite else None
+        args.weights = args.weights or stage_before(args)
+        print(f"stage {args.stage} starts from {args.weights}")
     state = open_run(args, rank, ranks)
     say = print if rank == 0 else lambda *a, **k: None
-    out, stage = Path(args.out), STAGES[args.stage]
-    folders, val = args.data or [str(DEMO / "train")], args.val or str(DEMO / "val")
+    out = Path(args.out)
     if ranks > 1 and rank:
         dist.barrier()      # rank 0 draws and packs, the others find it done
     if not args.data and not (DEMO / "val").is_dir():
         print(f"no --data: drawing demo pictures into {DEMO}")
         draw_demo(DEMO, progress=data.progress)
-    side = args.patch * args.scale
-    size = max(256, -(-side * 3 // 2 // 64) * 64)       # room for a random crop in every patch
-    name = f"{Path(folders[0]).name}-{zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode()):08x}-{size}"
-    patches = data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=side, log=say)
+    files, shares = patch_files(args, say)
     if ranks > 1 and not rank:
         dist.barrier()
+    val = args.val or str(DEMO / "val")
     validation = Validation(args, find_pictures([val]), rank, ranks)
 
     torch.manual_seed(args.seed)
     model = HATRefiner.from_preset(args.preset, args.scale, init=args.init)
     if args.weights and not state:
         load_into(model, args.weights)
-    for name, part in model.named_children():
-        part.requires_grad_(name in stage["train"])
-    model.refine = args.stage > 1      # in stage 1 the model is plain HAT
+    choose(model, args.train, args.freeze)
+    # the refiner is left out while it does not learn and has not learned
+    model.refine = bool(model.out_conv.weight.requires_grad or model.out_conv.weight.any() or model.out_conv.bias.any())
     model.hat_model.checkpoint = args.checkpoint
     model.to(args.device, memory_format=torch.channels_last).train()
     ema = HATRefiner.from_preset(args.preset, args.scale)
     ema.load_state_dict(model.state_dict())
     ema.refine = model.refine
     ema.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    learning = [p for p in model.parameters() if p.requires_grad]
     averaged = [a for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     convs = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)}
-    optimiser = torch.optim.Adam([dict(params=[p for p in trained if id(p) not in convs], share=1.0),
-                                  dict(params=[p for p in trained if id(p) in convs], share=args.conv_lr)],
+    optimiser = torch.optim.Adam([dict(params=[p for p in learning if id(p) not in convs], share=1.0),
+                                  dict(params=[p for p in learning if id(p) in convs], share=args.conv_lr)],
                                  lr=args.lr, betas=(0.9, 0.99), fused=True)
-    step, best, rows, spent, total, count = 0, -1.0, [], 0.0, 0.0, 0        # total, count: of the loss since the last report
-    if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
+    loss_fn = SRLoss(args.loss, args.eps, edge_kernel=args.edge_kernel, perceptual=args.perceptual, vgg_weights=args.vgg_weights,
+                     anime_weights=args.anime_weights, detector=args.detector, gan=args.gan, mask=args.mask).to(args.device)
+    weights = dict(loss_fn.weights)
+    critic = critic_optimiser = None
+    if "adv" in weights:
+        critic = MultiScaleDiscriminator(args.d_features).to(args.device)
+        critic_optimiser = torch.optim.Adam(critic.parameters(), lr=args.lr_d, betas=(0.9, 0.99), fused=True)
+    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
+    kind = torch.device(args.device).type
+    scaler, critic_scaler = (torch.amp.GradScaler(kind, init_scale=2.0 ** 12, enabled=args.amp == "fp16") for _ in range(2))
+
+    parts = dict(model=model, ema=ema, optimiser=optimiser, scaler=scaler)
+    if critic:
+        parts.update(critic=critic, critic_optimiser=critic_optimiser, critic_scaler=critic_scaler)
+    # spent: seconds before this start. slow: halved at every roll-back. typical: usual distance of SR from HR.
+    # sums and count: of the losses since the last report. flat: reports without a better validation
+    now = dict(step=0, best=-1.0, rows=[], spent=0.0, slow=1.0, typical=None, sums={}, count=0, flat=0, skipped=0)
+
+    def restore(state):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
-        step, best, rows, spent, total, count = (state[k] for k in ("step", "best", "rows", "spent", "total", "count"))
+        now.update(copy.deepcopy(state["now"]))
+
+    def keep():
+        if rank == 0:
+            write_state(out / "state.pt", dict(
+                now={**now, "spent": now["spent"] + time.time() - began}, rng=torch.get_rng_state(),
+                **{name: part.state_dict() for name, part in parts.items()}))
+
+    if state:
+        restore(state)
+    elif rank == 0:
+        need, free = 2 * checkpoint_bytes(parts), shutil.disk_usage(out).free     # the old one stays until the new is whole
+        if free < need:
+            raise UserError(f"{out}: {free / 2 ** 20:.0f} MiB free, but checkpoints take {need / 2 ** 20:.0f}; make room")
     if args.compile:
         model.hat_model.compile_blocks()
     with warnings.catch_warnings():     # newer versions want the flag under another name
         warnings.simplefilter("ignore", FutureWarning)
-        net = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
-
-    amp = args.amp == "bf16"
-    tiler = Tiler(args.tile_size, args.tile_pad) if stage["tiling"] else None
-    loss_fn = Charbonnier(args.eps)
-    header = dict(recipe=args.recipe, stage=args.stage, data=[Path(f).name for f in folders], seed=args.seed)
-
-    def keep():
-        if rank:
-            return
-        write_state(out / "state.pt", dict(
-            step=step, best=best, rows=rows, spent=spent + time.time() - began, total=total, count=count,
-            model=model.state_dict(),
-            ema=ema.state_dict(), optimiser=optimiser.state_dict(), rng=torch.get_rng_state()))
-
+        share = partial(torch.nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+        net, judge = (share(m) if ranks > 1 and m else m for m in (model, critic))
+    tiler = Tiler(args.tile_size, args.tile_pad, align=PRESETS[args.preset]["window"]) if args.use_tiling else None
+    header = dict(recipe=args.recipe, stage=args.stage, data=[Path(f).name for f, _ in folders_and_shares(args.data or ["demo"])],
+                  seed=args.seed)
+    board = None
+    if args.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(str(out / "tensorboard"))
+    batches = data.Batches(files, args.steps * args.accum, args.batch, [int(p) for p in args.patch.split(",")], args.scale,
+                           args.recipe, args.seed, args.busiest, shares, rank, ranks)
     stop = []
     signals = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    say(f"{args.preset} {args.scale}x, {sum(p.numel() for p in trained):,} parameters trained, stage {args.stage}, "
-        f"{f'{ranks} x ' if ranks > 1 else ''}{args.device} "
-        f"{'bf16' if amp else 'fp32'}, {validation.count} validation pictures, "
-        f"bicubic {validation.bicubic['psnr_y']:.2f} dB" + (f", going on at step {step}" if step else ""), flush=True)
-    batches = data.Batches([patches], args.steps, args.batch, args.patch, args.scale, args.recipe, args.seed,
-                           args.busiest, rank=rank, ranks=ranks)
+    say(f"{args.preset} {args.scale}x, {sum(p.numel() for p in learning):,} parameters learn, stage {args.stage}, "
+        f"{f'{ranks} x ' if ranks > 1 else ''}{args.device} {args.amp if amp else 'fp32'}, {validation.count} validation "
+        f"pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB"
+        + (f", going on at step {now['step']}" if now["step"] else ""), flush=True)
     began = last = time.time()
-    first, skipped, live = step, 0, sys.stderr.isatty() and not rank
-    for lr, hr in data.loader(batches, step, args.workers):
-        lr, hr = lr.to(args.device, non_blocking=True), hr.to(args.device, non_blocking=True)
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, args) * group["share"]
-        with torch.autocast(lr.device.type, torch.bfloat16, enabled=amp):
-            sr = net(lr, tiler)
-        pix = loss_fn(sr, hr)
-        report = (step + 1) % args.every == 0 or step + 1 == args.steps
-        at_picture = torch.autograd.grad(pix, sr, retain_graph=True)[0].norm().item() if report else 0
-        optimiser.zero_grad(set_to_none=True)
-        pix.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        if torch.isfinite(norm):
-            skipped = 0
-            optimiser.step()
-            decay = min(args.ema, (step + 1) / (step + 10))        # a short memory while the weights still run
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
-        else:
-            skipped += 1
-            if skipped == 10:
-                raise UserError(f"the gradient is not finite ten steps in a row, at step {step}; the last report's "
-                                "state is kept: try a lower --lr or --amp off")
-        step, total, count = step + 1, total + pix.item(), count + 1
-        now = time.time()
-        speed = (step - first) / (now - began)
-        stopping = len(stop)
-        if ranks > 1:       # all stop together, and the loss of a report is everyone's
-            told = torch.tensor([stopping, total / ranks], dtype=torch.float64).to(args.device, torch.float32)
-            dist.all_reduce(told)
-            stopping, total = told[0].item() > 0, told[1].item() if report else total
-        line = f"step {step}/{args.steps}  loss {total / count:.5f}  {speed * args.batch * ranks:.1f} patches/s  " \
-               f"{clock((args.steps - step) / speed)} left"
-        if live and now - last > 0.5:
-            print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
-            last = now
-        if report:
-            scores, strip = validation.run(ema, amp)
-        if report and rank:
-            total, count = 0.0, 0
-        elif report:
-            rows.append(dict(step=step, pix=f"{total / count:.6f}", pix_grad=f"{at_picture:.3e}", lr=f"{rate(step - 1, args):.3e}",
-                             patches_per_s=f"{speed * args.batch * ranks:.2f}", seconds=round(spent + now - began),
-                             **{k: round(v, 4) for k, v in scores.items()}))
-            gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
-            print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
-                  f"SSIM {scores['ssim_y']:.4f}", flush=True)
-            header.update(step=step, psnr_y=round(scores["psnr_y"], 3), bicubic_psnr_y=round(validation.bicubic["psnr_y"], 3))
-            save(ema, out / "last.safetensors", header)
-            if scores["psnr_y"] > best:
-                best = scores["psnr_y"]
-                save(ema, out / "best.safetensors", header)
-            write_png(out / "samples" / f"step_{step:06d}.png", strip)
-            write_log(out, rows)
-            total, count = 0.0, 0
-            keep()
-        elif stopping:
-            keep()
-        if stopping:
-            say(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
-            sys.exit(130)
+    first, patches, bad, live, took = now["step"], 0, 0, sys.stderr.isatty() and not rank, []
+    end = min(args.steps, until or args.steps)
+    if not state:
+        keep()              # something to roll back to, and a full disk shows itself now
+    while now["step"] < end:
+        # a roll-back comes through here again: its batches begin anew too
+        for group in groups(data.loader(batches, now["step"] * args.accum, args.workers), args.accum):
+            step, started = now["step"], time.time()
+            for g in optimiser.param_groups:
+                g["lr"] = rate(step, args) * g["share"] * now["slow"]
+            optimiser.zero_grad(set_to_none=True)
+            adversarial = critic is not None and step >= args.gan_after
+            if adversarial:
+                critic_optimiser.zero_grad(set_to_none=True)
+            report = step + 1 in (end, args.steps) or (step + 1) % args.every == 0
+            values, distance, grads = {}, 0.0, {}
+            loss_fn.weights = {k: w for k, w in weights.items() if k != "adv" or adversarial}
+            for i, (lr, hr) in enumerate(group):
+                lr, hr = lr.to(args.device, non_blocking=True), hr.to(args.device, non_blocking=True)
+                target = hr
+                if step < args.sharpen_until * args.steps and step % 2 == 0:
+                    target = enhance_lines(hr)
+                together = i + 1 == len(group)      # ranks exchange gradients once a step
+                with contextlib.nullcontext() if together or ranks == 1 else net.no_sync():
+                    with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
+                        sr = net(lr, tiler)
+                        terms = loss_fn.terms(sr, target, lr, critic if adversarial else None, hr)
+                    if report and together:
+                        grads = loss_fn.gradient_norms(sr, target, lr, critic if adversarial else None, hr)
+                    scaler.scale(sum(loss_fn.weights[k] * v for k, v in terms.items()) / len(group)).backward()
+                    terms = {k: v.detach() for k, v in terms.items()}
+                if adversarial:
+                    with contextlib.nullcontext() if together or ranks == 1 else judge.no_sync():
+                        with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
+                            d_loss, d_stats = discriminator_loss(judge, sr, hr, args.gan, args.r1)
+                        critic_scaler.scale(d_loss / len(group)).backward()
+                    terms = {**terms, "d": d_loss.detach(), **d_stats}
+                for name, value in terms.items():
+                    values[name] = values.get(name, 0.0) + float(value) / len(group)
+                distance += (sr.detach().float() - hr).abs().mean().item() / len(group)
+                patches += len(lr) * ranks
+            scaler.unscale_(optimiser)
+            norm = torch.nn.utils.clip_grad_norm_(learning, args.clip)
+            told = [float(len(stop) > 0), distance, *values.values()]
+            if ranks > 1:       # all stop together, judge alike, and report everyone's mean
+                told = torch.tensor(told, device=args.device) / ranks
+                dist.all_reduce(told)
+                told = told.tolist()
+            stopping, distance, values = told[0] > 0, told[1], dict(zip(values, told[2:]))
+            finite = bool(torch.isfinite(norm)) and all(map(math.isfinite, told))
+            away = finite and now["typical"] is not None and distance > max(8 * now["typical"], 0.1)
+            bad = 0 if finite and not away else bad + 1
+            if finite:
+                scaler.step(optimiser)
+                decay = min(args.ema, (step + 1) / (step + 10))        # a short memory while the weights still run
+                torch._foreach_lerp_(averaged, learning, 1 - decay)
+                if not away:
+                    now["typical"] = distance if step == 0 else 0.98 * (now["typical"] or distance) + 0.02 * distance
+                for name, value in values.items():
+                    was, n = now["sums"].get(name, (0.0, 0))
+                    now["sums"][name] = was + value, n + 1
+            else:
+                now["skipped"] += 1
+            scaler.update()
+            if adversarial:
+                critic_scaler.unscale_(critic_optimiser)
+                if torch.isfinite(torch.nn.utils.clip_grad_norm_(critic.parameters(), 10.0)):
+                    critic_scaler.step(critic_optimiser)
+                critic_scaler.update()
+            if bad == 10:
+                saved = read_state(out)
+                if saved["now"]["slow"] < 2 ** -20:
+                    raise UserError(f"nothing helps: at step {step} the run breaks at every rate; the last report's state is kept")
+                spent, skipped = now["spent"], now["skipped"]
+                restore(saved)
+                bad, now["slow"], now["spent"], now["skipped"] = 0, now["slow"] / 2, spent, skipped
+                keep()
+                if ranks > 1:
+                    dist.barrier()
+                say(f"step {step}: ten bad steps in a row ({'it runs away' if away else 'not finite'}); back to step "
+                    f"{now['step']} with the rate times {now['slow']:g}", flush=True)
+                break
+            now["step"] = step = step + 1
+            took.append(time.time() - started)
+            passed = time.time() - began
+            speed = max(1, step - first) / passed
+            mean = {name: total / n for name, (total, n) in now["sums"].items()}
+            line = f"step {step}/{args.steps}  {'  '.join(f'{k} {v:.5f}' for k, v in mean.items())}  " \
+                   f"{patches / passed:.1f} patches/s  {clock((args.steps - step) / speed)} left"
+            if live and time.time() - last > 0.5:
+                print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
+                last = time.time()
+            if report:
+                scores, strip = validation.run(ema, amp, tiler)
+                now["flat"] = 0 if scores["psnr_y"] > now["best"] else now["flat"] + 1
+                better, now["best"] = not now["flat"], max(now["best"], scores["psnr_y"])
+                gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
+                row = dict(step=step, **{k: f"{v:.6g}" for k, v in mean.items()},
+                           **{f"{k}_grad": f"{v:.3e}" for k, v in grads.items()},
+                           lr=f"{rate(step - 1, args) * now['slow']:.3e}", patches_per_s=f"{patches / passed:.2f}",
+                           seconds=round(now["spent"] + time.time() - began), memory_mib=round(memory(kind)),
+                           skipped=now["skipped"], **{k: round(v, 4) for k, v in scores.items()})
+                now["rows"].append(row)
+                now["sums"] = {}
+            if report and rank == 0:
+                print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
+                      f"SSIM {scores['ssim_y']:.4f}" + (f"  {now['skipped']} steps skipped" if now["skipped"] else ""), flush=True)
+                header.update(step=step, psnr_y=round(scores["psnr_y"], 3), bicubic_psnr_y=round(validation.bicubic["psnr_y"], 3))
+                save(ema, out / "last.safetensors", header)
+                if better:
+                    save(ema, out / "best.safetensors", header)
+                if args.keep:
+                    save(ema, out / f"step_{step:06d}.safetensors", header)
+                    for old in sorted(out.glob("step_*.safetensors"))[:-args.keep]:
+                        old.unlink()
+                write_png(out / "samples" / f"step_{step:06d}.png", strip)
+                write_log(out, now["rows"])
+                if board:
+                    for name, value in row.items():
+                        board.add_scalar(name, float(value), step)
+            if report or stopping:
+                keep()
+            if stopping:
+                say(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
+                sys.exit(130)
+            if report and args.patience and now["flat"] >= args.patience:
+                say(f"validation has not risen for {args.patience} reports")
+                end = step
+            if step >= end:
+                break
     for s, handler in signals.items():
         signal.signal(s, handler)
-    final = validation.bicubic["psnr_y"]
-    weights, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
-    say(f"\ndone in {clock(spent + time.time() - began)}: {weights}, validation {best:.2f} dB PSNR-Y, "
-          f"{best - final:+.2f} dB over bicubic ({final:.2f})\nnext:\n"
-          f"  python tile.py {val} -o upscaled --weights {weights}\n"
-          f"  python evaluate.py --data {val} --recipe {recipe} --weights {weights}")
+    if until:
+        return dict(seconds=min(took), learning=sum(p.numel() for p in learning), memory=memory(kind),
+                    parameters=sum(p.numel() for p in model.parameters()), pictures=validation.count, took=time.time() - began - sum(took))
+    best, bicubic = now["best"], validation.bicubic["psnr_y"]
+    file, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
+    say(f"\ndone in {clock(now['spent'] + time.time() - began)}: {file}, validation {best:.2f} dB PSNR-Y, "
+        f"{best - bicubic:+.2f} dB over bicubic ({bicubic:.2f})\nnext:\n"
+        f"  python tile.py {val} -o upscaled --weights {file}\n"
+        f"  python evaluate.py --data {val} --recipe {recipe} --weights {file}")
+
+
+def dry_run(args, rank, ranks):
+    """Three steps, a validation, a save and a resume on a few pictures in a folder that goes away; then the forecast."""
+    real = copy.copy(args)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=Path(args.out).parent) as folder:
+        args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, max(1, ranks), False
+        if args.data:       # a spread of a few pictures from each folder, under the same shares
+            some = []
+            for i, (f, share) in enumerate(folders_and_shares(args.data)):
+                files = find_pictures([f])
+                (sample := Path(folder) / f"data{i}").mkdir()
+                for k, path in enumerate(files[::max(1, len(files) // 6)][:6]):
+                    (sample / f"{k}{path.suffix}").symlink_to(path.resolve())
+                some.append(f"{sample}@{share}" if share is not None else str(sample))
+            args.data = some
+        begun = time.time()
+        train(args, rank, ranks, until=min(2, args.steps))
+        found = train(args, rank, ranks, until=min(3, args.steps))
+        size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file()) / 2 ** 20
+    val_seconds = found["took"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
+    total = real.steps * found["seconds"] + real.steps / real.every * val_seconds
+    print(f"\nit works, resumed after 2 steps ({clock(time.time() - begun)} for all this)\n"
+          f"{found['parameters']:,} parameters, {found['learning']:,} of them learn; {found['memory']:.0f} MiB at most; "
+          f"a run folder takes {size:.0f} MiB and the samples\n{found['seconds']:.2f} s a step, {real.steps} steps with "
+          f"{real.steps // real.every} validations: about {clock(total)}")
 
 
 def main():
@@ -452,7 +701,10 @@ def main():
     keep_freed_memory()
     try:
         check(args)
-        train(args, *ranks_here(args))
+        if args.dry_run:
+            dry_run(args, *ranks_here(args))
+        else:
+            train(args, *ranks_here(args))
     except ValueError as e:     # UserError, WeightsError, PictureError, and what data and degrade say
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ import random
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,7 +164,7 @@ def test_ctrl_c_keeps_the_step_and_goes_on(whole, drawings, tmp_path):
     out, err = p.communicate(timeout=60)
     if p.returncode:      # it may have been done already
         assert p.returncode == 130 and "goes on from there" in err and "Traceback" not in err
-        kept = torch.load(run / "state.pt", weights_only=True)["step"]
+        kept = torch.load(run / "state.pt", weights_only=True)["now"]["step"]
         assert f"stopped at step {kept}" in err
     p = start(args, tmp_path)
     assert p.wait(120) == 0
@@ -212,13 +213,21 @@ def test_weights_start_a_run(whole, drawings, tmp_path, monkeypatch, capsys):
     assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-6) for k in a)
 
 
-def test_a_gradient_that_is_never_finite_ends_the_run(drawings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.Charbonnier, "forward", lambda self, sr, hr: (sr * float("nan")).mean())
-    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", steps=20, every=20))
-    assert code == 2 and "not finite" in err and not (tmp_path / "run" / "last.safetensors").exists()
+def test_stage_2_finds_the_newest_run_of_stage_1(whole, drawings, tmp_path, monkeypatch, capsys):
+    for name, seconds in ("older", 1000), ("newer", 2000):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        file = tmp_path / "runs" / name / "best.safetensors"
+        file.write_bytes((whole[1] / "best.safetensors").read_bytes())
+        os.utime(file, (seconds, seconds))
+    save(HATRefiner.from_preset("low"), tmp_path / "runs" / "low.safetensors")       # no best of a run: not considered
+    args = flags(drawings, tmp_path / "two", stage=2, patch=32, tile_size=16, tile_pad=8, steps=1, every=1)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "starts from runs/newer/best.safetensors" in out, err
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)      # the same command again, with a newer run there
+    assert code == 0
 
 
-def test_full_disk_while_saving(whole, drawings, tmp_path):
+def test_a_disk_that_is_full_while_saving(whole, drawings, tmp_path):
     """A file may not grow past a limit, as on a full disk: one line, nothing half-written; with room again the same
     command ends as if nothing had happened."""
     args, run = flags(drawings, tmp_path / "run"), tmp_path / "run"
@@ -228,9 +237,287 @@ def test_full_disk_while_saving(whole, drawings, tmp_path):
     out, err = p.communicate(timeout=120)
     assert p.returncode == 2 and err.count("\n") == 1 and str(run) in err and "Traceback" not in err
     assert not list(run.glob(".*.tmp")) and not (run / "state.pt").exists()
-    load(run / "last.safetensors")
     assert start(args, tmp_path).wait(120) == 0
     same_run(run, whole[1])
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it and nothing is saved."""
+
+
+ODD = dict(patch="16,24", accum=2, batch=3, steps=7, every=2, ema=0.9)
+
+
+@pytest.mark.parametrize("where", ("in a step", "in a save"))
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_every_stage_resumes_to_the_bit(whole, drawings, tmp_path, monkeypatch, capsys, stage, where):
+    """Mixed patches, accumulation, EMA; killed in the middle of a step or of writing a file, then started again."""
+    more = dict(stage=stage, tile_size=8, tile_pad=4, lr=1e-3, **ODD)
+    if stage > 1:
+        more["weights"] = whole[1] / "last.safetensors"
+    args = [flags(drawings, tmp_path / name, **more) for name in ("a", "b")]
+    assert run_here(monkeypatch, capsys, tmp_path, args[0])[0] == 0
+
+    with monkeypatch.context() as m:
+        if where == "in a step":
+            steps = iter(range(100))
+            real = train.rate
+            m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 5 else (_ for _ in ()).throw(Killed))
+        else:
+            real, calls = os.replace, iter(range(100))
+
+            def half_written(src, dst):
+                if str(dst).endswith("state.pt") and next(calls) == 2:
+                    raise Killed
+                real(src, dst)
+            m.setattr(os, "replace", half_written)
+        with pytest.raises(Killed):
+            run_here(monkeypatch, capsys, tmp_path, args[1])
+    assert 0 < len(rows(tmp_path / "b")) < 4
+    assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# steps that go wrong
+
+
+def poison(monkeypatch, at, value):
+    """The loader's batches of these numbers carry a bad pixel in LR."""
+    real = train.data.loader
+
+    def loader(batches, begin, workers):
+        for i, (lr, hr) in enumerate(real(batches, begin, workers), begin):
+            if i in at:
+                lr = lr.clone()
+                lr[0, 0, 0, 0] = value
+            yield lr, hr
+    monkeypatch.setattr(train.data, "loader", loader)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_poisoned_batch_is_skipped(drawings, tmp_path, monkeypatch, capsys, value):
+    poison(monkeypatch, {2, 5}, value)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run"))
+    assert code == 0 and rows(tmp_path / "run")[-1]["skipped"] == "2" and "2 steps skipped" in out
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "run" / "last.safetensors").values())
+
+
+def test_a_poisoned_gradient_is_skipped(drawings, tmp_path, monkeypatch, capsys):
+    real, calls = torch.nn.utils.clip_grad_norm_, iter(range(100))
+
+    def clip(parameters, most):
+        parameters = list(parameters)
+        if next(calls) in (3, 4):
+            parameters[0].grad.fill_(float("nan"))
+        return real(parameters, most)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run"))
+    assert code == 0 and rows(tmp_path / "run")[-1]["skipped"] == "2"
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert all(v.isfinite().all() for part in ("model", "ema") for v in state[part].values())
+
+
+def test_ten_bad_steps_in_a_row_roll_back(drawings, tmp_path, monkeypatch, capsys):
+    """Batches 8 to 39 are poisoned until the rate has been halved twice; skipped steps count, and reports go on."""
+    real, seen = train.data.loader, []
+
+    def loader(batches, begin, workers):
+        seen.append(begin)
+        for i, (lr, hr) in enumerate(real(batches, begin, workers), begin):
+            yield (lr * float("nan") if 8 <= i < 40 and len(seen) < 3 else lr), hr
+    monkeypatch.setattr(train.data, "loader", loader)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", steps=48, every=6))
+    assert code == 0 and seen == [0, 12, 18], (seen, err)
+    assert out.count("ten bad steps in a row (not finite)") == 2 and "rate times 0.25" in out
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["now"]["slow"] == 0.25
+
+
+def test_a_learning_rate_of_10_rolls_back(drawings, tmp_path, monkeypatch, capsys):
+    args = flags(drawings, tmp_path / "run", lr=10, warmup=0, steps=30, every=30)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "back to step 0 with the rate times 0.5" in out
+    assert all(v.isfinite().all() for v in load_file(tmp_path / "run" / "last.safetensors").values())
+
+
+def test_a_run_that_nothing_helps_ends(drawings, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, range(1000), float("nan"))
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", steps=20, every=20))
+    assert code == 2 and "nothing helps" in err and not (tmp_path / "run" / "last.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# switches
+
+
+def test_stage_2_reaches_hat_from_every_tile():
+    torch.manual_seed(0)
+    model, tiler = HATRefiner.from_preset("tiny"), train.Tiler(16, 8, align=4)
+    outputs, hat = [], model.hat_model
+
+    def forward(x):
+        outputs.append(hat(x))
+        outputs[-1].retain_grad()
+        return outputs[-1]
+    sr = tiler(forward, torch.rand(1, 3, 40, 56), 2)
+    sr = sr + model.out_conv(model.residual_block(sr))
+    ((sr - 0.5) ** 2).mean().backward(retain_graph=True)
+    assert len(outputs) == tiler.count(40, 56) > 4
+    total = 0
+    for y in outputs:
+        (g,) = torch.autograd.grad(y, hat.conv_first.weight, y.grad, retain_graph=True)
+        assert y.grad.abs().max() > 0 and g.abs().max() > 0
+        total = total + g
+    assert torch.allclose(total, hat.conv_first.weight.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_stage_3_keeps_no_graph_through_hat():
+    """Bytes that backward would need, at one patch: under a third of stage 2's."""
+    def kept(learn):
+        model = HATRefiner.from_preset("tiny")
+        train.choose(model, learn, "")
+        size = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: size.__setitem__(t.untyped_storage().data_ptr(),
+                                                                                t.untyped_storage().nbytes()) or t, lambda t: t):
+            sr = model(torch.rand(1, 3, 128, 128), train.Tiler(16, 8, align=4))
+        for name, p in model.named_parameters():
+            assert (p.requires_grad and sr.requires_grad) == name.startswith(tuple(learn.split(",")))
+        return sum(size.values())
+    assert kept("residual_block,out_conv") < kept("hat_model,residual_block,out_conv") / 3
+
+
+def test_modules_freeze_by_name(drawings, tmp_path, monkeypatch, capsys, whole):
+    args = flags(drawings, tmp_path / "run", steps=2, every=2, weights=whole[1] / "last.safetensors", lr=1e-3,
+                 freeze="hat_model.layers.0,hat_model.conv_first")
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
+    a, b = load_file(whole[1] / "last.safetensors"), load_file(tmp_path / "run" / "last.safetensors")
+    still = {k for k in a if torch.equal(a[k], b[k])}
+    assert {k for k in a if "layers.0." in k or "conv_first" in k} <= still
+    assert not any("layers.1." in k and k.endswith("weight") for k in still)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "c", freeze="hat"))
+    assert code == 2 and "no module 'hat'" in err and "hat_model, " in err and "residual_block" in err
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "d", freeze="hat_model"))
+    assert code == 2 and "nothing is left to learn" in err
+
+
+def test_flags_override_the_stage():
+    of = dict(stage="2", patch="32", tile_size="16", tile_pad="8", lr="0.5", train="out_conv", batch="3", steps="7")
+    args = train.parse(["--no-tiling", *(s for k, v in of.items() for s in (f"--{k.replace('_', '-')}", v))])
+    assert {k: str(getattr(args, k)) for k in of} == of and args.use_tiling is False
+    assert train.parse(["--stage", "1", "--use-tiling"]).use_tiling is True
+    stages = [train.parse(["--stage", str(i), "--device", "cpu"]) for i in (1, 2, 3)]
+    assert [a.patch for a in stages] == ["64", "128", "256"] and [a.use_tiling for a in stages] == [False, True, True]
+    assert [a.train for a in stages] == ["hat_model", "hat_model,residual_block,out_conv", "residual_block,out_conv"]
+    assert [a.lr for a in stages][1:] == [2e-5, 1e-5]
+
+
+def test_tiling_and_patches_reach_the_network(drawings, tmp_path, monkeypatch, capsys):
+    seen = []
+    real = train.HATRefiner.forward
+
+    def forward(self, lr, tiler=None):
+        if self.training:
+            seen.append((tuple(lr.shape), tiler and (tiler.tile_size, tiler.tile_pad)))
+        return real(self, lr, tiler)
+    monkeypatch.setattr(train.HATRefiner, "forward", forward)
+    args = flags(drawings, tmp_path / "run", patch="16,32", batch=4, steps=8, every=8, tile_size=8, tile_pad=4)
+    assert run_here(monkeypatch, capsys, tmp_path, [*args, "--use-tiling"])[0] == 0
+    assert set(seen) == {((4, 3, 16, 16), (8, 4)), ((1, 3, 32, 32), (8, 4))}
+
+
+def test_patience_and_keep(drawings, tmp_path, monkeypatch, capsys):
+    args = flags(drawings, tmp_path / "run", steps=40, every=2, lr=1e-12, patience=2, keep=2)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "has not risen for 2 reports" in out and len(rows(tmp_path / "run")) < 20
+    kept = sorted((tmp_path / "run").glob("step_*.safetensors"))
+    assert len(kept) == 2 and kept[-1].name == f"step_{int(rows(tmp_path / 'run')[-1]['step']):06d}.safetensors"
+
+
+def test_shares_of_folders(drawings, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "b"
+    other.mkdir()
+    Image.new("RGB", (96, 96), (255, 0, 0)).save(other / "red.png")
+    seen = []
+    real = train.data.loader
+
+    def loader(*a):
+        for lr, hr in real(*a):
+            seen.extend((hr[:, 0].amin((1, 2)) > 0.99).tolist())
+            yield lr, hr
+    monkeypatch.setattr(train.data, "loader", loader)
+    args = flags(drawings, tmp_path / "run", batch=10, steps=10, every=10)
+    i = args.index("--data")
+    args[i + 2:i + 2] = [f"{other}@0.3"]
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
+    assert len(seen) == 100 and 15 <= sum(seen) <= 45
+    for bad, words in (f"{other}@2", "shares"), (f"{other}@x", "share such as 0.3"):
+        args[i + 2] = bad
+        code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+        assert code == 2 and words in err
+
+
+def test_fp16_trains(drawings, tmp_path, monkeypatch, capsys):
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", amp="fp16"))
+    assert code == 0 and float(rows(tmp_path / "run")[-1]["psnr_y"]) > 15, err
+
+
+def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
+    args = [*flags(drawings, tmp_path / "runs" / "mine", steps=1000), "--dry-run"]
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "going on at step 2" in out and "s a step, 1000 steps" in out and "parameters" in out, err
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ("no such folder", "no validation picture", "patch below the window", "tile off the window",
+                                  "weights of another preset", "no room on the disk"))
+def test_a_dry_run_finds_mistakes(kind, drawings, tmp_path, whole, monkeypatch, capsys):
+    if kind == "no room on the disk":
+        monkeypatch.setattr(train.shutil, "disk_usage", lambda p: type("usage", (), dict(free=10 ** 5)))
+        args, words = flags(drawings, tmp_path / "run"), "MiB free"
+    else:
+        args, words = mistake(kind, drawings, tmp_path, whole)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, [*args, "--dry-run"])
+    assert code == 2 and words in err and "step " not in out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several processes
+
+
+def torchrun(args, cwd, ranks=2):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}",
+                             ROOT / "train.py", *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=env, start_new_session=True)
+
+
+def test_two_ranks_are_one_with_twice_the_batch(drawings, tmp_path, monkeypatch, capsys):
+    more = dict(steps=20, every=1, val_count=1)
+    p = torchrun(flags(drawings, tmp_path / "two", batch=2, **more), tmp_path)
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0, err
+    assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "one", batch=4, **more))[0] == 0
+    one, two = ([float(r["pix"]) for r in rows(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 20 and max(abs(a - b) / a for a, b in zip(one, two)) < 1e-4
+
+
+def test_a_lost_rank_ends_the_run_and_it_resumes(drawings, tmp_path, monkeypatch, capsys):
+    args, run = flags(drawings, tmp_path / "run", steps=400, every=5, val_count=1), tmp_path / "run"
+    p = torchrun(args, tmp_path)
+    while not rows(run) and p.poll() is None:
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode != 0
+    step = torch.load(run / "state.pt", weights_only=True)["now"]["step"]
+    assert step >= 5
+    monkeypatch.setattr(train, "rate", lambda *a: os.kill(os.getpid(), signal.SIGINT) or 1e-3)     # stops at the next step
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 130 and f"going on at step {step}" in out and "made by 2 processes and goes on with 1" in out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +553,7 @@ def mistake(kind, drawings, tmp_path, whole):
         i = args.index("--val")
         return args[:i] + args[i + 2:], "--val"
     if kind == "stage 2 from nothing":
-        return flags(drawings, run, stage=2), "--weights"
+        return flags(drawings, run, stage=2), "builds on stage 1"
     if kind == "no such weights":
         return flags(drawings, run, weights=tmp_path / "gone.safetensors"), "gone.safetensors"
     if kind == "weights of another preset":

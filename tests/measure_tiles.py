@@ -1,0 +1,186 @@
+"""What tiling costs: quality beside the whole picture, memory and time of very large ones. Not run by pytest.
+
+    python tests/measure_tiles.py quality --data LR_FOLDER            # PSNR tiled against whole, seams, cost
+    python tests/measure_tiles.py quality --data LR_FOLDER --tiles 128 --pads 8 16 32 --limit 4
+    python tests/measure_tiles.py big                                 # 12,000 x 8,000, peak memory; about 40 minutes
+    python tests/measure_tiles.py big --limit-gib 4                   # the same with that much address space
+    python tests/measure_tiles.py picture                             # 1920x1080 by two: seconds, memory, overhead
+    python tests/measure_tiles.py fit --data FOLDER --out FOLDER      # every picture to 3840x2160, each way of cropping
+
+Prints Markdown. Weights: --weights FILE, otherwise those that tile.py takes.
+"""
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import model                                                            # noqa: E402
+import tile                                                             # noqa: E402
+from bench import hard_tiles                                            # noqa: E402
+
+
+def psnr(a, b):
+    return -10 * (a.clamp(0, 1) - b.clamp(0, 1)).double().square().mean().log10().item()
+
+
+def seam(sr, rows, columns):
+    """Mean jump of the gradient across the lines before these rows and columns of sr (3, H, W), over the mean elsewhere:
+    1 where a seam is no more than any other place of a picture whose detail lies evenly. A picture has its own value at
+    these lines, so compare with the same of the untiled result."""
+    grey, sums = sr.mean(0), [0.0, 0, 0.0, 0]
+    for x, lines in (grey, rows), (grey.t(), columns):
+        gradient = x.diff(dim=0)                                                    # [i]: between rows i and i + 1
+        jump = (gradient[1:-1] - (gradient[:-2] + gradient[2:]) / 2).abs().mean(1)  # [i]: across the line before row i + 2
+        at = torch.zeros(len(jump), dtype=torch.bool)
+        at[[i - 2 for i in lines if 0 <= i - 2 < len(jump)]] = True
+        for k, part in (0, jump[at]), (2, jump[~at]):
+            sums[k] += part.sum().item()
+            sums[k + 1] += len(part)
+    return sums[0] / max(sums[1], 1) / (sums[2] / max(sums[3], 1) + 1e-12)
+
+
+def fade_lines(tiler, side, scale):
+    """Where a seam would show along an axis: at the beginning, the middle and the end of every crossfade."""
+    fade = tiler.tile_pad * scale
+    return [s.start + at for s in tiler.spans(side, scale)[1][1:] for at in (0, fade // 2, fade)]
+
+
+def quality(args, network):
+    scale, window = network.scale, network.hat_model.window
+    amp = {"bf16": torch.bfloat16, "off": None}[args.amp]
+    pictures = [tile.composite(tile.read_picture(p), 1.0) for p in tile.find_pictures(args.data)[:args.limit]]
+    pictures = [x[:, :args.side, :args.side].contiguous() if args.side else x for x in pictures]
+    wholes, seconds = [], 0
+    for x in pictures:
+        begun = time.time()
+        wholes.append(tile.upscale(network, x, scale, tile.Tiler(max(x.shape), 0, align=1), args.device, amp))
+        seconds += time.time() - begun
+    print(f"{len(pictures)} pictures, {args.amp}, whole: {seconds:.1f} s\n")
+    print("| tile | pad | how | PSNR to whole, mean | lowest | seam / whole's, mean | worst | seconds / whole |\n|" + "---|" * 8)
+    for size in args.tiles:
+        ways = [(32, "hard")] * (not args.no_hard) + [(pad, sync) for pad in args.pads for sync in ("off", "rough", "exact")]
+        for pad, how in ways:
+            figures, seams, begun = [], [], time.time()
+            for x, whole in zip(pictures, wholes):
+                if how == "hard":
+                    with torch.inference_mode():
+                        sr = hard_tiles(network, x[None].to(args.device), size, pad)[0].float().clamp(0, 1).cpu()
+                    lines = [[i * scale for i in range(size, side, size)] for side in x.shape[1:]]
+                else:
+                    tiler = tile.Tiler(size, pad, 1, window)
+                    sr = tile.upscale(network, x, scale, tiler, args.device, amp, sync=how)
+                    lines = [fade_lines(tiler, side, scale) for side in x.shape[1:]]
+                figures.append(psnr(sr, whole))
+                if any(lines):
+                    seams.append(seam(sr, *lines) / seam(whole, *lines))
+            worst = max(seams, key=lambda s: abs(s - 1), default=float("nan"))
+            print(f"| {size} | {pad} | {how} | {sum(figures) / len(figures):.2f} | {min(figures):.2f} | "
+                  f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - begun) / seconds:.2f} |", flush=True)
+
+
+def gradients_and_lines(height, width):
+    """Strips (3, 256, width) of a picture with soft gradients and thin slanted lines."""
+    x = torch.arange(width) / width
+    for top in range(0, height, 256):
+        y = torch.arange(top, min(top + 256, height))[:, None] / height
+        strip = torch.stack([(x + 0 * y) * 0.8 + 0.1, 0.2 + 0.6 * y + 0 * x, 0.5 + 0.4 * torch.sin(9 * x + 7 * y)])
+        yield strip * (1 - 0.9 * ((40 * x + 25 * y) % 1 < 0.002 * 40)) * (1 - 0.9 * ((61 * x - 33 * y) % 1 < 0.03))
+
+
+def command(args, *more, limit=None):
+    """Runs tile.py -> (seconds, peak MiB, what it said)."""
+    def bound():
+        if limit:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    call = [sys.executable, ROOT / "tile.py", *more, "--device", args.device, "--overwrite"]
+    call += ["--weights", args.weights] if args.weights else []
+    code = ("import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
+            "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)")
+    begun = time.time()
+    done = subprocess.run([sys.executable, "-c", code, *map(str, call)], capture_output=True, text=True, preexec_fn=bound)
+    said, _, peak = done.stdout.rpartition("PEAK")
+    if done.returncode:
+        sys.exit(f"tile.py ended with {done.returncode}: {said}{done.stderr}")
+    return time.time() - begun, int(peak) / 1024, said + done.stderr
+
+
+def big(args, network):
+    width, height = args.size
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        folder = Path(folder)
+        small, large = folder / "small.png", folder / "large.png"
+        tile.save_strips(small, gradients_and_lines(64, 64), (64, 64), tile.Picture(torch.zeros(0)))
+        tile.save_strips(large, gradients_and_lines(height, width), (height, width), tile.Picture(torch.zeros(0)))
+        limit = int(args.limit_gib * 2**30) if args.limit_gib else None
+        own = command(args, small, "-o", folder / "out.png", "--tile-size", 16)[1]
+        seconds, peak, said = command(args, large, "-o", folder / "out.png", "--tile-size", args.tile_size,
+                                      *(["--sync", args.sync] if args.sync else []), limit=limit)
+        print(said)
+        print(f"\n| in | limit | s | peak MiB | of that above a 64x64 picture | file MB |\n|" + "---|" * 6)
+        print(f"| {width}x{height} | {args.limit_gib or '-'} GiB | {seconds:.0f} | {peak:.0f} | {peak - own:.0f} | "
+              f"{(folder / 'out.png').stat().st_size / 1e6:.0f} |")
+
+
+def picture(args, network):
+    """Seconds for 1920x1080 by the command's own means, beside the same tiles through the model and nothing else."""
+    tile.keep_freed_memory()
+    device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
+    window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
+    size = tile.auto_tile_size(network, device, amp, args.pads[0], 1, window)
+    tiler = tile.Tiler(size, args.pads[0], 1, window)
+    (h, rows), (w, columns) = tiler.spans(1080, 1), tiler.spans(1920, 1)
+    part, alone, begun = torch.rand(1, 3, h, w, device=device), 0.0, time.time()
+    tile.upscale(network, x, network.scale, tiler, device, amp)
+    tiled = time.time() - begun
+    with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
+        begun = time.time()
+        for _ in range(len(rows) * len(columns)):
+            network(part).float().cpu()
+        alone = time.time() - begun
+    print(f"1920x1080 by {network.scale}, {args.amp}, {len(rows)}x{len(columns)} tiles of {w}x{h} "
+          f"({len(rows) * len(columns) * h * w / 1920 / 1080:.2f} times the area): {tiled:.1f} s, the tiles alone "
+          f"{alone:.1f} s, so tiling adds {tiled / alone - 1:.1%}; peak "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def fit(args, network):
+    for crop in ("center", "top", "focus"):
+        out = Path(args.out or "fitted") / crop
+        print(command(args, args.data, "-o", out, "--fit", "3840x2160", "--crop", crop, "--format", "jpg")[2])
+        for path in tile.find_pictures(out):
+            assert tile.read_picture(path).rgb.shape == (3, 2160, 3840), path
+    print("all 3840x2160")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("part", choices=["quality", "big", "picture", "fit"])
+    p.add_argument("--data", help="pictures to enlarge as they are")
+    p.add_argument("--out", help="folder for what is written (default: a temporary one; fit: fitted)")
+    p.add_argument("--weights")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--amp", default="off", choices=["off", "bf16"], help="quality, picture (default: off)")
+    p.add_argument("--limit", type=int, help="quality: so many pictures")
+    p.add_argument("--side", type=int, help="quality: only the first SIDE x SIDE pixels of each")
+    p.add_argument("--tiles", type=int, nargs="+", default=[64, 128, 256])
+    p.add_argument("--pads", type=int, nargs="+", default=[16])
+    p.add_argument("--no-hard", action="store_true", help="quality: leave hard crops out")
+    p.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), default=(12000, 8000), help="big (12000x8000)")
+    p.add_argument("--tile-size", default="auto", help="big: as tile.py's")
+    p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
+    p.add_argument("--limit-gib", type=float, help="big: address space (ulimit -v)")
+    args = p.parse_args()
+    network = model.load(args.weights or model.find_weights(), args.device)
+    {"quality": quality, "big": big, "picture": picture, "fit": fit}[args.part](args, network)
+
+
+if __name__ == "__main__":
+    main()
