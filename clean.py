@@ -4,8 +4,8 @@
     python data.py multiscale CLEAN/pictures -o CLEAN/smaller
 
 Every picture is looked at once, and what was found is a row of CLEAN/scan.csv; the decisions are made from these rows
-alone, so trying another threshold takes seconds. What stays is linked (or copied) into CLEAN/pictures, broken files into
-CLEAN/quarantine, and CLEAN/report.csv says what became of each file and why. The given folders are never changed.
+alone, so trying another threshold takes seconds. What stays is linked (or copied) into CLEAN/pictures, broken files
+into CLEAN/quarantine, and CLEAN/report.csv says what became of each file and why. The given folders are never changed.
 
 Needs torch, numpy, Pillow, and tile.py beside it.
 """
@@ -32,23 +32,26 @@ from PIL import Image, ImageCms
 
 import tile
 
-# Thresholds, from tests/measure_data.py on 174 openly licensed drawings (lossless files, 10 of them once JPEG) and on
-# crops of 48 of them that were enlarged, blurred or compressed on purpose. Share that each one drops, in percent:
-#   SHARPNESS  originals THRESHOLD_TABLE
-SHARPNESS = -18.0       # dB; the fine detail of pictures below this was not in the file, it was enlarged
-BLOCKS = 1.3            # dB; decoded JPEG of quality 88 and worse
+# Thresholds, chosen on 58 openly licensed drawings and paintings (python tests/measure_data.py thresholds). Of their
+# centre crops they drop, in percent, as upscaled | as JPEG:
+#   as they are 2 | 0 (of 174 whole pictures 1 | 0)      blurred, sigma 0.5 2, 0.7 22, 1.0 100 | 0
+#   enlarged 2x bicubic 97, bilinear 93, Lanczos 100; 1.5x 66, 53, 86 | 0, but 5 of Lanczos 2x
+#   JPEG of quality 30, 60 0 | 100, 85 0 | 83, 90 2 | 38, 95 2 | 2
+# What a network enlarged, or a JPEG that was rescaled afterwards, they do not see.
+SHARPNESS = -18.0       # dB; the fine detail of pictures below this was not in the file, it was enlarged or is blurred
+BLOCKS = 1.0            # dB; a grid of 8 pixels that shows more than this
 QUALITY = 88            # of a JPEG file, told by its own quantisation table
-DISTANCE = 6            # bits of 64 in which near-duplicates differ at most: rescaled and recompressed ones by 0 to 4
+DISTANCE = 6            # bits of 64: rescaled and recompressed copies differ by 0 to 4, different pictures by 14 and more
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Work on many pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def progress(what, done, total, start):
+def progress(what, done, total, start, unit="pictures"):
     """One line that is written over on a terminal, gone at the end; elsewhere a line every 500."""
     terminal, rate = sys.stderr.isatty(), max(done, 1) / (time.time() - start + 1e-9)
-    line = f"{what} {done}/{total}  {rate:.1f} pictures/s  {(total - done) / rate:.0f} s left"
+    line = f"{what} {done}/{total}  {rate:.1f} {unit}/s  {(total - done) / rate:.0f} s left"
     if terminal:
         print("\r\033[K" + line * (done < total), end="", file=sys.stderr, flush=True)
     elif done % 500 == 499:
@@ -78,8 +81,9 @@ def as_it_is(result):
 def in_parallel(function, jobs, workers, what):
     """Yields (job, function(job)) for a list of jobs, in order, with progress on stderr. workers: processes that do
     them, 0 for none; a few results each wait in memory. RuntimeError when a worker dies (it says of which signal)."""
-    loader, start = torch.utils.data.DataLoader(Jobs(function, jobs), batch_size=None, collate_fn=as_it_is,
-                                                num_workers=min(workers, len(jobs)), worker_init_fn=quiet_worker), time.time()
+    start, loader = time.time(), torch.utils.data.DataLoader(
+        Jobs(function, jobs), batch_size=None, collate_fn=as_it_is, num_workers=min(workers, len(jobs)),
+        worker_init_fn=quiet_worker)
     for i, (job, result) in enumerate(zip(jobs, loader)):
         progress(what, i, len(jobs), start)
         yield job, result
@@ -95,10 +99,10 @@ def alone(path):
         with contextlib.suppress(ImportError):
             import fcntl
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: worker processes would inherit it
+            except (BlockingIOError, PermissionError):
                 print(f"{tile.printable(path)}: another process is at work here, waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.lockf(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
@@ -147,8 +151,8 @@ KINDS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": 
 
 
 def look(path):
-    """The head of a picture file, without decoding it -> (Pillow's name of the format, width, height, whether it is an
-    animation or has several pages, quality of a JPEG or None). Raises nearly anything for broken files."""
+    """The head of a picture file, without decoding it -> (Pillow's name of the format, width, height, quality of a JPEG
+    or None). Raises nearly anything for broken files."""
     if not Path(path).is_file():
         raise ValueError("not a file")      # a pipe would keep us waiting
     with warnings.catch_warnings():
@@ -159,8 +163,7 @@ def look(path):
                 # The IJG library scales the table of ITU-T T.81, annex K, whose 64 numbers add up to 3688.
                 percent = 100 * sum(im.quantization[min(im.quantization)]) / 3688
                 quality = round(100 - percent / 2 if percent <= 100 else 5000 / percent)
-            several = im.format != "MPO" and getattr(im, "is_animated", False)
-            return im.format, *im.size, several, quality
+            return im.format, *im.size, quality
 
 
 def eight_bit(x):
@@ -239,21 +242,24 @@ def sharpness(squares):
     return float(np.quantile(10 * np.log10((high + 1e-6) / (low + 1e-6)), 0.75))
 
 
-def blockiness(squares):
+def blockiness(squares, jpeg=False):
     """Luma (n, side, side), side a multiple of 8 -> how much an 8-pixel grid shows, in dB; None without squares.
 
     JPEG cuts a picture into blocks of 8x8 and drops the finest waves of each. So the three highest frequencies of
     8-sample DCTs are weak where these sit on the grid of an earlier JPEG, wherever that begins: the weakest of the 8
-    offsets against their median, columns and rows averaged. About 0 without JPEG, 0.5 at quality 95, 2 at 80, 6 at 30."""
+    offsets against their median, columns and rows averaged. About 0 without JPEG, 0.5 at quality 95, 6 at 30.
+    jpeg: the file is a JPEG, so offset 0 is the file's own grid and counts half."""
     if not len(squares):
         return None
     waves = np.cos(np.pi * np.outer(np.arange(5, 8), 2 * np.arange(8) + 1) / 16) / 2
-    length, ratios = squares.shape[1] - 8, []
+    length, found = squares.shape[1] - 8, []
     for lines in (squares, squares.transpose(0, 2, 1)):
         strength = sum(np.abs(sum(float(w) * lines[..., i:i + length] for i, w in enumerate(wave))) for wave in waves)
         offsets = np.minimum(strength, 20).sum((0, 1)).reshape(-1, 8).sum(0)       # a hard edge counts no more than 20
-        ratios.append(10 * np.log10((np.median(offsets) + 1e-3) / (offsets.min() + 1e-3)))
-    return float(np.mean(ratios))
+        weakness = 10 * np.log10((np.median(offsets) + 1e-3) / (offsets + 1e-3))
+        weakness[0] /= 1 + jpeg
+        found.append(weakness.max())
+    return float(np.mean(found))
 
 
 def perceptual_hash(pixels):
@@ -265,7 +271,7 @@ def perceptual_hash(pixels):
     return int("".join("01"[bit] for bit in (low > np.median(low)).tolist()), 2)
 
 
-FIELDS = ("name", "bytes", "mtime", "problem", "format", "width", "height", "animated", "quality", "content", "hash",
+FIELDS = ("name", "bytes", "mtime", "problem", "note", "format", "width", "height", "quality", "content", "hash",
           "sharpness", "blocks")
 
 
@@ -276,8 +282,8 @@ def examine(job, max_pixels=None):
     row = dict.fromkeys(FIELDS, "") | dict(name=name)
     try:
         row |= dict(zip(("bytes", "mtime"), stamp(path)))
-        row["format"], width, height, animated, quality = look(path)
-        row |= dict(width=width, height=height, animated="yes" if animated else "", quality=quality or "")
+        row["format"], width, height, quality = look(path)
+        row |= dict(width=width, height=height, quality=quality or "")
         if max_pixels and width * height > max_pixels:
             return text(row)
     except Exception:       # read names the reason
@@ -286,14 +292,14 @@ def examine(job, max_pixels=None):
         picture = read(path)
     except tile.PictureError as error:
         return text(row | dict(problem=str(error).removeprefix(f"{tile.printable(path)}: ")))
-    row["height"], row["width"] = picture.rgb.shape[1:]
+    row |= dict(note=picture.note, height=picture.rgb.shape[1], width=picture.rgb.shape[2])
     planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
     pixels = eight_bit(planes)
     row["content"] = hashlib.blake2b(pixels, key=str(pixels.shape).encode(), digest_size=8).hexdigest()
     if picture.alpha is not None:
         pixels = eight_bit(tile.composite(picture, 0.5))
     squares = busiest(pixels)
-    figures = sharpness(squares), blockiness(squares)
+    figures = sharpness(squares), blockiness(squares, row["format"] in ("JPEG", "MPO"))
     row["hash"] = f"{perceptual_hash(pixels):016x}"
     row["sharpness"], row["blocks"] = ("" if figure is None else f"{figure:.2f}" for figure in figures)
     return text(row)
@@ -348,8 +354,6 @@ def decide(rows, naming="hash", min_side=256, max_mp=None, min_sharpness=SHARPNE
     for row in rows:
         width, height = int(row["width"] or 0), int(row["height"] or 0)
         sharp, blocks = float(row["sharpness"] or 0), float(row["blocks"] or 0)
-        # A JPEG's own blocks show at any quality; twice that means it was a worse JPEG before.
-        most = max_blocks * (2 if row["format"] in ("JPEG", "MPO") else 1)
         if row["problem"]:
             verdict = "broken", row["problem"]
         elif max_mp and width * height > max_mp * 1e6:
@@ -358,8 +362,8 @@ def decide(rows, naming="hash", min_side=256, max_mp=None, min_sharpness=SHARPNE
             verdict = "small", f"{width}x{height}, a side below {min_side}"
         elif row["quality"] and int(row["quality"]) < min_quality:
             verdict = "jpeg", f"JPEG of quality {row['quality']}, below {min_quality}"
-        elif row["blocks"] and blocks > most:
-            verdict = "jpeg", f"blocks of an earlier JPEG: {blocks:.1f} dB, above {most:g}"
+        elif row["blocks"] and blocks > max_blocks:
+            verdict = "jpeg", f"blocks of an earlier JPEG: {blocks:.1f} dB, above {max_blocks:g}"
         elif row["sharpness"] and sharp < min_sharpness:
             verdict = "upscaled", f"no fine detail: {sharp:.1f} dB, below {min_sharpness:g}"
         else:
@@ -382,8 +386,9 @@ def decide(rows, naming="hash", min_side=256, max_mp=None, min_sharpness=SHARPNE
             number = f"{number}_{content}".strip("_")
         taken.add(number)
         kept[name] = number
-    return [dict(name=n, verdict=v, why=why, kept_as="") for n, (v, why) in sorted(verdicts.items())] + [
-        dict(name=n, verdict="kept", why="", kept_as=k) for n, k in sorted(kept.items())]
+    decisions = [dict(name=n, verdict=v, why=why, kept_as="") for n, (v, why) in verdicts.items()]
+    decisions += [dict(name=n, verdict="kept", why="", kept_as=k) for n, k in kept.items()]
+    return sorted(decisions, key=lambda d: d["name"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,13 +439,13 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
 
     out: a folder that gets pictures/ (links, or copies), quarantine/ (what cannot be read), report.csv (a line per
     file) and scan.csv (a line per file as it is looked at). Started again it goes on where it was; files that have not
-    changed are not looked at twice. With other rules or pictures, what no longer belongs goes from pictures/ again; files that
-    it did not put there stay. workers: processes that read pictures; each holds one in memory.
+    changed are not looked at twice. With other rules or pictures, what no longer belongs goes from pictures/ again;
+    files that it did not put there stay. workers: processes that read pictures; each holds one in memory.
     ValueError: no picture, or out cannot be used. OSError: cannot write.
     """
     out = Path(out)
-    if not 0 <= rules.get("distance", 0) <= 7:
-        raise ValueError(f"--distance goes from 0 to 7; it is {rules['distance']}")
+    if not -1 <= rules.get("distance", 0) <= 7:
+        raise ValueError(f"--distance goes from -1 to 7; it is {rules['distance']}")
     if any(Path(f).resolve() == out.resolve() for f in folders):
         raise ValueError(f"{tile.printable(out)} is the folder of the pictures themselves; choose another --out")
     paths = {}          # names on one line each, so that a line of our files is a row
@@ -466,9 +471,9 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             if known.get((row["name"], row["bytes"], row["mtime"])) != row:
                 file.write(lines([row.values()]))
                 file.flush()
-            if row["animated"] or row["problem"]:
+            if row["note"] or row["problem"]:
                 tile.Progress.clear()
-                log(f"{row['name']}: {row['problem'] or 'an animation or several pages; the first frame is used'}")
+                log(f"{row['name']}: {row['note'] or row['problem']}")
 
         decisions, formats = decide(rows, **rules), {row["name"]: row["format"] for row in rows}
         for row in decisions:
@@ -503,8 +508,8 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
                     raise           # of what cannot be read, the line in the report is enough
         tile.Progress.clear()
     counts = Counter(row["verdict"] for row in decisions)
-    dropped = ", ".join(f"{counts[v]} {v}" for v in ("broken", "small", "large", "jpeg", "upscaled", "duplicate") if counts[v])
-    log(f"{tile.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures" + (f"; dropped: {dropped}" if dropped else ""))
+    dropped = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()) if verdict != "kept")
+    log(f"{tile.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; dropped: {dropped or 'none'}")
     return decisions
 
 
@@ -523,8 +528,8 @@ def smaller(job, min_side):
             picture = read(path)
             height, width = picture.rgb.shape[1:]
         short = min(width, height)
-        factors = {f"{stem}_{ending}.png": f for ending, f in {**SCALES, str(SHORTEST): SHORTEST / short}.items() if f < 1}
-        factors = {t: f for t, f in factors.items() if round(short * f) >= min_side}
+        factors = {**SCALES, str(SHORTEST): SHORTEST / short}
+        factors = {f"{stem}_{ending}.png": f for ending, f in factors.items() if f < 1 and round(short * f) >= min_side}
         todo = {Path(t): f for t, f in factors.items()
                 if not os.path.exists(t) or os.stat(t).st_mtime_ns < os.stat(path).st_mtime_ns}
         if not todo:
@@ -547,7 +552,7 @@ def smaller(job, min_side):
 def multiscale(folders, out, min_side=128, workers=0, log=print):
     """Smaller copies of pictures, antialiased (Lanczos), sRGB PNG -> how many were made. NAME becomes NAME_075.png,
     NAME_050.png, NAME_033.png and NAME_400.png (shortest side 400) in the same sub-folders of out; none is larger than
-    its picture or has a side below min_side. Copies that are there, and not older than their picture, are not made again.
+    its picture or has a side below min_side. Copies that are there and not older than their picture are not made again.
     ValueError: no picture, two of one name. OSError: cannot write."""
     stems = {}
     for path, name in listing(folders, [out]).items():
@@ -570,5 +575,5 @@ def multiscale(folders, out, min_side=128, workers=0, log=print):
             raise result
         else:
             made += result
-    log(f"{tile.printable(out)}: {made} copies made of {len(jobs)} pictures" + (f"; skipped {bad} unreadable" if bad else ""))
+    log(f"{tile.printable(out)}: {made} copies made of {len(jobs)} pictures; {bad} unreadable")
     return made

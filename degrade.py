@@ -1,10 +1,10 @@
 """degrade.py: how a clean picture becomes a bad one.
 
 A recipe is a name and a table: its rows are operations in the order in which they happen. For every picture of a
-batch a list of steps, operations with their arguments, is drawn from the table by the picture's own seed. So
-what happens to a picture depends on nothing but the picture, the recipe, the scale and that seed: not on its
-neighbours in the batch, nor on how many worker processes there are. To the bit: arithmetic on pixels is element by
-element, never a matrix product or a library convolution, whose order of summing changes with the shape.
+batch a list of steps, operations with their arguments, is drawn from the table by the picture's own seed. So what
+happens to a picture depends on nothing but the picture, the recipe, the scale and that seed: not on its neighbours in
+the batch, nor on how many worker processes there are. To the bit: arithmetic on pixels is element by element, never a
+matrix product or a library convolution, whose order of summing changes with the shape.
 
     python degrade.py HR_FOLDER LR_FOLDER --recipe web --scale 2
     python degrade.py picture.png --sheet sheet.png         # one picture through every recipe, to look at
@@ -375,12 +375,12 @@ def cells(x, amplitude, offset, seed):
 
 def drift(x, gain, shift):
     """Each colour times its gain, plus its shift."""
-    return x * torch.tensor(gain)[:, None, None] + torch.tensor(shift)[:, None, None]
+    return x * x.new_tensor(gain)[:, None, None] + x.new_tensor(shift)[:, None, None]
 
 
 @functools.lru_cache(maxsize=None)
 def can_write(codec):
-    """Whether this machine has the codec: jpeg and webp always, avif by Pillow's build, video where PyAV is."""
+    """Whether this machine has the codec: pictures by Pillow's build, video where PyAV is installed."""
     if codec in VIDEO:
         try:
             import av
@@ -404,9 +404,10 @@ def through_video(pixels, codec, quality):
     encoder.options = dict(qmin=str(quality), qmax=str(quality)) if "mpeg" in codec else dict(crf=str(quality))
     if codec == "h265":
         encoder.options |= {"x265-params": "log-level=none:pools=1:frame-threads=1"}
-    picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p")
+    how = dict(interpolation=2 | 0x2000 | 0x40000)      # bilinear, whole chroma, exact: else all is a level darker
+    picture = av.VideoFrame.from_ndarray(frame, "rgb24").reformat(format="yuv420p", **how)
     frames = [f for packet in [*encoder.encode(picture), *encoder.encode(None), None] for f in decoder.decode(packet)]
-    return frames[0].to_ndarray(format="rgb24")[:h, :w]
+    return frames[0].reformat(format="rgb24", **how).to_ndarray()[:h, :w]
 
 
 def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
@@ -414,10 +415,10 @@ def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
 
     codec: jpeg, webp, avif or one of VIDEO; quality: 1 to 100, or a video codec's quantiser; chroma: 4:2:0 or 4:4:4
     (jpeg); offset: rows and columns of mirrored picture set before the first, so that the codec's blocks begin
-    elsewhere, as they do in a crop. Cut off again. Raises ValueError for an unknown codec.
+    elsewhere, as they do in a crop. Cut off again. Raises ValueError for a codec that is not there.
     """
-    if codec not in ("jpeg", "webp", "avif", *VIDEO):
-        raise ValueError(f"no codec '{codec}'; there are jpeg, webp, avif, {', '.join(VIDEO)}")
+    if codec not in ("jpeg", *STAND_IN) or not can_write(codec):
+        raise ValueError(f"no codec '{codec}'; there are {', '.join(filter(can_write, ('jpeg', *STAND_IN)))}")
     dy, dx = offset
     pixels = np.pad(to_8_bit(x).mul(255).byte().permute(1, 2, 0).numpy(), ((dy, 0), (dx, 0), (0, 0)), "symmetric")
     if max(pixels.shape) > 16383 and codec != "jpeg":           # more than WebP and video can hold
@@ -602,11 +603,11 @@ def picture_seed(name, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 FAULTS = dict(  # what strength 0 (hardly visible), 0.5 (clear to a trained eye) and 1 (gross) mean; between them, lines
-    blocking=dict(jpeg=(98, 30, 5), webp=(98, 15, 0)),          # quality; the grid begins anywhere
-    ringing=dict(cutoff=(3.0, 1.5, 0.75), share=(0.15, 1, 1)),  # of a low-pass, radians a pixel; how much of it
+    blocking=dict(jpeg=(98, 30, 5), webp=(98, 15, 0), is_webp=(0, 0.3, 0.3), is_420=(0, 0.7, 0.7)),     # quality, share
+    ringing=dict(cutoff=(3.0, 1.9, 1.0), share=(0.15, 1, 1)),   # of a low-pass, radians a pixel; how much of it
     banding=dict(levels=(128, 22, 7)),                          # of each colour, in smooth places only
     blur=dict(sigma=(0.2, 1.2, 3.5)),                           # pixels
-    oversharp=dict(amount=(0.1, 2.0, 8.0)),                     # of an unsharp mask of sigma 0.8 to 1.6
+    oversharp=dict(amount=(0.1, 1.2, 6.0)),                     # of an unsharp mask of sigma 0.8 to 1.6
     noise=dict(sigma=(1, 12, 45)),                              # of 255, normal, grey or coloured
     seam=dict(colour=(0.5, 5, 20), sigma=(0.1, 0.7, 2.0), shift=(0.05, 1.0, 3.5)),      # of 255; pixels; pixels
 )
@@ -622,9 +623,10 @@ def shifted(x, dy, dx):
     return p[..., r + j:r + j + w] * (1 - dx + j) + p[..., r + j + 1:r + j + 1 + w] * (dx - j)
 
 
-def blocking(x, rng, jpeg, webp):
-    codec = pick(rng, dict(jpeg=0.7, webp=0.3))
-    return compress(x, codec, round(jpeg if codec == "jpeg" else webp), pick(rng, CHROMA),
+def blocking(x, rng, jpeg, webp, is_webp, is_420):
+    """The grid begins anywhere. Thinned colour, which all WebP has, shows even at the highest quality."""
+    codec, chroma = "webp" if rng.random() < is_webp else "jpeg", "4:2:0" if rng.random() < is_420 else "4:4:4"
+    return compress(x, codec, round(webp if codec == "webp" else jpeg), chroma,
                     (whole(rng, (0, 15)), whole(rng, (0, 15))))
 
 
@@ -710,6 +712,7 @@ def described(steps):
     lines = []
     for operation, how in steps:
         values = [how[key] for key in how if key not in ("seed", "size", "offset", "grey", "antialias")]
+        values += [f"{how['size'][1]}x{how['size'][0]}"] if operation is resize else []
         values = [v for value in values for v in (value if isinstance(value, (tuple, list)) else [value])]
         lines.append(" ".join([operation.__name__] + [f"{v:.2g}" if isinstance(v, float) else str(v) for v in values]))
     return ", ".join(lines)

@@ -201,18 +201,18 @@ class Edge(nn.Module):
 
 class Texture(nn.Module):
     """How rough the surface is, not where each grain lies: invented high-frequency noise costs, and so does smoothing
-    away what paper and hair have. L1 between the root mean squares, in 7x7 windows, of R, G and B under Laws' eight
-    3x3 texture filters (1980)."""
+    away what paper and hair have. L1 between the root mean squares, in 7x7 windows 4 apart, of R, G and B under Laws'
+    eight 3x3 texture filters (1980)."""
 
     @fp32
     def forward(self, sr, hr):
         return distance(self.roughness(sr), self.roughness(hr))
 
-    def roughness(self, x):     # (B, 3, H, W) -> (3 B, 8, H, W)
+    def roughness(self, x):     # (B, 3, H, W) -> (3 B, 8, H/4, W/4)
         taps = torch.tensor([[1, 2, 1], [-2, 0, 2], [-1, 2, -1]], dtype=x.dtype, device=x.device) / 4
         bank = torch.einsum("iy,jx->ijyx", taps, taps).reshape(9, 1, 3, 3)[1:]      # level, edge, spot; no plain blur
         y = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate").flatten(0, 1)[:, None], bank)
-        return (F.avg_pool2d(F.pad(y * y, (3, 3, 3, 3), "replicate"), 7, 1) + 1e-6).sqrt()
+        return (F.avg_pool2d(y * y, 7, 4, 3, count_include_pad=False) + 1e-6).sqrt()
 
 
 class FrequencyLock(nn.Module):
@@ -239,8 +239,8 @@ def detail_mask(hr, floor=0.25):
     """(B, 3, H, W) -> (B, 1, H, W) from `floor`, where hr is soft (bokeh, glow, gradients, flat colour), to 1 around
     sharp lines and texture. Weighs the edge and adversarial terms, which would put lines into what has none."""
     y = luma(hr)
-    sharp = F.max_pool2d((y - gaussian(y, 1.0)).abs(), 9, 1, 4)
-    return floor + (1 - floor) * gaussian(((sharp - 0.01) / 0.03).clamp(0, 1), 4.0)
+    sharp = F.max_pool2d((y - gaussian(y, 1.0)).abs(), 13, 1, 6)
+    return floor + (1 - floor) * gaussian(((sharp - 0.01) / 0.03).clamp(0, 1), 3.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,9 +500,9 @@ def discriminator_loss(d, sr, hr, kind="ragan", r1=0.0):
 class ArtifactDetector(nn.Module):
     """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 444,632 parameters.
 
-    Beside R, G, B it sees their differences to the right and down through asinh, which makes a step of one 8-bit level
-    (banding) visible beside a line. Two layers at full resolution come before the first stride, so no 8-pixel grid
-    falls between its pixels; the last looks 79 pixels wide. Pooled by mean and by log-mean-exp: a seam is rare."""
+    Beside R, G, B it sees their differences to the right and down, in 8-bit levels through asinh, which makes a step of
+    one level (banding) visible beside a line. Two layers at full resolution come before the first stride, so no 8-pixel
+    grid falls between its pixels; the last looks 79 pixels wide. Pooled by mean and by log-mean-exp: a seam is rare."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -524,7 +524,7 @@ class ArtifactDetector(nn.Module):
         x = full(x)
         p = F.pad(x, (0, 1, 0, 1), "replicate")
         steps = torch.cat([p[..., :-1, 1:] - x, p[..., 1:, :-1] - x], 1)
-        y, features = torch.cat([x - 0.5, torch.asinh(64 * steps) / 4], 1), []
+        y, features = torch.cat([x - 0.5, torch.asinh(255 * steps) / 4], 1), []
         for stage in self.stages:
             y = stage(y)
             features.append(y)

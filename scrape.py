@@ -62,7 +62,7 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def say(line, passing=False, shown=[0.0]):
+def say(line, passing=False, shown=[time.monotonic()]):
     """To stderr. A passing line is overwritten by the next on a terminal, and one of many elsewhere."""
     terminal = sys.stderr.isatty()
     if passing and not terminal and time.monotonic() - shown[0] < 30:
@@ -110,7 +110,7 @@ class Client:
         try:
             parts = urlsplit(url)
             here = host, port = parts.hostname, parts.port or dict(https=443, http=80)[parts.scheme]
-            if parts.scheme not in ("https", self.scheme):
+            if parts.scheme not in ("https", self.scheme) or not host:
                 raise ValueError
             if self.pause < 1 and here != self.home:
                 raise Failed(f"refused {clean(url)[:200]}: --pause below 1 is for the board itself")
@@ -342,11 +342,12 @@ def read_manifest(path):
         data = path.read_bytes() if path.exists() else b""
         end = data.rfind(b"\n") + 1
         lines = list(csv.reader(io.StringIO(data[:end].decode("utf-8-sig"), newline=""), strict=True))
-        if end < len(data):
+        ours = lines[0] == COLUMNS if lines else ",".join(COLUMNS).encode().startswith(data)
+        if ours and end < len(data):
             os.truncate(path, end)
     except (OSError, ValueError, csv.Error) as e:
         raise Stop(f"cannot use {clean(path)}: {clean(e)}; mend it or choose another folder") from None
-    if lines and lines[0] != COLUMNS:
+    if not ours:
         raise Stop(f"{clean(path)} is no manifest of scrape.py, by its first line; choose another folder")
     return [dict(zip(COLUMNS, line)) for line in lines[1:] if len(line) == len(COLUMNS)]
 
@@ -416,21 +417,23 @@ def main():
                "  python scrape.py konachan --tags landscape --max 300 --contact me@example.org -o wallpapers\n"
                "The same command again goes on where it stopped and fetches nothing twice.\n\n"
                "--rating s is what Konachan and Yande.re call safe and Danbooru general; q adds questionable and\n"
-               "Danbooru's sensitive (its letter s); e is explicit everywhere. Without an account Danbooru searches for\n"
-               "two tags at most; rating and width, which are added here, do not count.\n\n"
+               "Danbooru's sensitive (its letter s); e is explicit everywhere. Without an account Danbooru searches\n"
+               "for two tags at most; rating and width, which are added here, do not count.\n\n"
                "The pictures belong to their artists: respect them and the board's terms before you train on pictures\n"
                "or pass them on.\n\n"
                "exit code: 0 done, 1 some pictures failed (named), 2 could not go on (the line says why), 130 Ctrl-C")
     p.add_argument("board", choices=BOARDS, help="where from; with --url, what kind of board that is")
-    p.add_argument("--tags", nargs="+", default=[], metavar="TAG", help="what to search for (default: everything)")
+    p.add_argument("--tags", nargs="+", default=[], metavar="TAG",
+                   help='what to search for, as on the board, in quotes: "landscape -chibi" (default: everything)')
     p.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures and manifest.csv")
     p.add_argument("--contact", required=True, help="your mail or web address, told to the board with every request")
     p.add_argument("--max", type=int, default=300, help="posts wanted, those already here included (default: 300)")
     p.add_argument("--min-width", type=int, default=3840, help="pixels of the original (default: 3840)")
     p.add_argument("--rating", default="s", help="letters out of s, q, e, such as sq; see below (default: s)")
     p.add_argument("--variants", action="store_true", help="also posts that are a parent or a child of another")
-    p.add_argument("--opt-out", type=Path, metavar="FILE", help="tags, one a line; posts with one of them are left out")
+    p.add_argument("--opt-out", type=Path, metavar="FILE", help="artists or other tags, one a line, that are left out")
     p.add_argument("--dry-run", action="store_true", help="search and count only")
+    p.add_argument("--resume", action="store_true", help="needless: every run goes on where the last one stopped")
     p.add_argument("--pause", type=float, default=1.0, help="seconds between requests, 1 or more (default: 1)")
     p.add_argument("--url", help="another board of that kind, such as http://localhost:3000: the one address that may "
                                  "be private; on loopback --pause may be below 1")

@@ -258,13 +258,15 @@ def save_strips(path, strips, size, picture, quality=95, dither=False):
 
     def arrays():
         y = 0
-        for rows in (rows for strip in strips for rows in strip.split(64, 1)):
-            rgb, a = rows[:3], rows[3:]
-            if len(a) and not alpha:
-                rgb, a = rgb * a + 1 - a, a[:0]
-            rgb = rgb.mean(0, keepdim=True) if grey else rgb
-            yield np.concatenate([quantised(rgb, depth, y if dither and depth == 8 else None), quantised(a, depth)], -1)
-            y += rows.shape[1]
+        for strip in strips:
+            for rows in strip.split(16, 1):
+                rgb, a = rows[:3], rows[3:]
+                if len(a) and not alpha:
+                    rgb, a = rgb * a + 1 - a, a[:0]
+                rgb = quantised(rgb.mean(0, keepdim=True) if grey else rgb, depth, y if dither and depth == 8 else None)
+                yield np.concatenate([rgb, quantised(a, depth)], -1)
+                y += rows.shape[1]
+            del strip, rows, a
 
     channels = (1 if grey else 3) + alpha
     with replacing(path) as part, open(part, "wb") as file:
@@ -452,7 +454,8 @@ def crossfaded(pieces, spans, dim):
             piece.narrow(dim, 0, tail.shape[dim]).add_(tail)
         done = span.ready - span.start
         yield piece.narrow(dim, 0, done)
-        tail = piece.narrow(dim, done, piece.shape[dim] - done).clone()  # and the rest can go
+        tail = piece.narrow(dim, done, piece.shape[dim] - done).clone()
+        del piece
 
 
 # ------------------------------------------------------------------ a whole picture, in bounded memory
@@ -597,7 +600,7 @@ def upscaled(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, 
     for before, expected in pools.settle(partial(run, turned_forward, amp), rgb[None], tiler, sync):
         if progress:
             progress(before, expected + total)
-    strips = (strip[0] for strip in tiler.strips(counted, rgb[None], scale))
+    strips = map(lambda strip: strip[0], tiler.strips(counted, rgb[None], scale))
     if getattr(forward, "refine", hasattr(forward, "refined")):
         pieces = Tiler(512, 2 * forward.reach, align=1)  # exact, as far as forward.reach is
         strips = with_halo(strips, lambda x, top: pieces(partial(checked, forward.refined, 1), x[None], 1)[0],
@@ -607,11 +610,13 @@ def upscaled(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, 
                            height * scale)
     y = 0
     for strip in strips:
-        strip, stop = strip.clamp_(0, 1), y + strip.shape[1]
-        if strength < 1:
-            strip = lanczos(rgb, (height * scale, width * scale), y, stop).lerp(strip, strength)
-        yield strip
-        y = stop
+        for rows in strip.split(64, 1):
+            rows, stop = rows.clamp(0, 1), y + rows.shape[1]
+            if strength < 1:
+                rows = lanczos(rgb, (height * scale, width * scale), y, stop).lerp(rows, strength)
+            yield rows
+            y = stop
+        del strip  # large in a wide picture, and the next is on its way
 
 
 def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, **how):
@@ -630,6 +635,7 @@ def with_halo(strips, function, halo, height):
     x, top, above = None, 0, 0  # above: rows of x that are through and stay as context
     for strip in strips:
         x = strip if x is None else torch.cat([x, strip], 1)
+        del strip
         ready = x.shape[1] - (halo if top + x.shape[1] < height else 0)
         if ready > above:
             yield function(x, top)[:, above:ready]
@@ -656,6 +662,7 @@ def resized(strips, height, size):
     reach = 3 * max(step, 1) + 1
     for strip in strips:
         x = strip if x is None else torch.cat([x, strip], 1)
+        del strip
         end = top + x.shape[1]
         stop = size[0] if end == height else int((end - reach) / step)
         if stop > start:
@@ -939,8 +946,8 @@ def main():
     g.add_argument("--tta", action="store_true", help="mean of 8 flips and turns: a little better, 8 times slower")
     g.add_argument("--alpha", default="lanczos", choices=["lanczos", "model"], help="enlarged by (default: lanczos)")
     g.add_argument("--tile-size", "--tile", type=tile_size_or_auto, metavar="N|auto",
-                   help="input pixels from tile to tile, at most; auto: by free memory. Halved when memory runs out all "
-                        "the same (default: auto)")
+                   help="input pixels from tile to tile, at most; auto: by free memory. Halved when memory runs out "
+                        "all the same (default: auto)")
     g.add_argument("--tile-pad", type=int, help="pixels more that a tile sees on each side (default: two windows; "
                                                 "16 for low, 32 for larger models)")
     g.add_argument("--sync", default="off", choices=["off", "rough", "exact"],
@@ -1069,8 +1076,9 @@ def run(args):
                     fail(f"cannot write {printable(target)}: {e.strerror}; {done} pictures done so far are kept")
                 problem = f"cannot write {printable(target)}: {e.strerror or e}"
             except Exception as e:  # what the model throws concerns this picture; the next ones may do
-                kind = "" if isinstance(e, FloatingPointError) else f"{type(e).__name__}: "
-                problem = f"{printable(source)}: {kind}{' '.join(str(e).split())}"
+                said = " ".join(str(e).split())
+                kind = "" if isinstance(e, FloatingPointError) else type(e).__name__ + ": " * bool(said)
+                problem = f"{printable(source)}: {kind}{said}"
                 smaller = tiler.smaller() if out_of_memory(e) else None
             Progress.clear()
             if smaller:  # out here the exception has let go of what it held

@@ -23,7 +23,6 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import model                                                            # noqa: E402
 import tile                                                             # noqa: E402
-from bench import hard_tiles                                            # noqa: E402
 
 
 def psnr(a, b):
@@ -31,13 +30,13 @@ def psnr(a, b):
 
 
 def seam(sr, rows, columns):
-    """Mean jump of the gradient across the lines before these rows and columns of sr (3, H, W), over the mean elsewhere:
-    1 where a seam is no more than any other place of a picture whose detail lies evenly. A picture has its own value at
-    these lines, so compare with the same of the untiled result."""
+    """Mean jump of the gradient across the lines before these rows and columns of sr (3, H, W), over the mean
+    elsewhere: 1 where a seam is no more than any other place of a picture whose detail lies evenly. A picture has its
+    own value at these lines, so compare with the same of the untiled result."""
     grey, sums = sr.mean(0), [0.0, 0, 0.0, 0]
     for x, lines in (grey, rows), (grey.t(), columns):
-        gradient = x.diff(dim=0)                                                    # [i]: between rows i and i + 1
-        jump = (gradient[1:-1] - (gradient[:-2] + gradient[2:]) / 2).abs().mean(1)  # [i]: across the line before row i + 2
+        gradient = x.diff(dim=0)                                                    # [i]: between rows i, i + 1
+        jump = (gradient[1:-1] - (gradient[:-2] + gradient[2:]) / 2).abs().mean(1)  # [i]: between rows i + 1, i + 2
         at = torch.zeros(len(jump), dtype=torch.bool)
         at[[i - 2 for i in lines if 0 <= i - 2 < len(jump)]] = True
         for k, part in (0, jump[at]), (2, jump[~at]):
@@ -53,6 +52,7 @@ def fade_lines(tiler, side, scale):
 
 
 def quality(args, network):
+    from bench import hard_tiles
     scale, window = network.scale, network.hat_model.window
     amp = {"bf16": torch.bfloat16, "off": None}[args.amp]
     pictures = [tile.composite(tile.read_picture(p), 1.0) for p in tile.find_pictures(args.data)[:args.limit]]
@@ -63,10 +63,11 @@ def quality(args, network):
         wholes.append(tile.upscale(network, x, scale, tile.Tiler(max(x.shape), 0, align=1), args.device, amp))
         seconds += time.time() - begun
     print(f"{len(pictures)} pictures, {args.amp}, whole: {seconds:.1f} s\n")
-    print("| tile | pad | how | PSNR to whole, mean | lowest | seam / whole's, mean | worst | seconds / whole |\n|" + "---|" * 8)
+    print("| tile | pad | how | PSNR to whole, mean | lowest | seam / whole's, mean | worst | seconds / whole |\n|"
+          + "---|" * 8)
     for size in args.tiles:
-        ways = [(32, "hard")] * (not args.no_hard) + [(pad, sync) for pad in args.pads for sync in ("off", "rough", "exact")]
-        for pad, how in ways:
+        ways = [(pad, sync) for pad in args.pads for sync in ("off", "rough", "exact")]
+        for pad, how in ways if args.no_hard else [(32, "hard"), *ways]:
             figures, seams, begun = [], [], time.time()
             for x, whole in zip(pictures, wholes):
                 if how == "hard":
@@ -82,7 +83,8 @@ def quality(args, network):
                     seams.append(seam(sr, *lines) / seam(whole, *lines))
             worst = max(seams, key=lambda s: abs(s - 1), default=float("nan"))
             print(f"| {size} | {pad} | {how} | {sum(figures) / len(figures):.2f} | {min(figures):.2f} | "
-                  f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - begun) / seconds:.2f} |", flush=True)
+                  f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - begun) / seconds:.2f} |",
+                  flush=True)
 
 
 def gradients_and_lines(height, width):
@@ -91,7 +93,7 @@ def gradients_and_lines(height, width):
     for top in range(0, height, 256):
         y = torch.arange(top, min(top + 256, height))[:, None] / height
         strip = torch.stack([(x + 0 * y) * 0.8 + 0.1, 0.2 + 0.6 * y + 0 * x, 0.5 + 0.4 * torch.sin(9 * x + 7 * y)])
-        yield strip * (1 - 0.9 * ((40 * x + 25 * y) % 1 < 0.002 * 40)) * (1 - 0.9 * ((61 * x - 33 * y) % 1 < 0.03))
+        yield strip * (1 - 0.9 * ((40 * x + 25 * y) % 1 < 0.08)) * (1 - 0.9 * ((61 * x - 33 * y) % 1 < 0.03))
 
 
 def command(args, *more, limit=None):
@@ -105,7 +107,8 @@ def command(args, *more, limit=None):
     code = ("import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
             "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)")
     begun = time.time()
-    done = subprocess.run([sys.executable, "-c", code, *map(str, call)], capture_output=True, text=True, preexec_fn=bound)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, call)], capture_output=True, text=True,
+                          preexec_fn=bound)
     said, _, peak = done.stdout.rpartition("PEAK")
     if done.returncode:
         sys.exit(f"tile.py ended with {done.returncode}: {said}{done.stderr}")
@@ -134,12 +137,13 @@ def picture(args, network):
     tile.keep_freed_memory()
     device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
     window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
-    size = tile.auto_tile_size(network, device, amp, args.pads[0], 1, window)
+    size = tile.auto_tile_size(network, device, amp, tile.Tiler(window, args.pads[0], 1, window))
     tiler = tile.Tiler(size, args.pads[0], 1, window)
     (h, rows), (w, columns) = tiler.spans(1080, 1), tiler.spans(1920, 1)
-    part, alone, begun = torch.rand(1, 3, h, w, device=device), 0.0, time.time()
+    begun = time.time()
     tile.upscale(network, x, network.scale, tiler, device, amp)
     tiled = time.time() - begun
+    part = torch.rand(1, 3, h, w, device=device)
     with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
         begun = time.time()
         for _ in range(len(rows) * len(columns)):
@@ -173,7 +177,8 @@ def main():
     p.add_argument("--tiles", type=int, nargs="+", default=[64, 128, 256])
     p.add_argument("--pads", type=int, nargs="+", default=[16])
     p.add_argument("--no-hard", action="store_true", help="quality: leave hard crops out")
-    p.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), default=(12000, 8000), help="big (12000x8000)")
+    p.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), default=(12000, 8000),
+                   help="big (default: 12000x8000)")
     p.add_argument("--tile-size", default="auto", help="big: as tile.py's")
     p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
     p.add_argument("--limit-gib", type=float, help="big: address space (ulimit -v)")

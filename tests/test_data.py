@@ -1,4 +1,6 @@
 """data.py: packing odd folders, exact batches, the drawn demo pictures, the command line."""
+import contextlib
+import json
 import os
 import pickle
 import subprocess
@@ -15,6 +17,7 @@ import data
 import degrade
 import demo as room
 from demo import draw_demo
+from test_clean import encoded, linear_profile
 import tile
 
 HERE = Path(__file__).parent.parent
@@ -176,21 +179,171 @@ def test_no_picture_is_one_line(zoo, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["none", "tiny"]
 
 
-def test_stopped_in_the_middle_keeps_what_was(zoo, tmp_path, monkeypatch):
+def pairs(zoo, folder, scale=2):
+    """An LR folder for the zoo: what can be read, made `scale` times smaller, under the same names as PNG."""
+    for path in tile.find_pictures([zoo]):
+        with contextlib.suppress(tile.PictureError):
+            picture = tile.read_picture(path)
+            h, w = picture.rgb.shape[1:]
+            small = degrade.resize(picture.rgb[None, :, :h // scale * scale, :w // scale * scale], (h // scale, w // scale), "area")
+            target = folder / path.relative_to(zoo).with_suffix(".png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tile.save_picture(target, tile.Picture(small[0]))
+    return folder
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_stopped_anywhere_it_goes_on_and_ends_the_same(zoo, tmp_path, monkeypatch, paired):
+    more = dict(lr=[pairs(zoo, tmp_path / "lr")]) if paired else {}
+    how = dict(size=64, min_side=32, **more)
+    whole = data.pack(zoo, tmp_path / "whole.safetensors", log=lambda _: None, **how)
     save(tmp_path / "in" / "a.png", noise(64, 64))
     out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=32, log=lambda _: None)
-    before, read, seen = out.read_bytes(), tile.read_picture, []
+    before, read, seen, said = out.read_bytes(), tile.read_picture, [], []
 
     def stop_at_fifth(path):
-        seen.append(path)
-        if len(seen) == 5:
+        if len(seen) in (4, 9):
+            seen.append("stop")
             raise KeyboardInterrupt
+        seen.append(str(path))
         return read(path)
 
     monkeypatch.setattr(tile, "read_picture", stop_at_fifth)
-    with pytest.raises(KeyboardInterrupt):
-        data.pack(zoo, out, size=64, min_side=32, log=lambda _: None)
-    assert out.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.safetensors"]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            data.pack(zoo, out, log=said.append, **how)
+        assert out.read_bytes() == before
+        for ending in (".part", ".rows.part", ".lr.part")[:2 + paired]:        # a kill in the middle of writing
+            with open(f"{out}{ending}", "ab") as file:
+                file.write(b"[half a line")
+    data.pack(zoo, out, log=said.append, **how)
+    assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.part"))
+    assert sum("going on after" in line for line in said) == 2
+    seen = [s for s in seen if s != "stop"]
+    assert len(seen) - len(set(seen)) <= 2 * paired         # of a pair that was stopped between the two one is read again
+    # What was done for other pictures, or is not all there, is not gone on with.
+    for spoil in (lambda part, rows: rows.write_text("fingerprint of something else\n" + rows.read_text()),
+                  lambda part, rows: os.truncate(part, 30000)):
+        seen[:] = [0] * 10
+        (tmp_path / "new.safetensors.part").write_bytes(whole.read_bytes()[:-9])
+        rows = [[str(i), [1.0], ""] for i in range(4)]
+        first = data.planned([zoo], 64, 0, 32, more.get("lr"), 0, 0.1)[-1]
+        (tmp_path / "new.safetensors.rows.part").write_text("\n".join([first, *map(json.dumps, rows), ""]))
+        spoil(tmp_path / "new.safetensors.part", tmp_path / "new.safetensors.rows.part")
+        data.pack(zoo, tmp_path / "new.safetensors", log=lambda _: None, **how)
+        assert (tmp_path / "new.safetensors").read_bytes() == whole.read_bytes()
+        (tmp_path / "new.safetensors").unlink()
+
+
+def test_workers_pack_the_same(zoo, packed, tmp_path):
+    out = data.pack([zoo], tmp_path / "p.safetensors", size=64, min_side=32, log=lambda _: None, workers=2)
+    assert out.read_bytes() == packed[0].read_bytes()
+
+
+def test_patches_know_their_picture(zoo, packed):
+    tensors = load_file(packed[0])
+    names = tensors["names"].numpy().tobytes().decode().rstrip("\n").split("\n")
+    assert len(names) == 16 and "0/深い/壁紙 その1.png" in names and "0/cut.png" in names
+    for patch, k, busy in zip(tensors["patches"].numpy(), tensors["picture"].tolist(), tensors["detail"].tolist()):
+        assert abs(data.detail(patch) - busy) < 0.001
+        picture = tile.read_picture(zoo / names[k][2:])
+        if picture.alpha is None and min(picture.rgb.shape[1:]) >= 64:
+            pixels = (picture.rgb * 255).round().byte().permute(1, 2, 0).numpy()
+            assert any((pixels[y:y + 64, x:x + 64] == patch).all() for y in range(pixels.shape[0] - 63)
+                       for x in range(pixels.shape[1] - 63) if (pixels[y, x] == patch[0, 0]).all())
+    assert (tensors["picture"].diff() >= 0).all() and len(set(tensors["picture"].tolist())) == 11
+
+
+def older(path, n=6, size=64):
+    """A patch file as it was written before there were names and details."""
+    patches = np.stack([noise(size, size, seed=i) // (1 + i) for i in range(n)])
+    head = {"__metadata__": dict(fingerprint="x", pictures="1"),
+            "patches": dict(dtype="U8", shape=[n, size, size, 3], data_offsets=[0, patches.size])}
+    path.write_bytes((16384).to_bytes(8, "little") + json.dumps(head).encode().ljust(16384) + patches.tobytes())
+    return path
+
+
+def test_older_patch_files_are_read(tmp_path):
+    file, said = older(tmp_path / "old.safetensors"), []
+    assert data.read_header(file)[1:] == (6, 64, 16392) and data.read_tensor(file, "picture") is None
+    assert data.Batches(file, 3, 4, 16, 2, "bicubic", 0)[0][1].shape == (4, 3, 32, 32)
+    data.mine([file], tmp_path / "m.safetensors", keep=0.5, soft=0, log=said.append)
+    assert (load_file(tmp_path / "m.safetensors")["patches"].numpy() == data.read_tensor(file, "patches")[:3]).all()
+    data.stats([file], log=said.append)
+    assert "6 patches of 64x64" in "".join(said)
+
+
+def test_a_patch_file_is_taken_as_it_is(packed, tmp_path):
+    assert data.pack([packed[0]], tmp_path / "p.safetensors", log=lambda _: None) == packed[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_profiles_and_animations_are_packed_right(tmp_path):
+    pixels = noise(64, 64)
+    save(tmp_path / "in" / "a.png", pixels, icc_profile=linear_profile())
+    frames = [Image.fromarray(noise(64, 64, seed=i)) for i in (1, 2)]
+    frames[0].save(tmp_path / "in" / "b.webp", save_all=True, append_images=frames[1:], lossless=True)
+    said = []
+    out = data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, min_side=32, log=said.append)
+    patches = load_file(out)["patches"].numpy()
+    assert np.abs(patches[0] - encoded(pixels)).max() <= 1.5 and (patches[1] == noise(64, 64, seed=1)).all()
+    assert "b.webp" in said[0] and "first of 2 frames" in said[0]
+
+
+# ---- pairs
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_pairs_stay_together_whatever_is_done_to_them(zoo, tmp_path, scale):
+    """The LR is the mean of scale x scale HR pixels, so that each crop tells by itself whether its LR is the right one."""
+    lr, said = pairs(zoo, tmp_path / "lr", scale), []
+    save(lr / "plain one.png", noise(30, 30))                            # of another size
+    save(lr / "web.webp", np.asarray(Image.open(lr / "web.png")), lossless=True)
+    save(lr / "web.png", noise(32, 32))                                  # the one with the same ending is meant
+    (lr / "photo.png").unlink()
+    out = data.pack([zoo], tmp_path / "p.safetensors", size=64, min_side=32, lr=[lr], log=said.append)
+    tensors, meta = load_file(out), data.read_header(out)[0]
+    assert tensors["lr"].shape == (len(tensors["patches"]), 64 // scale, 64 // scale, 3) and meta["scale"] == str(scale)
+    means = tensors["patches"].float().reshape(-1, 64 // scale, scale, 64 // scale, scale, 3).mean((2, 4))
+    names = tensors["names"].numpy().tobytes().decode().split("\n")
+    solid = [k for k, p in enumerate(tensors["picture"].tolist()) if "clear" not in names[p]]
+    assert len(solid) > 10 and (means - tensors["lr"].float())[solid].abs().max() < 0.51
+    assert any("30x30" in line for line in said) and any("without a partner" in line and "photo" in line for line in said)
+
+    for busiest in (1, 2):
+        batches = data.Batches(out, 6, 8, 32 // scale, scale, "there is no such recipe", 0, busiest)
+        for small, hr in (batches[i] for i in range(6)):
+            close = (torch.nn.functional.avg_pool2d(hr, scale) - small).abs().flatten(1).max(1)[0] < 0.51 / 255
+            assert small.shape == (8, 3, 32 // scale, 32 // scale) and close.sum() >= 5      # the others are transparent
+    with pytest.raises(ValueError, match=f"pairs of scale {scale}, not 3"):
+        data.Batches(out, 6, 8, 8, 3, "bicubic", 0)
+
+
+def test_pairs_mix_with_others(zoo, packed, tmp_path):
+    lr = tmp_path / "lr"
+    for path in tile.find_pictures([zoo]):
+        with contextlib.suppress(tile.PictureError):
+            h, w = tile.read_picture(path).rgb.shape[1:]
+            save((lr / path.relative_to(zoo)).with_suffix(".png"), np.zeros((h // 2, w // 2, 3), np.uint8))
+    black = data.pack([zoo], tmp_path / "p.safetensors", size=64, min_side=32, lr=[lr], log=lambda _: None)
+    shares = []
+    for lr, hr in (data.Batches([packed[0], black], 12, 10, 16, 2, "web", 0, shares=(0.7, 0.3))[i] for i in range(12)):
+        dark = lr.flatten(1).max(1)[0] == 0
+        shares.append(dark.float().mean().item())
+        alone = degrade.degrade(hr, "bicubic", 2, [0] * 10)
+        assert ((lr - alone).abs().flatten(1).mean(1)[~dark] < 0.15).all()
+    assert 0.15 < np.mean(shares) < 0.45
+
+
+def test_pairs_that_are_none(zoo, tmp_path):
+    save(tmp_path / "in" / "a.png", noise(64, 64))
+    save(tmp_path / "lr" / "b.png", noise(32, 32))
+    quiet = dict(min_side=32, log=lambda _: None)
+    with pytest.raises(ValueError, match="pairs go by their names"):
+        data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, lr=[tmp_path / "lr"], **quiet)
+    save(tmp_path / "lr" / "a.png", noise(21, 21))
+    with pytest.raises(ValueError, match="multiple of 3"):
+        data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, lr=[tmp_path / "lr"], **quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "lr"]
 
 
 def test_someone_elses_file_is_left_alone(tmp_path):
@@ -346,10 +499,14 @@ def test_command(zoo, tmp_path):
     assert "example" in command("--help").stdout
 
 
-def test_no_room_leaves_nothing(zoo, tmp_path):
-    full = command("pack", zoo, "-o", tmp_path / "p.safetensors", "--size", 64, "--min-side", 32,
+def test_no_room_keeps_what_was_done(zoo, packed, tmp_path):
+    full = command("pack", zoo, "-o", tmp_path / "p.safetensors", "--size", 64, "--min-side", 32, "--workers", 0,
                    before="ulimit -f 64; ")
-    assert one_line_error(full) and "cannot write" in full.stderr and not list(tmp_path.iterdir())
+    assert one_line_error(full) and "cannot write" in full.stderr and not (tmp_path / "p.safetensors").exists()
+    said = []
+    out = data.pack(zoo, tmp_path / "p.safetensors", size=64, min_side=32, log=said.append)
+    assert "going on after" in said[0] and out.read_bytes() == packed[0].read_bytes()
+    out.unlink()
     (tmp_path / "file").write_text("")
     assert one_line_error(command("pack", zoo, "-o", tmp_path / "file/p.safetensors", "--size", 64, "--min-side", 32))
     full = command("demo", tmp_path / "demo", "--train", 1, "--val", 0, before="ulimit -f 8; ")
@@ -394,3 +551,153 @@ def test_shares_of_files(tmp_path):
     ds = data.Batches(files, 20, 20, 16, 2, "bicubic", 0, shares=(0.7, 0.3))
     dark = np.mean([(ds[i][1][:, 0, 0, 0] < 0.5).float().mean().item() for i in range(20)])
     assert 0.63 < dark < 0.77
+
+
+# ---- mining
+
+def test_choose_takes_the_busy_and_a_share_of_the_calm():
+    rng = np.random.default_rng(0)
+    details = rng.permutation(100) * 0.1                        # one of them is plain
+    chosen = data.choose(details, 40, 0.25, np.random.default_rng(1))
+    assert (np.diff(chosen) > 0).all() and len(chosen) == 40
+    ranks = 99 - np.round(details[chosen] * 10).astype(int)     # 0 is the busiest
+    busy, calm = ranks[ranks < 30], ranks[ranks >= 30]
+    assert len(busy) == 30 and len(calm) == 10 and calm.min() >= 30 + 34 and 99 not in ranks
+    draws = [data.choose(details, 40, 0.25, np.random.default_rng(s)) for s in (1, 2)]
+    assert (draws[0] == chosen).all() and (draws[1] != chosen).any()
+    assert len(data.choose(details, 1000, 0.25, rng)) == 99 and len(data.choose([0, 0], 2, 0, rng)) == 0
+    assert sorted(details[data.choose(details, 5, 0, rng)]) == sorted(details)[-5:]
+
+
+@pytest.fixture(scope="module")
+def skies(tmp_path_factory):
+    """Six pictures of 8 x 8 squares of 32, each busy in some and calm in most; two have more busy ones."""
+    folder = tmp_path_factory.mktemp("skies") / "in"
+    for i in range(6):
+        rng = np.random.default_rng(i)
+        pixels = np.empty((256, 256, 3), np.uint8)
+        pixels[:] = (200 + np.arange(256) // 8)[:, None, None]
+        for k in rng.choice(64, 24 if i < 2 else 4, replace=False):
+            y, x = k // 8 * 32, k % 8 * 32
+            pixels[y:y + 32, x:x + 32] = noise(32, 32, seed=100 * i + int(k)) // 2
+        pixels[:32, :32] = 255                                  # and one square is plain
+        save(folder / f"{i}.png", pixels)
+    return folder
+
+
+def test_mining_takes_detail_from_all_pictures(skies, tmp_path):
+    how = dict(size=32, min_side=32, log=lambda _: None)
+    packed = data.pack(skies, tmp_path / "p.safetensors", **how)
+    for inputs in (skies, packed):
+        out = data.mine(inputs, tmp_path / f"{Path(inputs).stem}-mined.safetensors", keep=0.5, per_picture=16, soft=0.125, **how)
+        mined = load_file(out)
+        busy = mined["detail"] > 20
+        assert len(busy) == 48 and (~busy).sum() >= 6 and mined["detail"].min() > data.PLAIN
+        counts = np.bincount(mined["picture"][busy], minlength=6)
+        assert counts.max() <= 14 and counts.min() >= 3         # 23 of one picture's squares are busy
+        names = mined["names"].numpy().tobytes().decode().rstrip("\n").split("\n")
+        whole = {name: tile.read_picture(skies / name[2:]).rgb for name in names}
+        for patch, k in zip(mined["patches"], mined["picture"]):
+            rgb = (whole[names[k]] * 255).round().byte().permute(1, 2, 0)
+            assert any(torch.equal(rgb[y:y + 32, x:x + 32], patch) for y in range(0, 256, 32) for x in range(0, 256, 32))
+    first, second = (load_file(tmp_path / f"{name}-mined.safetensors") for name in ("in", "p"))
+    assert all(torch.equal(first[k], second[k]) for k in ("patches", "picture", "detail", "names"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in-mined.safetensors", "p-mined.safetensors", "p.safetensors"]
+    lr, hr = data.Batches(tmp_path / "in-mined.safetensors", 3, 4, 16, 2, "bicubic", 0)[0]
+    assert hr.shape == (4, 3, 32, 32)
+
+
+def test_mining_is_done_once_and_goes_on(skies, tmp_path, monkeypatch):
+    how, said, read, seen = dict(size=32, min_side=32), [], tile.read_picture, []
+
+    def stop_at_third(path):
+        seen.append(path)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return read(path)
+    monkeypatch.setattr(tile, "read_picture", stop_at_third)
+    out = tmp_path / "m.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        data.mine([skies], out, log=said.append, **how)
+    data.mine([skies], out, log=said.append, **how)
+    assert len(seen) == 7 and any("going on after 2 of 6" in line for line in said)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    data.mine([skies], out, log=said.append, **how)
+    assert "packed before" in said[-1] and len(seen) == 7
+    made = out.read_bytes()
+    data.mine([skies], out, log=said.append, seed=1, **how)
+    assert out.read_bytes() != made
+    out.write_text("years of work")
+    with pytest.raises(ValueError, match="not a patch file"):
+        data.mine([skies], out, log=said.append, **how)
+
+
+def test_mining_pairs_and_several_files(zoo, skies, tmp_path):
+    quiet = dict(min_side=32, log=lambda _: None)
+    files = [data.pack([zoo], tmp_path / f"{k}.safetensors", size=64, lr=[pairs(zoo, tmp_path / "lr")], seed=k, **quiet)
+             for k in range(2)]
+    mined = load_file(data.mine(files, tmp_path / "m.safetensors", keep=0.9, soft=0, **quiet))
+    means = mined["patches"].float().reshape(-1, 32, 2, 32, 2, 3).mean((2, 4))
+    names = mined["names"].numpy().tobytes().decode().rstrip("\n").split("\n")
+    solid = [k for k, p in enumerate(mined["picture"].tolist()) if "clear" not in names[p]]
+    assert (means - mined["lr"].float())[solid].abs().max() < 0.51 and len(solid) > 20
+    assert data.Batches(tmp_path / "m.safetensors", 3, 4, 16, 2, "none", 0)[0][0].shape == (4, 3, 16, 16)
+    plain = data.pack([skies], tmp_path / "plain.safetensors", size=64, **quiet)
+    with pytest.raises(ValueError, match="only some holds pairs"):
+        data.mine([files[0], plain], tmp_path / "n.safetensors", **quiet)
+    with pytest.raises(ValueError, match="differs in the size"):
+        data.mine([plain, skies], tmp_path / "n.safetensors", size=32, **quiet)
+    for wrong in (dict(keep=0), dict(soft=2), dict(per_picture=0)):
+        with pytest.raises(ValueError, match="do not work"):
+            data.mine([plain], tmp_path / "n.safetensors", **wrong)
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+# ---- figures
+
+def test_stats_say_what_is_there(zoo, skies, packed, tmp_path, capsys):
+    data.stats([skies, packed[0]], sheet=tmp_path / "sheets/a.png")
+    said = capsys.readouterr().out
+    assert "6 pictures, 0 unreadable; 6 PNG" in said and "shorter side     256  256  256  256  256" in said
+    assert f"{data.read_header(packed[0])[1]} patches of 64x64 from 11 pictures" in said
+    assert "megapixels       0.07  0.07  0.07  0.07  0.07   0 altogether" in said
+    sheet = np.asarray(Image.open(tmp_path / "sheets/a.png"))
+    cells = data.read_header(packed[0])[1] + 6
+    assert sheet.shape == (-(-cells // 8) * 184, 8 * 168, 3) and [p.name for p in (tmp_path / "sheets").iterdir()] == ["a.png"]
+    shown = [sheet[y * 184 + 4:y * 184 + 68, x * 168 + 4:x * 168 + 68] for y, x in (divmod(k, 8) for k in range(cells - 6))]
+    busy = [data.detail(s) for s in shown]
+    assert np.allclose(busy, sorted(busy), atol=1e-3) and busy[-1] > 100
+    data.stats([zoo], log=print)
+    said = capsys.readouterr().out
+    assert "13 pictures, 3 unreadable" in said and "11 PNG" not in said and "detail of 12" in said
+    with pytest.raises(ValueError, match="no such file"):
+        data.stats([tmp_path / "absent.safetensors"])
+
+
+def test_every_command_by_its_words(skies, tmp_path, monkeypatch, capsys):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+        data.main()
+
+    run("clean", skies, "-o", tmp_path / "set", "--workers", 0, "--min-sharpness", "-inf", "--name", "id")
+    assert sorted(p.name for p in (tmp_path / "set/pictures").iterdir()) == [f"{i}.png" for i in range(6)]
+    run("multiscale", tmp_path / "set/pictures", "-o", tmp_path / "set/smaller", "--workers", 0, "--min-side", 64)
+    assert len(list((tmp_path / "set/smaller").iterdir())) == 18
+    run("pack", tmp_path / "set/pictures", tmp_path / "set/smaller", "-o", tmp_path / "p.safetensors", "--size", 64,
+        "--min-side", 64, "--workers", 0)
+    run("mine", tmp_path / "p.safetensors", "-o", tmp_path / "m.safetensors", "--keep", 0.25, "--workers", 0)
+    run("stats", tmp_path / "m.safetensors", "--workers", 0)
+    assert data.read_header(tmp_path / "p.safetensors")[1] > data.read_header(tmp_path / "m.safetensors")[1] > 10
+    capsys.readouterr()
+    for wrong in (("pack", tmp_path, "-o", tmp_path / "q.safetensors", "--workers", -1),
+                  ("mine", tmp_path / "p.safetensors", "-o", tmp_path / "m.safetensors", "--keep", 3),
+                  ("stats", tmp_path / "nowhere"), ("clean", tmp_path / "nowhere", "-o", tmp_path / "set"),
+                  ("stats", skies, "--workers", 0, "--sheet", "/proc/no.png")):
+        with pytest.raises(SystemExit) as stopped:
+            run(*wrong)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    for name in ("clean", "multiscale", "pack", "mine", "stats", "demo"):
+        with pytest.raises(SystemExit) as stopped:
+            run(name, "--help")
+        assert stopped.value.code == 0 and f"example: python data.py {name}" in capsys.readouterr().out

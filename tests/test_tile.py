@@ -4,6 +4,7 @@ import io
 import os
 import random
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 
 import model
 import tile
+from measure_tiles import fade_lines, psnr, seam
 from tile import Picture, PictureError, Tiler, read_picture, save_picture
 
 RNG = np.random.default_rng(0)
@@ -35,6 +37,10 @@ def pixels(picture):
 
 def nearest(scale):
     return lambda x: F.interpolate(x, scale_factor=scale, mode="nearest")
+
+
+def bicubic(scale):
+    return lambda x: F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def png16(array, extra=b""):
@@ -92,6 +98,7 @@ def test_cmyk(tmp_path):
     Image.fromarray(flat, "CMYK").save(tmp_path / "a.jpg", quality=100, icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 200)
     got = read_picture(tmp_path / "a.jpg")
     assert abs(pixels(got) - (0, 255, 255)).max() <= 2 and got.icc is None
+    assert got.note == "CMYK converted to sRGB without profile"  # that one made no sense
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -150,12 +157,50 @@ def test_colour_profile_is_kept(tmp_path):
         assert read_picture(tmp_path / name).icc == icc
 
 
+def display_p3():
+    """An ICC profile, version 2, with the primaries of Display P3 (adapted to D50) and gamma 2.2."""
+    def fixed(*values):
+        return struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))
+    desc = b"desc\0\0\0\0" + struct.pack(">I", 11) + b"Display P3\0" + b"\0" * 78
+    tags = {b"desc": desc + b"\0" * (-len(desc) % 4), b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1, 0.8249)}
+    for name, xyz in (b"rXYZ", (0.51512, 0.24120, -0.00105)), (b"gXYZ", (0.29198, 0.69225, 0.04189)), (
+            b"bXYZ", (0.15710, 0.06657, 0.78407)):
+        tags[name] = b"XYZ \0\0\0\0" + fixed(*xyz)
+    for name in (b"rTRC", b"gTRC", b"bTRC"):
+        tags[name] = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(2.2 * 256))
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, data in tags.items():
+        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", 128 + len(table) + len(body), b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    head += b"\0" * 12 + b"acsp" + b"\0" * 28 + fixed(0.9642, 1, 0.8249)
+    return head.ljust(128, b"\0") + table + body
+
+
+def test_conversion_to_srgb(tmp_path):
+    """Display P3 (gamma 2.2 here) by the matrices of its definition, computed apart from Pillow."""
+    colours = np.uint8([[[200, 100, 50], [90, 140, 120], [128, 128, 128], [60, 90, 160]]])
+    to_srgb = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
+    linear = (colours / 255.0)**2.2 @ to_srgb.T
+    expected = 255 * np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - 0.055)
+    alpha = np.uint8([[[255], [255], [7], [0]]])
+    Image.fromarray(np.concatenate([colours, alpha], -1)).save(tmp_path / "a.png", icc_profile=display_p3())
+    kept, converted = read_picture(tmp_path / "a.png"), read_picture(tmp_path / "a.png", srgb=True)
+    assert kept.icc == display_p3() and (pixels(kept)[..., :3] == colours).all() and not kept.note
+    assert abs(pixels(converted)[..., :3] - expected).max() < 2 and (pixels(converted)[..., 3:] == alpha).all()
+    assert converted.icc is None and converted.note == "Display P3 converted to sRGB"
+    save_picture(tmp_path / "deep.png", Picture(torch.rand(3, 4, 4), depth=16, icc=display_p3()))
+    deep = read_picture(tmp_path / "deep.png", srgb=True)
+    assert deep.icc == display_p3() and deep.note == "profile kept, 16 bit"
+
+
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
 def test_first_frame(tmp_path, suffix):
     frames = [Image.new("RGB", (4, 4), c) for c in ((255, 0, 0), (0, 0, 255))]
     extra = {"lossless": True} if suffix == "webp" else {}
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **extra)
-    assert (pixels(read_picture(tmp_path / f"a.{suffix}"))[..., :3] == (255, 0, 0)).all()
+    got = read_picture(tmp_path / f"a.{suffix}")
+    assert (pixels(got)[..., :3] == (255, 0, 0)).all() and got.note == "first of 2 frames"
 
 
 def test_bad_files_are_named_in_one_line(tmp_path, monkeypatch):
@@ -252,21 +297,57 @@ def test_what_cannot_be_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["old.png", "new.png", "old.webp", "new.webp"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, name):
+    """A file that may not grow beyond 4 KiB stands for the disk; PNG is written as it comes, the others at once."""
+    resource = pytest.importorskip("resource")
     save_picture(tmp_path / "old.png", Picture(torch.zeros(3, 2, 2)))
-
-    def full(path, data):
-        with open(path, "wb") as file:
-            file.write(bytes(data)[:10])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    for name in ("old.png", "new.png"):
+    save_picture(tmp_path / "old.webp", Picture(torch.zeros(3, 2, 2)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
         with pytest.raises(OSError) as e:
-            save_picture(tmp_path / name, Picture(torch.ones(3, 2, 2)))
-        assert e.value.errno == errno.ENOSPC
-    assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
+            save_picture(tmp_path / name, Picture(torch.rand(3, 64, 64)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert e.value.errno == errno.EFBIG
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old.png", "old.webp"]
     assert (pixels(read_picture(tmp_path / "old.png")) == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_strips_make_the_same_file(tmp_path, mode):
+    """PNG, 8 bit, in strips of any height: what Pillow reads is what was given, and no larger than Pillow's own."""
+    ramp = np.add.outer(np.arange(150), np.arange(90))[..., None] * np.array([1, 0.5, 0.2, 1.4])
+    array = (ramp + RNG.integers(0, 3, (150, 90, 4))).clip(0, 255).astype(np.uint8)
+    array = np.array(Image.fromarray(array).convert(mode)).reshape(150, 90, -1)
+    x = torch.from_numpy(array).permute(2, 0, 1) / 255
+    grey, alpha = mode in ("L", "LA"), x[-1:] if "A" in mode else None
+    rgb = x[:1].expand(3, -1, -1) if grey else x[:3]
+    save_picture(tmp_path / "a.png", Picture(rgb, alpha, grey))
+    whole = torch.cat([rgb] if alpha is None else [rgb, alpha])
+    tile.save_strips(tmp_path / "b.png", iter(whole.split([1, 63, 17, 69], 1)), (150, 90), Picture(rgb, alpha, grey))
+    for name in ("a.png", "b.png"):
+        im = Image.open(tmp_path / name)
+        assert im.mode == mode and (np.asarray(im).reshape(array.shape) == array).all()
+    Image.fromarray(array.squeeze()).save(tmp_path / "pillow.png")
+    assert (tmp_path / "a.png").stat().st_size < 1.1 * (tmp_path / "pillow.png").stat().st_size
+
+
+def test_dither():
+    """Right on average in every corner, whole levels untouched, the same whatever the strips."""
+    ramp = torch.linspace(100, 104, 256).expand(3, 96, 256) / 255
+    def wrong(x):  # in the mean of any 16x16 pixels
+        return abs((x - ramp.permute(1, 2, 0).numpy() * 255).reshape(6, 16, 16, 16, 3).mean((1, 3))).max()
+
+    got = tile.quantised(ramp, 8, 0)
+    assert set(np.unique(got)) <= {100, 101, 102, 103, 104}
+    assert wrong(got) < 0.06 and wrong(tile.quantised(ramp, 8)) > 0.3
+    strips = [tile.quantised(ramp[:, a:b], 8, a) for a, b in ((0, 7), (7, 64), (64, 96))]
+    assert (np.concatenate(strips) == got).all()
+    assert len({got[..., c].tobytes() for c in range(3)}) == 3  # colours are not scattered alike
+    levels = torch.arange(256).expand(3, 50, 256) / 255
+    assert (tile.quantised(levels, 8, 13) == tile.quantised(levels, 8)).all()
 
 
 # ------------------------------------------------------------------ tiles
@@ -290,12 +371,17 @@ def test_resamplers_tile_exactly():
                 assert span.read % align == 0 and (span.weight > 0).all()
                 total[span.start:span.stop] += span.weight
             assert torch.allclose(total, torch.ones(side * scale))
+            owned = torch.zeros(-(-side // align) * align)
+            for read, start, stop in tiler.cores(side):
+                width = tiler.spans(side, scale)[0]
+                assert 0 <= start < stop <= width  # cut where neighbours' overlap is halved, away from their edges
+                assert (start == 0 or start >= pad - 1) and (stop == width or width - stop >= pad - 1)
+                owned[read + start:read + stop] += 1
+            assert (owned == 1).all()
         if pad >= 4:
-            def bicubic(x):
-                return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
             whole = tile.window(tile.window(x, 2, 0, -(-h // align) * align), 3, 0, -(-w // align) * align)
-            expected = bicubic(whole)[:, :, :h * scale, :w * scale]
-            assert torch.allclose(tiler(bicubic, x, scale), expected, rtol=0, atol=1e-6)
+            expected = bicubic(scale)(whole)[:, :, :h * scale, :w * scale]
+            assert torch.allclose(tiler(bicubic(scale), x, scale), expected, rtol=0, atol=1e-6)
 
 
 def test_tiles_are_equal_and_on_the_grid():
@@ -309,6 +395,10 @@ def test_tiles_are_equal_and_on_the_grid():
     assert {s[1:] for s in seen} == {(3, 128, 128)} and max(s[0] for s in seen) == 3
     assert sum(s[0] for s in seen) == Tiler(64, 32).count(333, 450) == 5 * 7
     assert [s.read for s in Tiler(64, 32).spans(333, 2)[1]] == [0, 64, 128, 192, 208]
+    for tile_size, side, width, reads in ((384, 1080, 384, [0, 352, 696]), (384, 400, 400, [0]),
+                                          (64, 112, 72, [0, 40])):
+        got, spans = Tiler(tile_size, 16, align=8).spans(side, 2)  # shared out evenly
+        assert (got, [s.read for s in spans]) == (width, reads)
 
 
 def test_mirroring_beyond_the_side():
@@ -321,6 +411,14 @@ def test_mirroring_beyond_the_side():
 def test_wrong_tiles_are_refused(wrong):
     with pytest.raises(ValueError, match="does not work; use"):
         Tiler(**wrong)
+
+
+def test_smaller_tiles_come_to_an_end():
+    tiler, seen = Tiler(384, 16, 3, 8), []
+    while tiler:
+        seen.append((tiler.tile_size, tiler.batch))
+        tiler = tiler.smaller()
+    assert seen == [(384, 3), (384, 1), (192, 1), (96, 1), (48, 1), (24, 1)]
 
 
 def test_wrong_scale_is_noticed():
@@ -359,7 +457,215 @@ def test_upscale_is_the_tiler_in_strips():
     got = tile.upscale(nearest(3), rgb, 3, Tiler(16, 8, 4), progress=lambda *a: calls.append(a))
     assert torch.allclose(got, nearest(3)(rgb[None])[0], atol=1e-6) and not got.requires_grad
     assert calls[-1] == (4 * 6, 4 * 6) and calls == sorted(calls) and calls[0][0] == 4
-    assert tile.upscale(lambda x: x * 9 - 4, rgb, 1, Tiler()).aminmax() == (0, 1)
+    assert tile.upscale(lambda x: x * 1.2 - 0.1, rgb, 1, Tiler()).aminmax() == (0, 1)
+    strips = list(tile.upscaled(nearest(3), rgb, 3, Tiler(16, 8)))
+    assert len(strips) > 3 and torch.equal(torch.cat(strips, 1), got)
+
+
+def scene(height=96, width=128):
+    """Shades, a checkerboard that grows stronger to the right, some noise: no two tiles alike."""
+    y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(1))
+    return noise * 0.05 + torch.stack([0.5 + 0.3 * torch.sin(x / 9 + y / 17), 0.2 + 0.6 * x / width,
+                                       ((x // 8 + y // 8) % 2) * 0.5 * (x / width) + 0.2])
+
+
+@pytest.fixture
+def coupled(monkeypatch):
+    """An untrained tiny model whose channel attention has a hand in the result, and a refiner that does something."""
+    monkeypatch.setattr(model, "CONV_SCALE", 0.5)
+    torch.manual_seed(0)
+    net = model.HATRefiner.from_preset("tiny", scale=2).eval()
+    with torch.no_grad():
+        net.hat_model.conv_after_body.weight[:3].normal_(0, 0.005)
+        net.out_conv.weight.normal_(0, 0.05)
+        for m in net.modules():
+            if isinstance(m, model.ChannelAttention):
+                m.attention[1].weight *= 6
+                m.attention[3].weight *= 6
+    return net
+
+
+def test_the_refiner_goes_over_the_joined_picture(coupled):
+    lr, tiler = scene(70, 90), Tiler(16, 8, align=4)
+    with torch.no_grad():
+        expected, plain = coupled(lr[None], tiler)[0], tiler(coupled.hat_model, lr[None], 2)[0]
+    got = tile.upscale(coupled, lr, 2, tiler)
+    assert (got - expected.clamp(0, 1)).abs().max() < 1e-5 < 0.01 < (got - plain).abs().max()
+    coupled.refine = False
+    assert (tile.upscale(coupled, lr, 2, tiler) - plain.clamp(0, 1)).abs().max() < 1e-5
+    whole = tile.upscale(coupled.hat_model, lr, 2, tiler)  # HAT by itself has no refiner to take off
+    assert (whole - plain.clamp(0, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("batch, tta", [(1, False), (4, False), (2, True)])
+def test_synchronised_channel_attention(coupled, batch, tta):
+    """Tiled against whole, and no seam: rough is far nearer than off, exact as good as equal. A picture that is no
+    multiple of the window, so that its mirrored margin counts as it does in the whole."""
+    lr, tiler = (scene(46, 63), Tiler(16, 16, batch, 4)) if tta else (scene(94, 127), Tiler(32, 16, batch, 4))
+    whole = tile.upscale(coupled, lr, 2, Tiler(128, 0, align=4), tta=tta)
+    if not tta:
+        with torch.no_grad():
+            assert (coupled(lr[None])[0].clamp(0, 1) - whole).abs().max() < 1e-5
+    lines = [fade_lines(tiler, side, 2) for side in lr.shape[1:]]
+    found, calls = {}, []
+    for sync in ("off", "rough", "exact"):
+        sr = tile.upscale(coupled, lr, 2, tiler, sync=sync, tta=tta, progress=lambda *a: calls.append(a))
+        found[sync] = psnr(sr, whole)
+        assert 0.98 < seam(sr, *lines) / seam(whole, *lines) < 1.02
+        assert calls[-1][0] == calls[-1][1]
+    assert found["off"] < 75 and found["rough"] > found["off"] + 25 and found["exact"] > max(found["rough"] + 10, 110)
+    assert all(m.global_pool is None for m in coupled.modules() if isinstance(m, model.ChannelAttention))
+
+
+def test_synchronised_means_are_those_of_the_whole(coupled):
+    lr, tiler, seen = scene(), Tiler(32, 16, align=4), {}
+    layers = [m for m in coupled.modules() if isinstance(m, model.ChannelAttention)]
+
+    def watch(i, x):
+        seen[0, i] = x.mean((1, 2))[0]
+        return x.mean((1, 2))
+
+    for i, layer in enumerate(layers):
+        layer.global_pool = lambda x, i=i: watch(i, x)
+    with torch.inference_mode():
+        coupled(lr[None])
+        for layer in layers:
+            layer.global_pool = None
+        pools = tile.SharedPools(coupled)
+
+        def run(tiles, mask):
+            pools.mask = mask
+            with pools, pytest.raises(tile.Enough):  # it never gets to the upsampler
+                coupled(tiles)
+
+        list(pools.settle(run, lr[None], tiler, "exact"))
+    assert pools.means.keys() == seen.keys() and len(seen) == 4
+    for key, mean in seen.items():
+        assert (pools.means[key] - mean).abs().max() < 1e-3 * mean.abs().max()
+
+
+def test_rough_looks_at_some_of_many_tiles(coupled, monkeypatch):
+    monkeypatch.setattr(tile.SharedPools, "ROUGH_TILES", 5)
+    calls = []
+    tile.upscale(coupled, scene(40, 40), 2, Tiler(8, 4, align=4), sync="rough", progress=lambda *a: calls.append(a))
+    assert calls[-1] == (5 + 16, 5 + 16)
+
+
+def test_sync_without_such_layers_is_none():
+    rgb = torch.rand(3, 40, 50)
+    for network in (nearest(2), torch.nn.Upsample(scale_factor=2)):
+        for sync in ("rough", "exact"):
+            got = tile.upscale(network, rgb, 2, Tiler(16, 8), sync=sync)
+            assert torch.allclose(got, nearest(2)(rgb[None])[0], atol=1e-6)
+
+
+def test_a_seam_is_seen():
+    smooth = torch.linspace(0, 1, 128).expand(3, 128, 128) + torch.rand(3, 128, 128) * 0.02
+    assert 0.9 < seam(smooth, [64], [64]) < 1.1
+    cut = smooth.clone()
+    cut[:, :, 64:] += 0.05
+    assert seam(cut, [], [64]) > 2 and 0.9 < seam(cut, [64], []) < 1.1 and seam(cut, [], [40]) < 1
+
+
+def test_flips_and_turns():
+    x = torch.rand(1, 3, 4, 6)
+    every = [tile.turn(x, k) for k in range(8)]
+    assert all(torch.equal(tile.turn_back(y, k), x) for k, y in enumerate(every))
+    assert len({(y.shape, y.flatten().numpy().tobytes()) for y in every}) == 8
+    kernel = torch.rand(3, 3, 3, 3, generator=torch.Generator().manual_seed(0)) / 13.5
+
+    def lopsided(x):
+        return nearest(2)(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel))
+
+    got = tile.upscale(lopsided, x[0], 2, Tiler(16, 0), tta=True)
+    expected = torch.stack([tile.turn_back(lopsided(tile.turn(x, k)), k) for k in range(8)]).mean(0)[0]
+    # a tile is mirrored out to the window grid first, which a replicated edge does not see
+    assert (got - expected)[:, 2:-2, 2:-2].abs().max() < 1e-5
+    assert (expected - lopsided(x)[0]).abs().max() > 0.01
+
+
+def test_halos():
+    """Whatever the strips, a vertical box over 9 rows gives what it gives on the whole."""
+    chance, x = random.Random(0), torch.rand(2, 60, 5)
+
+    def box(x):
+        return F.avg_pool2d(F.pad(x, (0, 0, 4, 4), mode="replicate"), (9, 1), stride=1)
+
+    for _ in range(20):
+        cuts = sorted(chance.sample(range(0, 30), chance.randint(0, 12)))
+        strips = [x[:, 2 * a:2 * b] for a, b in zip([0, *cuts], [*cuts, 30]) if b > a]
+        tops = []
+        got = list(tile.with_halo(iter(strips), lambda part, top: tops.append(top) or box(part), 4, 60))
+        assert torch.equal(torch.cat(got, 1), box(x)) and all(top % 2 == 0 for top in tops)
+
+
+@pytest.mark.parametrize("size", [(60, 90), (45, 70), (31, 33), (8, 200), (200, 8), (1, 1), (77, 51)])
+def test_resizing_in_strips(size):
+    x = torch.rand(3, 60, 51)
+    whole = tile.lanczos(x, size)
+    pillow = Image.fromarray(x[1].numpy()).resize(size[::-1], Image.Resampling.LANCZOS)
+    assert torch.allclose(whole[1], torch.from_numpy(np.array(pillow)).clamp(0, 1), atol=1e-6)
+    for heights in ([60], [1, 2, 3, 54], [16, 16, 16, 12], [59, 1]):
+        got = torch.cat(list(tile.resized(iter(x.split(heights, 1)), 60, size)), 1)
+        assert got.shape == whole.shape and torch.allclose(got, whole, atol=1e-4)
+
+
+def test_strength_goes_from_lanczos_to_the_model():
+    rgb, tiler = torch.rand(3, 100, 60), Tiler(32, 8, align=8)
+    plain, sr = tile.lanczos(rgb, (200, 120)), nearest(2)(rgb[None])[0]
+    for strength in (0, 0.3, 1):
+        got = tile.upscale(nearest(2), rgb, 2, tiler, strength=strength)
+        assert torch.allclose(got, plain + strength * (sr - plain), atol=1e-4)
+
+
+def test_low_frequencies_are_locked():
+    """A model that shifts colours and sharpens: the shift goes, the sharpness stays; the same for any tiles."""
+    rgb = scene(152, 96) * 0.6 + 0.1
+
+    def drifting(x):
+        up = bicubic(2)(x)
+        soft = F.avg_pool2d(F.pad(up, (2,) * 4, mode="replicate"), 5, 1)
+        return up + 1.5 * (up - soft) + torch.tensor([0.05, -0.03, 0.02]).view(3, 1, 1)
+
+    tiler = Tiler(32, 16, align=8)
+    free, held = (tile.upscale(drifting, rgb, 2, tiler, low_freq_lock=lock) for lock in (False, True))
+    drift = [(F.avg_pool2d(x, 2) - rgb).mean((1, 2)).abs().min() for x in (free, held)]
+    assert drift[0] > 0.015 and drift[1] < 1e-3
+    assert (held.diff(dim=2).abs().mean() / free.diff(dim=2).abs().mean() - 1).abs() < 0.02
+    other = tile.upscale(drifting, rgb, 2, Tiler(256, 0, align=2), low_freq_lock=True)
+    assert (held - other).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("alpha", ["lanczos", "model"])
+@pytest.mark.parametrize("size", [None, (101, 77)])
+def test_alpha_and_size(alpha, size):
+    picture = Picture(torch.rand(3, 70, 60), torch.rand(1, 70, 60))
+    got = tile.upscale_picture(nearest(2), picture, 2, Tiler(16, 8), size=size, alpha=alpha)
+    large = nearest(2)(picture.alpha[None])[0]
+    expected = large if alpha == "model" else picture.alpha
+    expected = expected if size is None and alpha == "model" else tile.lanczos(expected, size or (140, 120))
+    assert torch.allclose(got.alpha, expected, atol=1e-4)
+    rgb = nearest(2)(picture.rgb[None])[0]
+    assert torch.allclose(got.rgb, rgb if size is None else tile.lanczos(rgb, size), atol=1e-4)
+
+
+def test_cropping():
+    rgb = torch.full((3, 300, 100), 0.5)
+    rgb[:, 200:260] = torch.rand(3, 60, 100)  # the detail
+    portrait = Picture(rgb, torch.rand(1, 300, 100))
+    assert tile.cropped(portrait, (50, 100), "top").rgb.equal(rgb[:, :50])
+    assert tile.cropped(portrait, (50, 100)).rgb.equal(rgb[:, 125:175])
+    focus = tile.cropped(portrait, (70, 100), "focus")
+    assert focus.rgb.shape == (3, 70, 100) and (focus.rgb != 0.5).float().mean() > 0.8
+    assert focus.alpha.shape == (1, 70, 100)
+    landscape = Picture(rgb.transpose(1, 2))
+    assert tile.cropped(landscape, (100, 50), "top").rgb.equal(landscape.rgb[:, :, 125:175])
+    assert (tile.cropped(landscape, (100, 70), "focus").rgb != 0.5).float().mean() > 0.8
+    for h, w in ((1, 1), (1, 300), (300, 1), (7, 5), (300, 100)):
+        for where in ("center", "top", "focus"):
+            assert tile.cropped(Picture(torch.rand(3, h, w)), (300, 100), where).rgb.numel() > 0
+    assert tile.cropped(portrait, (600, 200), "focus").rgb.equal(rgb)  # the same aspect: all of it
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -379,6 +685,23 @@ def test_a_tile_that_is_not_finite_is_done_again_in_fp32(batch):
     assert 0 < sum(redone) < Tiler(16, 8).count(64, 64)  # some, and only the bad ones
     with pytest.raises(FloatingPointError, match="NaN"):
         tile.upscale(lambda x: x / 0, x, 1, Tiler())
+
+
+def test_a_black_tile_is_done_again_and_never_kept():
+    """Finite, but with nothing of the input in it. Noise that is smoothed away and dark pictures are in order."""
+    x = torch.rand(3, 64, 64) * 0.5
+
+    def black(x):
+        return torch.zeros_like(x) if torch.is_autocast_enabled("cpu") else x
+
+    got = tile.upscale(black, x, 1, Tiler(16, 8), amp=torch.bfloat16)
+    assert torch.allclose(got, x, atol=1e-6)
+    for how in (torch.zeros_like, torch.ones_like, lambda x: x + 0.3):
+        with pytest.raises(FloatingPointError, match="little to do with it"):
+            tile.upscale(how, x, 1, Tiler(16, 8))
+    for fine in (lambda x: F.avg_pool2d(F.pad(x, (4,) * 4, mode="reflect"), 9, 1), lambda x: x * 1.05 + 0.01):
+        tile.upscale(fine, x, 1, Tiler(16, 8))
+        tile.upscale(fine, x * 0.02, 1, Tiler(16, 8))
 
 
 def test_alpha_does_not_fringe():
@@ -457,27 +780,261 @@ def test_users_mistakes(tmp_path, command, monkeypatch):
             ((tmp_path / "in", "-o", tmp_path / "in"), "choose another --out"),
             ((one, "-o", out / "a.bmp"), "cannot save as .bmp"),
             ((one, picture_file(tmp_path / "other/a.png"), "-o", out), "would both become"),
-            ((one, "-o", out, "--tile-size", "100"), "use a multiple of 16"),
+            ((one, "-o", out, "--tile-size", "102"), "use a multiple of 4"),
+            ((one, "-o", out, "--tile-size", "0"), "use a multiple of 4"),
+            ((one, "-o", out, "--tile-pad", "3"), "use 0 or a multiple of 2"),
+            ((one, "-o", out, "--batch", "0"), "use 1 or more"),
             ((one, "-o", out, "--quality", "0"), "1 to 100"),
+            ((one, "-o", out, "--strength", "1.5"), "use 0 to 1"),
+            ((one, "-o", out, "--scale", "-2"), "--scale -2"),
+            ((one, "-o", out, "--scale", "3", "--fit", "9x9"), "exclude each other"),
+            ((one, "-o", out, "--skip-larger"), "go with --fit"),
+            ((one, "-o", out, "--crop", "top"), "go with --fit"),
+            ((one, "-o", out, "--overwrite", "--skip-existing"), "exclude each other"),
+            ((one, "-o", out, "--depth", "16", "--format", "jpg"), "PNG only"),
+            ((one, "-o", out / "a.webp", "--depth", "16"), "PNG only"),
             ((one, "-o", out, "--device", "abacus"), "--device abacus"),
             ((one, "-o", one / "below"), "choose another --out"),
             ((one, "-o", out, "--weights", tmp_path / "missing.safetensors"), "missing.safetensors"),
             ((one, "-o", out, "--weights", tmp_path / "cut.safetensors"), "cut.safetensors")):
         code, _, err = command(*args)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and reason in err, (args, err)
+    for args, reason in ((("--fit", "4k"), "4k is no size; write it as 3840x2160"),
+                         (("--tile", "big"), "pixels or auto")):
+        code, _, err = command(one, "-o", out, *args)
+        assert code == 2 and reason in err.splitlines()[-1]  # argparse puts the usage before it
+
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as m:
+        m.setattr(tile.tempfile, "TemporaryFile", read_only)
+        code, _, err = command(one, "-o", out)
+        assert code == 2 and err == f"error: cannot write to {out}: Read-only file system; choose another --out\n"
 
     def raises(error):
         def save(*args):
             raise error
-        monkeypatch.setattr(tile, "save_picture", save)
+        monkeypatch.setattr(tile, "save_strips", save)
 
+    two = tmp_path / "in/b.png"
+    shutil.copy(one, two)
     raises(OSError(errno.ENOSPC, "No space left on device"))
-    code, _, err = command(one, "-o", out)
-    assert code == 2 and "No space left on device" in err and err.count("\n") == 1
+    code, _, err = command(one, two, "-o", out)
+    assert code == 2 and err == (f"error: cannot write {out / 'a.png'}: No space left on device; 0 pictures done so "
+                                 "far are kept\n")
+    raises(OSError(errno.EACCES, "Permission denied"))  # of this file; others may be allowed
+    code, shown, err = command(one, two, "-o", out)
+    assert code == 1 and err == "".join(f"cannot write {out / p.name}: Permission denied\n" for p in (one, two))
+    assert "0 done, 0 skipped, 2 failed" in shown
     raises(KeyboardInterrupt())
     code, _, err = command(one, "-o", out)
     assert code == 130 and "interrupted" in err and err.count("\n") == 1
     assert not list(out.rglob("*.*"))
+
+
+def test_every_kind_of_picture(tmp_path, command):
+    """What is read goes through the model and comes out at twice the size and of the same kind."""
+    zoo = tmp_path / "the zoo"
+    for name, size, mode in (("one.png", (1, 1), "RGB"), ("tower.png", (1, 1500), "L"), ("three.webp", (3, 3), "RGB"),
+                             ("odd.jpg", (37, 23), "RGB"), ("grey.jpg", (9, 8), "L"), ("clear.png", (8, 9), "LA"),
+                             ("cmyk.jpg", (10, 10), "CMYK"), ("壁紙 その一.png", (5, 6), "RGBA"),
+                             ("line\nbreak.bmp", (7, 7), "RGB"), ("palette.gif", (12, 5), "P"),
+                             ("bits.png", (9, 9), "1")):
+        picture_file(zoo / name, size, mode)
+    Image.fromarray(RGBA).quantize(16).save(zoo / "index.png", transparency=3)
+    for channels in (1, 2, 3, 4):
+        (zoo / f"deep{channels}.png").write_bytes(png16(np.ascontiguousarray(DEEP[:20, :, :channels])))
+    exif = Image.Exif()
+    exif[tile.ORIENTATION] = 6
+    Image.fromarray(RGBA[..., :3]).save(zoo / "turned.jpg", exif=exif)
+    frames = [Image.new("RGB", (4, 4), c) for c in ((255, 0, 0), (0, 0, 255))]
+    frames[0].save(zoo / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(RGBA[..., :3]).save(zoo / "wide gamut.png", icc_profile=display_p3())
+    (zoo / "text.png").write_text("no picture\n" * 9)
+    (zoo / "empty.png").touch()
+    (zoo / "cut.png").write_bytes(png16(DEEP)[:1500])
+    code, shown, err = command(zoo, "-o", tmp_path / "out", "--tile-size", "64")
+    assert code == 1 and "19 done, 0 skipped, 3 failed" in shown, err
+    assert sorted(err.splitlines()) == [
+        f"{zoo / 'cut.png'}: image file is truncated", f"{zoo / 'empty.png'}: an empty file (0 bytes)",
+        f"{zoo / 'text.png'}: not a picture, or of a kind that Pillow cannot read"]
+    assert not list((tmp_path / "out").glob(".*"))
+    for path in tile.find_pictures(tmp_path / "out"):
+        source = next(p for p in zoo.iterdir() if p.stem == path.stem)
+        got, given = read_picture(path), read_picture(source)
+        assert got.rgb.shape[1:] == tuple(2 * side for side in given.rgb.shape[1:]), path
+        assert (got.grey, got.depth, got.icc, got.alpha is None) == (
+            given.grey, given.depth, given.icc, given.alpha is None), path
+        if min(got.rgb.shape[1:]) > 2:  # an untrained model interpolates
+            assert (F.avg_pool2d(got.rgb, 2) - given.rgb).abs().mean() < 0.1 or given.alpha is not None, path
+    assert read_picture(tmp_path / "out/turned.png").rgb.shape == (3, 14, 10)
+    assert "(first of 2 frames)" in shown and "(CMYK converted to sRGB without profile)" in shown
+    assert command(zoo / "wide gamut.png", "-o", tmp_path / "s.png", "--icc", "srgb")[1].count("converted to sRGB") == 1
+
+
+def test_sizes_depth_and_formats(tmp_path, command):
+    for i, size in enumerate(((20, 14), (14, 20), (33, 7), (5, 5), (64, 40))):
+        picture_file(tmp_path / f"in/{i}.png", size)
+    code, shown, err = command(tmp_path / "in", "-o", tmp_path / "fit", "--fit", "48x27", "--crop", "focus",
+                               "--skip-larger", "--format", "webp")
+    assert code == 0 and not err and "4 done, 1 skipped" in shown and "4.png is 64x40, skipped" in shown
+    results = tile.find_pictures(tmp_path / "fit")
+    assert [p.name for p in results] == ["0.webp", "1.webp", "2.webp", "3.webp"]
+    assert {Image.open(p).size for p in results} == {(48, 27)}
+    assert command(tmp_path / "in/0.png", "-o", tmp_path / "s.png", "--scale", "1.5", "--depth", "16")[0] == 0
+    got, plain = read_picture(tmp_path / "s.png"), read_picture(tmp_path / "in/0.png")
+    assert got.rgb.shape == (3, 21, 30) and got.depth == 16
+    assert (got.rgb - tile.lanczos(plain.rgb, (21, 30))).abs().mean() < 0.05
+    assert command(tmp_path / "in/0.png", "-o", tmp_path / "t.png", "--strength", "0")[0] == 0
+    assert (read_picture(tmp_path / "t.png").rgb - tile.lanczos(plain.rgb, (28, 40))).abs().max() < 0.51 / 255
+    code, shown, err = command(tmp_path / "in", "-o", tmp_path / "fit", "--format", "webp", "--skip-existing")
+    assert code == 0 and "1 done, 4 skipped" in shown and "exists" not in shown
+    sizes = []
+    for quality in ("30", "95"):
+        assert command(tmp_path / "in/4.png", "-o", tmp_path / f"{quality}.jpg", "--quality", quality)[0] == 0
+        sizes.append((tmp_path / f"{quality}.jpg").stat().st_size)
+    assert sizes[0] < sizes[1] / 2
+
+
+class Faulty(torch.nn.Module):
+    """Doubles pixels, but for what `fault` makes of some tiles."""
+    scale = 2
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x):
+        y = self.fault(x)
+        return nearest(2)(x) if y is None else y
+
+
+def test_faults_on_some_tiles(tmp_path, command, monkeypatch):
+    """Three pictures, of which the second has one red tile where the model fails: done again, halved, or named, and
+    the third is done whatever happens."""
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        rgb = torch.rand(3, 96, 96) * 0.8
+        if name == "b":
+            rgb[:, 70:80, 70:80] = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+        save_picture(tmp_path / f"in/{name}.png", Picture(rgb))
+    names = [str(tmp_path / f"in/{n}.png") for n in "abc"]
+
+    def red(x):
+        return bool(((x[:, 0] == 1) & (x[:, 1] == 0)).any())
+
+    def outcome(fault, *more):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        monkeypatch.setattr(model, "load", lambda *_: Faulty(fault))
+        code, shown, err = command(*names, "-o", out, "--tile-size", "64", "--tile-pad", "8", *more)
+        for path in out.glob("*.png"):
+            given = nearest(2)(read_picture(tmp_path / "in" / path.name).rgb[None])[0]
+            assert (read_picture(path).rgb - given).abs().max() < 0.6 / 255
+        return code, err, sorted(p.name for p in out.iterdir())
+
+    everything, but_b = ["a.png", "b.png", "c.png"], ["a.png", "c.png"]
+    wide = [0]
+
+    def black_in_bf16(x):
+        return nearest(2)(x) * 0 if red(x) and torch.is_autocast_enabled("cpu") else None
+
+    def nan(x):
+        return nearest(2)(x) * torch.nan if red(x) else None
+
+    def nan_in_bf16(x):
+        return nan(x) if torch.is_autocast_enabled("cpu") else None
+
+    def hungry(x):
+        wide[0] = max(wide[0], x.shape[-1])
+        if red(x) and x.shape[-1] > 40:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    def starving(x):
+        if red(x):
+            raise MemoryError
+
+    def broken(x):
+        if red(x):
+            raise RuntimeError("mat1 and mat2 shapes\ncannot be multiplied")
+
+    assert outcome(nan_in_bf16, "--amp", "bf16") == (0, "", everything)
+    assert outcome(black_in_bf16, "--amp", "bf16") == (0, "", everything)
+    assert outcome(nan) == (1, f"{names[1]}: the model gives NaN or infinite values here, in fp32 too; nothing is "
+                               "saved\n", but_b)
+    assert outcome(black_in_bf16, "--amp", "off") == (0, "", everything)
+    assert outcome(hungry) == (0, "out of memory; going on with tiles of 32, 1 at once\n"
+                               "out of memory; going on with tiles of 16, 1 at once\n", everything)
+    assert wide[0] == 64  # of the first picture, before the second ran out
+    assert outcome(starving, "--batch", "2") == (1, "out of memory; going on with tiles of 64, 1 at once\n"
+                                                    "out of memory; going on with tiles of 32, 1 at once\n"
+                                                    "out of memory; going on with tiles of 16, 1 at once\n"
+                                                    f"{names[1]}: MemoryError\n", but_b)
+    assert outcome(broken) == (1, f"{names[1]}: RuntimeError: mat1 and mat2 shapes cannot be multiplied\n", but_b)
+
+
+def test_tile_size_by_free_memory(monkeypatch):
+    """A trial of a model that needs 10 KiB a pixel, on machines of all sizes."""
+    peaks, sides = [0], []
+
+    def forward(x):
+        sides.append(x.shape[-1])
+        peaks[0] = max(peaks[0], x.shape[-1]**2 * 10240)
+        return x
+
+    monkeypatch.setattr(tile, "memory_peak", lambda device: peaks[0])
+    cpu, found = torch.device("cpu"), {}
+    for gib in (0, 0.1, 0.5, 1, 4, 100):
+        monkeypatch.setattr(tile, "free_memory", lambda device: gib * 2**30)
+        found[gib], peaks[0] = tile.auto_tile_size(forward, cpu, None, Tiler(16, 16, 1, 16)), 0
+    assert max(sides) == 128 and found[0] == 32 and found[100] == 384
+    for gib in (0.5, 1, 4):
+        size = found[gib]
+        assert size % 16 == 0 and (size + 32)**2 * 10240 <= gib * 2**29
+        assert size == 384 or (size + 16 + 32)**2 * 10300 > gib * 2**29
+
+    def starving(x):
+        raise MemoryError
+
+    assert tile.auto_tile_size(starving, cpu, None, Tiler(16, 16, 1, 16)) == 32
+    with pytest.raises(ZeroDivisionError):
+        tile.auto_tile_size(lambda x: 1 / 0, cpu, None, Tiler(16, 16, 1, 16))
+
+
+def test_free_memory_minds_the_limits(monkeypatch):
+    resource = pytest.importorskip("resource")
+    cpu = torch.device("cpu")
+    free = tile.free_memory(cpu)
+    assert 0 < free < 2**48
+    if not Path("/proc/self/statm").exists():
+        return
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used + 2**26, used + 2**26))
+    assert tile.free_memory(cpu) <= 2**26 + 2**24
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert tile.free_memory(cpu) <= (2**26 + 2**24) / 4
+
+
+def test_processes_share_a_folder(tmp_path, weights):
+    """As torchrun starts them; each picture once, one of them bad, and both end with the folder's exit code."""
+    for i in range(5):
+        picture_file(tmp_path / f"in/{i}.png", (8, 8))
+    (tmp_path / "in/bad.png").write_text("text")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    started = [subprocess.Popen(
+        [sys.executable, tile.__file__, tmp_path / "in", "-o", tmp_path / "out", "--weights", weights, "--device",
+         "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port, OMP_NUM_THREADS="1")) for rank in range(2)]
+    said = [p.communicate(timeout=120) for p in started]
+    assert [p.returncode for p in started] == [1, 1], said
+    lines = "".join(out for out, _ in said)
+    assert "5 done, 0 skipped, 1 failed" in said[0][0] and "failed" not in said[1][0]
+    assert all(lines.count(f"{i}.png  8x8 -> 16x16") == 1 for i in range(5))
+    assert all(out.count("->") >= 2 for out, _ in said)
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_from_the_shell(tmp_path, weights):

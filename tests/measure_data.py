@@ -1,0 +1,275 @@
+"""What the data commands are worth, in figures. Not run by pytest; parts:
+
+    python tests/measure_data.py thresholds --data PICTURES     # share of pictures that clean's thresholds drop
+    python tests/measure_data.py bulk --count 10000             # memory, kills, resuming, cost per picture
+    python tests/measure_data.py path --data PICTURES           # clean, multiscale, mine, pack; reading against decoding
+
+thresholds takes a minute, bulk about half an hour on two cores, path a few minutes. Needs Linux (it reads /proc).
+"""
+import argparse
+import hashlib
+import io
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import clean                                                            # noqa: E402
+import data                                                             # noqa: E402
+import tile                                                             # noqa: E402
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# thresholds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spoiled(pixels):
+    """uint8 (H, W, 3) -> {what was done to it: uint8 (H, W, 3)}; enlarged ones show a part of the original."""
+    image, (h, w) = Image.fromarray(pixels), pixels.shape[:2]
+    yield "as it is", pixels
+    for factor in (2, 1.5):
+        for kernel in ("bicubic", "lanczos", "bilinear"):
+            small = image.crop((0, 0, int(w / factor), int(h / factor)))
+            yield f"{kernel} {factor}x", np.asarray(small.resize((w, h), Image.Resampling[kernel.upper()]))
+    for sigma in (0.5, 0.7, 1):
+        yield f"blur, sigma {sigma}", np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)))
+    for quality in (30, 60, 85, 90, 95):
+        memory = io.BytesIO()
+        image.save(memory, "JPEG", quality=quality)
+        yield f"JPEG {quality}", np.asarray(Image.open(memory))[3:, 5:]      # decoded, and its grid moved
+
+
+def thresholds(args):
+    paths = clean.listing(args.data)
+    chosen, figures, start = sorted(paths)[::max(1, len(paths) // 48)], {}, time.time()
+    for i, path in enumerate(chosen):
+        data.progress("spoiling", i, len(chosen), start)
+        rgb = tile.composite(clean.read(path), 0.5)
+        y, x = ((side - min(side, 1024)) // 2 for side in rgb.shape[1:])
+        for name, pixels in spoiled(clean.eight_bit(rgb[:, y:y + 1024, x:x + 1024])):
+            squares = clean.busiest(pixels)
+            if len(squares):
+                figures.setdefault(name, []).append((clean.sharpness(squares), clean.blockiness(squares)))
+    tile.Progress.clear()
+    print(f"{len(chosen)} centre crops; least, median and largest\n\n| | sharpness, dB | dropped | blocks, dB | dropped |\n"
+          "|---|---|---|---|---|")
+    for name, rows in figures.items():
+        sharp, blocks = np.array(rows).T
+        cells = [" ".join(f"{v:.1f}" for v in np.quantile(figure, [0, 0.5, 1])) for figure in (sharp, blocks)]
+        print(f"| {name} | {cells[0]} | {np.mean(sharp < clean.SHARPNESS):.0%} | {cells[1]} | "
+              f"{np.mean(blocks > clean.BLOCKS):.0%} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bulk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scene(rng, w, h):
+    """A sharp little picture: shapes drawn at twice the size and averaged down, over grain."""
+    from PIL import ImageDraw
+    image = Image.new("RGB", (2 * w, 2 * h), tuple(rng.integers(0, 256, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    for _ in range(24):
+        x, y, r = rng.integers(0, 2 * w), rng.integers(0, 2 * h), rng.integers(8, 120)
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        if rng.random() < 0.5:
+            draw.ellipse((x - r, y - r // 2, x + r, y + r), colour, 0, 3)
+        else:
+            draw.line((x, y, *rng.integers(0, 2 * h, 2).tolist()), colour, int(rng.integers(2, 9)))
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.BOX)).astype(np.int16)
+    return Image.fromarray(np.uint8((pixels + rng.integers(-3, 4, (h, w, 1))).clip(0, 255)))
+
+
+def draw_many(folder, count):
+    """count files: of 100, 84 good ones, 4 copies, 3 enlarged, 3 JPEG-damaged, 3 small, 3 broken."""
+    start = time.time()
+    for i in range(count):
+        path = folder / f"{i // 1000:03d}" / f"{i:06d} 絵.png"
+        if path.exists():
+            continue
+        data.progress("drawing", i, count, start)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng, kind, memory = np.random.default_rng(i), i % 100, io.BytesIO()
+        image = scene(np.random.default_rng(i - 50) if 50 <= kind < 54 else rng, 384, 320)
+        if 50 <= kind < 54:
+            image = image.resize((336, 280), Image.Resampling.LANCZOS)
+        elif 60 <= kind < 63:
+            image = image.crop((0, 0, 192, 160)).resize((384, 320), Image.Resampling.BICUBIC)
+        elif 70 <= kind < 73:
+            image.save(memory, "JPEG", quality=50)
+            image = Image.open(memory)
+        elif 80 <= kind < 83:
+            image = image.crop((0, 0, 200, 180))
+        memory = io.BytesIO()
+        image.save(memory, "PNG", compress_level=1)
+        content = memory.getvalue()
+        part = path.with_suffix(".part")
+        part.write_bytes(content[:len(content) // 2] if 90 <= kind < 93 else content)
+        os.replace(part, path)
+
+
+def memory_of(pid):
+    """Bytes that a process and its children hold, what they share counted once."""
+    total, wanted = 0, [pid]
+    while wanted:
+        pid = wanted.pop()
+        try:
+            wanted += [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
+        except OSError:
+            pass
+    return total
+
+
+def run(*args, kill_when=None):
+    """Runs data.py -> (seconds, peak of its own memory in MiB), its lines on stdout kept quiet. kill_when(): SIGKILL as soon
+    as it is true, to the main process alone."""
+    start, peak = time.time(), 0
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", *map(str, args)], stdout=subprocess.PIPE, text=True)
+    said = []
+    reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+    reader.start()
+    while process.poll() is None:
+        peak = max(peak, memory_of(process.pid))
+        if kill_when and kill_when():
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return time.time() - start, peak / 2 ** 20
+        time.sleep(0.1)
+    reader.join()
+    if process.returncode:
+        sys.exit(f"{args} ended with {process.returncode}")
+    print(f"  {said[-1].strip()}")
+    return time.time() - start, peak / 2 ** 20
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def told(folder):
+    """What a run of clean left, as one hash: the report, and names and targets of links."""
+    lines = [(folder / "report.csv").read_text()]
+    lines += sorted(f"{p.relative_to(folder)} {os.readlink(p)}" for p in folder.glob("*/*"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def bulk(args):
+    random.seed(args.seed)
+    folder, workers = Path(args.work), ("--workers", args.workers)
+    pictures = folder / "in"
+    draw_many(pictures, args.count)
+    print(f"{args.count} files, {sum(p.stat().st_size for p in pictures.glob('*/*')) / 1e6:.0f} MB\n")
+    few = folder / "few"
+    draw_many(few, args.count // 10)
+
+    for name, source in (("a tenth of them", few), ("all", pictures)):
+        out = folder / f"whole {source.name}"
+        seconds, peak = run("clean", source, "-o", out, *workers)
+        n = len(list(source.glob("*/*")))
+        print(f"clean {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms per picture, peak {peak:.0f} MiB", flush=True)
+        seconds, peak = run("pack", out / "pictures", "-o", folder / f"{source.name}.safetensors", "--size", 256, *workers)
+        print(f"pack {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms per picture, peak {peak:.0f} MiB", flush=True)
+
+    # By their growing files: a fifth to half, then half to nine tenths.
+    whole, killed = folder / "whole in", folder / "killed"
+    final = size_of(whole / "scan.csv")
+    for share in (random.uniform(0.2, 0.5), random.uniform(0.5, 0.9)):
+        run("clean", pictures, "-o", killed, *workers, kill_when=lambda: size_of(killed / "scan.csv") > share * final)
+        print(f"clean killed at {size_of(killed / 'scan.csv') / final:.0%}", flush=True)
+    run("clean", pictures, "-o", killed, *workers)
+    print(f"clean resumed gives the same: {told(whole) == told(killed)}", flush=True)
+
+    packed, again = folder / "in.safetensors", folder / "again.safetensors"
+    part = Path(f"{again}.part")
+    for share in (random.uniform(0.2, 0.5), random.uniform(0.5, 0.9)):
+        run("pack", whole / "pictures", "-o", again, "--size", 256, *workers,
+            kill_when=lambda: size_of(part) > share * size_of(packed))
+        print(f"pack killed at {size_of(part) / size_of(packed):.0%}", flush=True)
+    run("pack", whole / "pictures", "-o", again, "--size", 256, *workers)
+    digests = [hashlib.file_digest(open(p, "rb"), "sha256").hexdigest() for p in (packed, again)]
+    print(f"pack resumed gives the same bytes: {digests[0] == digests[1]}; nothing left over: "
+          f"{not list(folder.glob('*.part'))}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# path
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def path(args):
+    work, workers = Path(args.work), ("--workers", args.workers)
+    out, mined, packed = work / "set", work / "mined.safetensors", work / "all.safetensors"
+    for arguments in (("clean", *args.data, "-o", out), ("multiscale", out / "pictures", "-o", out / "smaller"),
+                      ("pack", out / "pictures", out / "smaller", "-o", packed), ("mine", packed, "-o", mined),
+                      ("stats", packed, mined, "--sheet", work / "sheet.png")):
+        seconds, peak = run(*arguments, *workers)
+        print(f"{arguments[0]}: {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
+
+    # The same crops, from the patch file and out of PNGs. Both were read just now, so both come from memory.
+    side, rng = 128, np.random.default_rng(0)
+    pngs = work / "png"
+    pngs.mkdir(exist_ok=True)
+    sources = sorted((out / "pictures").iterdir())[:24]
+    for p in sources:
+        if not (pngs / f"{p.stem}.png").exists():
+            Image.open(p).convert("RGB").save(pngs / f"{p.stem}.png")
+    files, start, count = sorted(pngs.iterdir()), time.perf_counter(), 0
+    while time.perf_counter() - start < 10:
+        with Image.open(files[rng.integers(len(files))]) as image:
+            image.load()
+            x, y = (int(rng.integers(s - side + 1)) for s in image.size)
+            np.array(image.crop((x, y, x + side, y + side)))
+        count += 1
+    decoded = count / (time.perf_counter() - start)
+    batches = data.Batches(packed, 10 ** 6, 16, side, 1, "bicubic", 0)
+    patches, start, count = data.read_tensor(packed, "patches"), time.perf_counter(), 0
+    n, size = patches.shape[:2]
+    while time.perf_counter() - start < 5:
+        k, y, x = rng.integers(n), *rng.integers(size - side + 1, size=2)
+        np.array(patches[k, y:y + side, x:x + side])
+        count += 1
+    mapped = count / (time.perf_counter() - start)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 5:
+        batches[count]
+        count += 1
+    made = 16 * count / (time.perf_counter() - start)
+    print(f"crops of {side}x{side} a second, one process: {decoded:.1f} decoding PNG, {mapped:.0f} from the patch file "
+          f"({mapped / decoded:.0f} times as many); as whole batches, flipped and turned, in float: {made:.0f}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("part", choices=("thresholds", "bulk", "path"))
+    p.add_argument("--data", nargs="+", help="folders of pictures, for thresholds and path")
+    p.add_argument("--count", type=int, default=10000, help="of drawn pictures, for bulk (default: 10000)")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    p.add_argument("--work", help="folder to work in, kept (default: a temporary one)")
+    p.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    args = p.parse_args()
+    if args.part != "bulk" and not args.data:
+        sys.exit("error: give --data FOLDER")
+    with tempfile.TemporaryDirectory() as temporary:
+        args.work = args.work or temporary
+        Path(args.work).mkdir(parents=True, exist_ok=True)
+        dict(thresholds=thresholds, bulk=bulk, path=path)[args.part](args)
+    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
