@@ -260,7 +260,9 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     part, lr_part, rows_part = (out.with_name(f"{out.name}{ending}.part") for ending in ("", ".lr", ".rows"))
-    bytes_each, start = {part: size * size * 3, **({lr_part: (size // scale) ** 2 * 3} if lr else {})}, time.time()
+    heads, each, start = {part: 8 + HEADER, lr_part: 0}, {part: size * size * 3}, time.time()
+    if lr:
+        each[lr_part] = (size // scale) ** 2 * 3
     with alone(rows_part) as rows:
         if packed_before(out, fingerprint, overwrite, lambda _: None):      # by the process that we waited for
             rows_part.unlink()
@@ -274,7 +276,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
             if length:
                 done, n = done + 1, n + len(json.loads(line)[1])
             length += len(line)
-        if any(not p.exists() or p.stat().st_size < HEADER + n * each for p, each in bytes_each.items() if n):
+        if any(n and (not p.exists() or p.stat().st_size < heads[p] + n * each[p]) for p in each):
             length = done = n = 0
         rows.truncate(length)
         if not length:
@@ -285,9 +287,9 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
             log(f"skipped: {len(single)} pictures without a partner of the same name, as {tile.printable(single[0])}")
 
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(p, "r+b" if p.exists() else "w+b")) for p in bytes_each]
-            for file, each in zip(files, bytes_each.values()):
-                file.truncate(8 + HEADER + n * each)
+            files = [stack.enter_context(open(p, "r+b" if p.exists() else "w+b")) for p in each]
+            for file, p in zip(files, each):
+                file.truncate(heads[p] + n * each[p])
                 file.seek(0, 2)
             job = functools.partial(patches_of, size=size, seed=seed, min_side=min_side, scale=scale,
                                     per_picture=per_picture, soft=soft)
@@ -625,7 +627,7 @@ def main():
     add("--min-quality", type=int, default=QUALITY, help="of JPEG files by their tables; 0: any (default: %(default)s)")
     add("--max-blocks", type=float, default=BLOCKS, help="traces of JPEG in dB; inf: any (default: %(default)s)")
     add("--min-sharpness", type=float, default=SHARPNESS,
-        help="of the finest detail in dB, lower is taken for upscaled; -inf: any (default: %(default)s)")
+        help="of the finest detail in dB, lower is taken for upscaled; =-inf: any (default: %(default)s)")
     add("--distance", type=int, default=DISTANCE,
         help="bits of 64 in which near-duplicates differ, at most 7; -1: same pixels only (default: %(default)s)")
 

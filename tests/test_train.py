@@ -481,6 +481,95 @@ def test_a_dry_run_finds_mistakes(kind, drawings, tmp_path, whole, monkeypatch, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# losses
+
+
+GAN = dict(loss="pix,freq=0.3,edge,lock,texture,adv=0.05", gan_after=3, d_features=4, steps=8, every=4)
+
+
+def test_a_gan_run_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
+    args = [flags(drawings, tmp_path / name, **GAN) for name in ("a", "b")]
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args[0])
+    assert code == 0, err
+    first, last = rows(tmp_path / "a")
+    terms = {"pix", "freq", "edge", "lock", "texture"}
+    assert terms | {f"{t}_grad" for t in terms} <= set(first) and float(first["d_acc"]) >= 0
+    assert all(0 < float(last[k]) < 100 for k in ("adv", "adv_grad", "d", "d_acc", "freq_grad", "edge_grad"))
+    with monkeypatch.context() as m:
+        steps, real = iter(range(100)), train.rate
+        m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 6 else (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run_here(monkeypatch, capsys, tmp_path, args[1])
+    assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
+    same_run(tmp_path / "a", tmp_path / "b")
+    one, two = (torch.load(tmp_path / n / "state.pt", weights_only=True)["critic"] for n in "ab")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_discriminator_waits_and_then_moves(drawings, tmp_path, monkeypatch, capsys):
+    seen = []
+    real = train.discriminator_loss
+    monkeypatch.setattr(train, "discriminator_loss", lambda d, *a: seen.append(
+        torch.cat([p.detach().flatten().clone() for p in d.parameters()])) or real(d, *a))
+    assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **GAN))[0] == 0
+    assert len(seen) == 5 and not any(torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+
+
+def test_every_second_target_is_line_enhanced_until_its_share_is_over(drawings, tmp_path, monkeypatch, capsys):
+    calls, real = [], train.enhance_lines
+    monkeypatch.setattr(train, "enhance_lines", lambda hr: calls.append(1) or real(hr))
+    args = flags(drawings, tmp_path / "run", steps=10, every=10, sharpen_until=0.8)
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0 and len(calls) == 4
+
+
+@pytest.mark.parametrize("more, words", ((dict(loss="pix,nonsense"), "no loss 'nonsense'; there are pix"),
+                                         (dict(loss="pix,perc"), "--vgg-weights"),
+                                         (dict(loss="pix,perc", perceptual="anime"), "--anime-weights"),
+                                         (dict(loss="pix,art_cls", detector="gone.safetensors"), "gone.safetensors"),
+                                         (dict(loss="pix,edge", edge_kernel=2), "odd number")))
+def test_losses_that_cannot_be(drawings, tmp_path, monkeypatch, capsys, more, words):
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **more))
+    assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    for name, seeds in (("train", range(3)), ("val", range(10, 12))):
+        (folder / name).mkdir()
+        for seed in seeds:
+            draw(folder / name / f"{seed}.png", seed, (160, 144))
+    return folder
+
+
+def test_the_detector_is_trained_and_used(large, drawings, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "detector"
+    args = ["--detector", "--data", str(large / "train"), "--val", str(large / "val"), "--steps", "4", "--batch", "8",
+            "--every", "2", "--workers", "0", "--amp", "off", "--out", str(out)]
+    code, said, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "clean recall" in said and "oversharp" in said, err
+    table = list(csv.reader((out / "confusion.csv").open()))
+    assert len(table) == 9 and sum(map(int, table[1][1:])) == 96 and table[1][0] == "clean"
+    once = (out / "detector.safetensors").read_bytes()
+    code, said, err = run_here(monkeypatch, capsys, tmp_path, args)       # a finished run, again
+    assert code == 0 and (out / "detector.safetensors").read_bytes() == once
+    more = dict(loss="pix,art_cls,art_feat", detector=out / "detector.safetensors", steps=2, every=2)
+    assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **more))[0] == 0
+    row = rows(tmp_path / "run")[-1]
+    assert float(row["art_cls_grad"]) > 0 and float(row["art_feat_grad"]) > 0
+    assert (out / "detector.safetensors").read_bytes() == once
+
+
+def test_faults_are_labelled_by_what_can_be_seen():
+    hr = torch.rand(8, 3, 64, 64)
+    x, labels = train.fault(hr, range(8), [0.8] * 8, range(8), train.CLASSES)
+    assert torch.equal(x[0], hr[0]) and labels.tolist() == [0, 1, 2, labels[3].item(), 4, 5, 6, 7]
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    assert train.fault(flat, [4], [0.5], [0], train.CLASSES)[1].tolist() == [0]        # blur of nothing is nothing
+    assert x.shape == hr.shape and all((a != b).any() for a, b in zip(x[[1, 2, 4, 5, 6, 7]], hr[[1, 2, 4, 5, 6, 7]]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # several processes
 
 
