@@ -41,7 +41,7 @@ import tile
 SHARPNESS = -18.0       # dB; the fine detail of pictures below this was not in the file, it was enlarged or is blurred
 BLOCKS = 1.0            # dB; a grid of 8 pixels that shows more than this
 QUALITY = 88            # of a JPEG file, told by its own quantisation table
-DISTANCE = 6            # bits of 64: rescaled and recompressed copies differ by 0 to 4, different pictures by 14 and more
+DISTANCE = 6            # bits of 64: rescaled and recompressed copies differ by 0 to 4, others by 14 and more
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Work on many pictures

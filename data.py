@@ -665,9 +665,11 @@ def main():
             clean(args.data, naming=given.pop("name"), **given)
         else:
             dict(multiscale=multiscale, pack=pack, mine=mine, stats=stats)[args.command](args.data, **given)
-    except (ValueError, FileExistsError) as error:
+    except ValueError as error:
         tile.fail(error)
     except OSError as error:
+        if error.errno is None:     # one of ours, with a sentence of its own
+            tile.fail(error)
         hint = "" if args.command == "demo" else "; the same command then goes on from here"
         tile.fail(f"cannot write {getattr(args, 'out', None) or args.sheet}: {error.strerror or error}; free some "
                   f"space or choose another place{hint}")

@@ -317,7 +317,7 @@ def main():
     p.add_argument("--weights", nargs="+", metavar="FILE",
                    help="model files (default: one of weights/, else the newest runs/*/best.safetensors)")
     p.add_argument("--whole", action="store_true", help="never in tiles (default: in tiles above 1 megapixel of LR)")
-    p.add_argument("--tile-size", type=int, help="in tiles always; input pixels from tile to tile (256; CPU 128)")
+    p.add_argument("--tile-size", type=int, help="in tiles always; input pixels from tile to tile (512; CPU 384)")
     p.add_argument("--tile-pad", type=int, default=32, help="pixels more that a tile sees on each side (default: 32)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 where native, else off)")
@@ -369,7 +369,7 @@ def run(args):
         raise ValueError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[
         args.amp or ("bf16" if tile.bf16_is_native(device) else "off")]
-    tiled = tile.Tiler((128 if device.type == "cpu" else 256) if args.tile_size is None else args.tile_size,
+    tiled = tile.Tiler((384 if device.type == "cpu" else 512) if args.tile_size is None else args.tile_size,
                        args.tile_pad)
 
     total = len(listed(args.data))
@@ -407,9 +407,8 @@ def run(args):
                 seconds = time.perf_counter() - begun
                 rows[method] = dict(score(sr, hr, border), width=hr.shape[-1], height=hr.shape[-2],
                                     seconds_per_mp=seconds / (hr.shape[-2] * hr.shape[-1] / 1e6))
-        except FloatingPointError:
-            raise ValueError(f"{method} gives NaN or infinite values on {tile.printable(name)}; its weights are "
-                             "broken, leave it out") from None
+        except FloatingPointError as e:
+            raise ValueError(f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it out") from None
         except ValueError as e:         # too small for the window of SSIM
             report_skipped(name, e, skipped)
             continue

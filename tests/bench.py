@@ -168,8 +168,12 @@ def picture(args):
         ours = HATRefiner.from_preset(preset).eval()
         theirs = spandrel_hat(ours.hat_model, sizes)
         ours, x = ours.to(args.device, memory_format=torch.channels_last), torch.rand(3, 1080, 1920)
-        tiler = tile.Tiler(128 if args.device == "cpu" else 256, 32)
+        pad = 2 * PRESETS[preset]["window"]
         amp = torch.bfloat16 if tile.bf16_is_native(torch.device(args.device)) else None
+        small = tile.Tiler(384, pad, align=PRESETS[preset]["window"])
+        with torch.inference_mode():
+            side = tile.auto_tile_size(ours, torch.device(args.device), amp, small)     # as tile.py's command does it
+        tiler = tile.Tiler(side, pad, align=PRESETS[preset]["window"])
         jobs = {"ours": lambda: tile.upscale(ours, x, 2, tiler, args.device, amp)}
         if theirs:
             theirs = theirs.to(args.device)
@@ -200,7 +204,7 @@ def loader(args):
         demo.draw_demo(Path(folder) / "demo", train=6, val=1)
         file = data.pack([Path(folder) / "demo" / "train"], Path(folder) / "p.safetensors", 256, log=lambda *_: None)
         print("\n| loader, recipe | workers | patches of 64x64 LR a second |\n|---|---|---|")
-        for recipe in ("bicubic", "web"):
+        for recipe in ("bicubic", "web", "soft", "light"):
             for workers in (0, 1, 2):
                 batches, count = data.Batches([file], 10 ** 6, 16, 64, 2, recipe, 0), 0
                 stream = iter(data.loader(batches, 0, workers))

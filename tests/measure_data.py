@@ -2,7 +2,7 @@
 
     python tests/measure_data.py thresholds --data PICTURES     # share of pictures that clean's thresholds drop
     python tests/measure_data.py bulk --count 10000             # memory, kills, resuming, cost per picture
-    python tests/measure_data.py path --data PICTURES           # clean, multiscale, mine, pack; reading against decoding
+    python tests/measure_data.py path --data PICTURES           # the whole way; reading patches against decoding
 
 thresholds takes a minute, bulk about half an hour on two cores, path a few minutes. Needs Linux (it reads /proc).
 """
@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -63,8 +62,8 @@ def thresholds(args):
             if len(squares):
                 figures.setdefault(name, []).append((clean.sharpness(squares), clean.blockiness(squares)))
     tile.Progress.clear()
-    print(f"{len(chosen)} centre crops; least, median and largest\n\n| | sharpness, dB | dropped | blocks, dB | dropped |\n"
-          "|---|---|---|---|---|")
+    print(f"{len(chosen)} centre crops; least, median and largest\n")
+    print("| | sharpness, dB | dropped | blocks, dB | dropped |\n|---|---|---|---|---|")
     for name, rows in figures.items():
         sharp, blocks = np.array(rows).T
         cells = [" ".join(f"{v:.1f}" for v in np.quantile(figure, [0, 0.5, 1])) for figure in (sharp, blocks)]
@@ -127,7 +126,8 @@ def memory_of(pid):
     while wanted:
         pid = wanted.pop()
         try:
-            wanted += [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                wanted += map(int, (thread / "children").read_text().split())
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             total += 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
         except OSError:
@@ -136,8 +136,8 @@ def memory_of(pid):
 
 
 def run(*args, kill_when=None):
-    """Runs data.py -> (seconds, peak of its own memory in MiB), its lines on stdout kept quiet. kill_when(): SIGKILL as soon
-    as it is true, to the main process alone."""
+    """Runs data.py and prints the last line it says -> (seconds, peak of its own memory in MiB). kill_when: SIGKILL, to
+    the main process alone, as soon as this is true."""
     start, peak = time.time(), 0
     process = subprocess.Popen([sys.executable, ROOT / "data.py", *map(str, args)], stdout=subprocess.PIPE, text=True)
     said = []
@@ -181,9 +181,10 @@ def bulk(args):
         out = folder / f"whole {source.name}"
         seconds, peak = run("clean", source, "-o", out, *workers)
         n = len(list(source.glob("*/*")))
-        print(f"clean {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms per picture, peak {peak:.0f} MiB", flush=True)
-        seconds, peak = run("pack", out / "pictures", "-o", folder / f"{source.name}.safetensors", "--size", 256, *workers)
-        print(f"pack {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms per picture, peak {peak:.0f} MiB", flush=True)
+        print(f"clean {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms a picture, peak {peak:.0f} MiB", flush=True)
+        packed = folder / f"{source.name}.safetensors"
+        seconds, peak = run("pack", out / "pictures", "-o", packed, "--size", 256, *workers)
+        print(f"pack {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms a picture, peak {peak:.0f} MiB", flush=True)
 
     # By their growing files: a fifth to half, then half to nine tenths.
     whole, killed = folder / "whole in", folder / "killed"
@@ -268,7 +269,6 @@ def main():
         args.work = args.work or temporary
         Path(args.work).mkdir(parents=True, exist_ok=True)
         dict(thresholds=thresholds, bulk=bulk, path=path)[args.part](args)
-    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -185,7 +185,8 @@ def pairs(zoo, folder, scale=2):
         with contextlib.suppress(tile.PictureError):
             picture = tile.read_picture(path)
             h, w = picture.rgb.shape[1:]
-            small = degrade.resize(picture.rgb[None, :, :h // scale * scale, :w // scale * scale], (h // scale, w // scale), "area")
+            whole = picture.rgb[None, :, :h // scale * scale, :w // scale * scale]
+            small = degrade.resize(whole, (h // scale, w // scale), "area")
             target = folder / path.relative_to(zoo).with_suffix(".png")
             target.parent.mkdir(parents=True, exist_ok=True)
             tile.save_picture(target, tile.Picture(small[0]))
@@ -220,7 +221,7 @@ def test_stopped_anywhere_it_goes_on_and_ends_the_same(zoo, tmp_path, monkeypatc
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.part"))
     assert sum("going on after" in line for line in said) == 2
     seen = [s for s in seen if s != "stop"]
-    assert len(seen) - len(set(seen)) <= 2 * paired         # of a pair that was stopped between the two one is read again
+    assert len(seen) - len(set(seen)) <= 2 * paired         # of a pair stopped between the two one is read again
     # What was done for other pictures, or is not all there, is not gone on with.
     for spoil in (lambda part, rows: rows.write_text("fingerprint of something else\n" + rows.read_text()),
                   lambda part, rows: os.truncate(part, 30000)):
@@ -294,7 +295,7 @@ def test_profiles_and_animations_are_packed_right(tmp_path):
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_pairs_stay_together_whatever_is_done_to_them(zoo, tmp_path, scale):
-    """The LR is the mean of scale x scale HR pixels, so that each crop tells by itself whether its LR is the right one."""
+    """The LR is the mean of scale x scale HR pixels, so each crop tells by itself whether its LR is the right one."""
     lr, said = pairs(zoo, tmp_path / "lr", scale), []
     save(lr / "plain one.png", noise(30, 30))                            # of another size
     save(lr / "web.webp", np.asarray(Image.open(lr / "web.png")), lossless=True)
@@ -307,13 +308,14 @@ def test_pairs_stay_together_whatever_is_done_to_them(zoo, tmp_path, scale):
     names = tensors["names"].numpy().tobytes().decode().split("\n")
     solid = [k for k, p in enumerate(tensors["picture"].tolist()) if "clear" not in names[p]]
     assert len(solid) > 10 and (means - tensors["lr"].float())[solid].abs().max() < 0.51
-    assert any("30x30" in line for line in said) and any("without a partner" in line and "photo" in line for line in said)
+    assert any("30x30" in line for line in said)
+    assert any("5 pictures without a partner" in line for line in said)
 
     for busiest in (1, 2):
         batches = data.Batches(out, 6, 8, 32 // scale, scale, "there is no such recipe", 0, busiest)
         for small, hr in (batches[i] for i in range(6)):
             close = (torch.nn.functional.avg_pool2d(hr, scale) - small).abs().flatten(1).max(1)[0] < 0.51 / 255
-            assert small.shape == (8, 3, 32 // scale, 32 // scale) and close.sum() >= 5      # the others are transparent
+            assert small.shape == (8, 3, 32 // scale, 32 // scale) and close.sum() >= 5     # some are transparent
     with pytest.raises(ValueError, match=f"pairs of scale {scale}, not 3"):
         data.Batches(out, 6, 8, 8, 3, "bicubic", 0)
 
@@ -556,7 +558,8 @@ def test_shares_of_files(tmp_path):
     for k, count in enumerate((1, 9)):
         for i in range(count):
             save(tmp_path / str(k) / f"{i}.png", np.full((32, 32, 3), 250 * k, np.uint8))
-        files.append(data.pack(tmp_path / str(k), tmp_path / f"{k}.safetensors", size=32, min_side=32, log=lambda _: None))
+        files.append(tmp_path / f"{k}.safetensors")
+        data.pack(tmp_path / str(k), files[k], size=32, min_side=32, log=lambda _: None)
     ds = data.Batches(files, 20, 20, 16, 2, "bicubic", 0, shares=(0.7, 0.3))
     dark = np.mean([(ds[i][1][:, 0, 0, 0] < 0.5).float().mean().item() for i in range(20)])
     assert 0.63 < dark < 0.77
@@ -598,7 +601,8 @@ def test_mining_takes_detail_from_all_pictures(skies, tmp_path):
     how = dict(size=32, min_side=32, log=lambda _: None)
     packed = data.pack(skies, tmp_path / "p.safetensors", **how)
     for inputs in (skies, packed):
-        out = data.mine(inputs, tmp_path / f"{Path(inputs).stem}-mined.safetensors", keep=0.5, per_picture=16, soft=0.125, **how)
+        out = tmp_path / f"{Path(inputs).stem}-mined.safetensors"
+        data.mine(inputs, out, keep=0.5, per_picture=16, soft=0.125, **how)
         mined = load_file(out)
         busy = mined["detail"] > 20
         assert len(busy) == 48 and (~busy).sum() >= 6 and mined["detail"].min() > data.PLAIN
@@ -608,10 +612,12 @@ def test_mining_takes_detail_from_all_pictures(skies, tmp_path):
         whole = {name: tile.read_picture(skies / name[2:]).rgb for name in names}
         for patch, k in zip(mined["patches"], mined["picture"]):
             rgb = (whole[names[k]] * 255).round().byte().permute(1, 2, 0)
-            assert any(torch.equal(rgb[y:y + 32, x:x + 32], patch) for y in range(0, 256, 32) for x in range(0, 256, 32))
+            squares = [rgb[y:y + 32, x:x + 32] for y in range(0, 256, 32) for x in range(0, 256, 32)]
+            assert any(torch.equal(square, patch) for square in squares)
     first, second = (load_file(tmp_path / f"{name}-mined.safetensors") for name in ("in", "p"))
-    assert all(torch.equal(first[k], second[k]) for k in ("patches", "picture", "detail", "names"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in-mined.safetensors", "p-mined.safetensors", "p.safetensors"]
+    assert len(first) == 4 and all(torch.equal(first[k], second[k]) for k in first)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["in-mined.safetensors", "p-mined.safetensors", "p.safetensors"]
     lr, hr = data.Batches(tmp_path / "in-mined.safetensors", 3, 4, 16, 2, "bicubic", 0)[0]
     assert hr.shape == (4, 3, 32, 32)
 
@@ -672,8 +678,10 @@ def test_stats_say_what_is_there(zoo, skies, packed, tmp_path, capsys):
     assert "megapixels       0.07  0.07  0.07  0.07  0.07   0 altogether" in said
     sheet = np.asarray(Image.open(tmp_path / "sheets/a.png"))
     cells = data.read_header(packed[0])[1] + 6
-    assert sheet.shape == (-(-cells // 8) * 184, 8 * 168, 3) and [p.name for p in (tmp_path / "sheets").iterdir()] == ["a.png"]
-    shown = [sheet[y * 184 + 4:y * 184 + 68, x * 168 + 4:x * 168 + 68] for y, x in (divmod(k, 8) for k in range(cells - 6))]
+    assert sheet.shape == (-(-cells // 8) * 184, 8 * 168, 3)
+    assert [p.name for p in (tmp_path / "sheets").iterdir()] == ["a.png"]
+    corners = [(k // 8 * 184 + 4, k % 8 * 168 + 4) for k in range(cells - 6)]
+    shown = [sheet[y:y + 64, x:x + 64] for y, x in corners]
     busy = [data.detail(s) for s in shown]
     assert np.allclose(busy, sorted(busy), atol=1e-3) and busy[-1] > 100
     data.stats([zoo], log=print)
@@ -684,13 +692,15 @@ def test_stats_say_what_is_there(zoo, skies, packed, tmp_path, capsys):
 
 
 def test_every_command_by_its_words(skies, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "clean", skies, "-o", tmp_path / "set", "--workers", 0, "--min-sharpness=-inf", "--name", "id")
+    run(monkeypatch, "clean", skies, "-o", tmp_path / "set", "--workers", 0, "--min-sharpness=-inf", "--name", "id",
+        "--distance", -1, "--max-blocks", "inf")
     assert sorted(p.name for p in (tmp_path / "set/pictures").iterdir()) == [f"{i}.png" for i in range(6)]
-    run(monkeypatch, "multiscale", tmp_path / "set/pictures", "-o", tmp_path / "set/smaller", "--workers", 0, "--min-side", 64)
+    run(monkeypatch, "multiscale", tmp_path / "set/pictures", "-o", tmp_path / "set/smaller", "--workers", 0,
+        "--min-side", 64)
     assert len(list((tmp_path / "set/smaller").iterdir())) == 18
-    run(monkeypatch, "pack", tmp_path / "set/pictures", tmp_path / "set/smaller", "-o", tmp_path / "p.safetensors", "--size", 64,
-        "--min-side", 64, "--workers", 0)
-    run(monkeypatch, "mine", tmp_path / "p.safetensors", "-o", tmp_path / "m.safetensors", "--keep", 0.25, "--workers", 0)
+    run(monkeypatch, "pack", tmp_path / "set/pictures", tmp_path / "set/smaller", "-o", tmp_path / "p.safetensors",
+        "--size", 64, "--min-side", 64, "--workers", 0)
+    run(monkeypatch, "mine", tmp_path / "p.safetensors", "-o", tmp_path / "m.safetensors", "--keep", 0.25)
     run(monkeypatch, "stats", tmp_path / "m.safetensors", "--workers", 0)
     assert data.read_header(tmp_path / "p.safetensors")[1] > data.read_header(tmp_path / "m.safetensors")[1] > 10
     capsys.readouterr()

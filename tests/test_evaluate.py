@@ -304,9 +304,9 @@ def test_above_the_limit_pictures_are_tiled(hr_folder, tmp_path, monkeypatch, ca
         return real(forward, rgb, scale, tiler, *rest)
     monkeypatch.setattr(tile, "upscale", watched)
     monkeypatch.setattr(evaluate, "WHOLE_LIMIT", 300)
-    save(hr_folder / "wide.png", smooth(32, 800))
+    save(hr_folder / "wide.png", smooth(32, 2000))
     assert command(monkeypatch, capsys, "--data", hr_folder, "--weights", file)[0] == 0
-    assert max(seen) == (16 * 400, 3)
+    assert max(seen) == (16 * 1000, 3)
     assert command(monkeypatch, capsys, "--data", hr_folder, "--weights", file, "--whole")[0] == 0
     assert [tiles for _, tiles in seen[4:]] == [1] * 4
 
