@@ -443,7 +443,7 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
     files that it did not put there stay. workers: processes that read pictures; each holds one in memory.
     ValueError: no picture, or out cannot be used. OSError: cannot write.
     """
-    out = Path(out)
+    out, folders = Path(out), [folders] if isinstance(folders, (str, os.PathLike)) else folders
     if not -1 <= rules.get("distance", 0) <= 7:
         raise ValueError(f"--distance goes from -1 to 7; it is {rules['distance']}")
     if any(Path(f).resolve() == out.resolve() for f in folders):

@@ -467,7 +467,7 @@ class Batches(torch.utils.data.Dataset):
             places = [divmod(first + k, count) for k in range(every * n)]
             places = np.array([self.shuffled(epoch)[k] for epoch, k in places])
         else:
-            file = rng.choice(len(self.files), every * n, p=np.array(self.shares) / sum(self.shares))
+            file = rng.choice(len(self.files), every, p=np.array(self.shares) / sum(self.shares)).repeat(n)
             lengths = np.diff(self.ends, prepend=0)
             places = self.ends[file] - 1 - (rng.random(every * n) * lengths[file]).astype(int)
         corners, turns = rng.random((every, n, 2)), rng.integers(8, size=every)[mine]

@@ -54,12 +54,10 @@ class WeightsError(ValueError):
 def position_index(window, wide):
     """Index into the relative position table for queries in a window and keys in a window `wide` >= window pixels wide
     around it. (window^2, wide^2) int64. Negative where HAT's own is: it counts from the end of the table."""
-    q = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
-    k = torch.stack(torch.meshgrid(torch.arange(wide), torch.arange(wide), indexing="ij")).flatten(1)
-    if wide == window:
-        rel = q[:, :, None] - k[:, None, :] + window - 1
-    else:
-        rel = k[:, None, :] - q[:, :, None] + window - wide + 1
+    q, k = (torch.stack(torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")).flatten(1) for n in (window, wide))
+    rel = q[:, :, None] - k[:, None, :] + window - 1
+    if wide > window:
+        rel = 2 * window - wide - rel
     return rel[0] * (window + wide - 1) + rel[1]
 
 def shift_mask(h, w, window, device):
@@ -502,24 +500,21 @@ def main():
     p = argparse.ArgumentParser(description="Says what is in a weights file; with OUT, exports its plain HAT.",
                                 epilog="example: python model.py runs/mine/best.safetensors hat.pth")
     p.add_argument("weights", metavar="FILE", help="one of our .safetensors, or an official .pth")
-    p.add_argument("out", nargs="?", metavar="OUT", help=".pth or .safetensors to write the plain HAT to")
+    p.add_argument("out", nargs="?", type=Path, help=".pth or .safetensors to write the plain HAT to")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     args = p.parse_args()
     try:
         model = load(args.weights)
+        if args.out and args.out.exists() and not args.overwrite:
+            raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
+        hat, refiner = (sum(x.numel() for k, x in model.named_parameters() if k.startswith("hat_model.") == b) for b in (1, 0))
         print(json.dumps(model.header, indent=1, ensure_ascii=False))
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{sum(p.numel() for p in model.hat_model.parameters()):,} of them HAT's; "
-              f"refiner {'trained' if model.refine else 'untrained: left out'}")
+        print(f"{hat + refiner:,} parameters, {hat:,} of them HAT's; refiner {'trained' if model.refine else 'untrained: left out'}")
         if args.out:
-            if Path(args.out).exists() and not args.overwrite:
-                raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
             export_hat(model, args.out)
-            if model.refine:
-                print(f"{args.out}: without the refiner, so the picture differs from ours")
+            print(f"{args.out}: without the refiner" + ", so the picture differs from ours" * model.refine)
     except (WeightsError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
 
 if __name__ == "__main__":
     main()

@@ -85,7 +85,7 @@ def parse(argv=None):
     a("--batch", type=int, help="patches per step and process, fewer of larger ones [4, 1, 1 by stage; GPU 16, 8, 4]",
       default=argparse.SUPPRESS)
     a("--accum", type=int, default=1, help="batches whose gradients are added up for one step")
-    a("--busiest", type=int, default=1, help="each patch is the one with the most detail of so many random ones")
+    a("--busiest", type=int, default=4, help="each patch is the one with the most detail of so many random ones")
     a("--lr", type=float, help="learning rate at its highest [1e-3, 2e-5, 1e-5 by stage]", default=argparse.SUPPRESS)
     a("--conv-lr", type=float, help="learning rate of the 3x3 convolutions, as a share of --lr [0.3, 1, 1 by stage]",
       default=argparse.SUPPRESS)
