@@ -74,7 +74,8 @@ def parse(argv=None):
     a("--patch", help="side of an LR patch, or several (256,384,512), one drawn for each step [64, 128, 256 by stage; "
       "on a GPU stage 3 draws from 256,384,512]", default=argparse.SUPPRESS)
     a("--data", nargs="+", action="extend", metavar="DIR", default=argparse.SUPPRESS,
-      help="folders of HR pictures; DIR/@0.3 makes 30%% of the patches come from there [drawn demo pictures]")
+      help="folders of HR pictures, or patch files of data.py; DIR/@0.3 makes 30%% of the patches come from there "
+      "[drawn demo pictures]")
     a("--val", help="folder of HR pictures to validate on, never trained on", default=argparse.SUPPRESS)
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as web:0.7,bicubic:0.3")
     a("--preset", choices=PRESETS, default="low", help="size of the network")
@@ -176,7 +177,7 @@ def check(args):
     if args.data and not args.val:
         raise UserError("--data without --val: name a folder of pictures that are not trained on")
     for folder in [*(f for f, _ in folders_and_shares(args.data or [])), *([args.val] if args.val else [])]:
-        if not Path(folder).is_dir():
+        if not Path(folder).is_dir() and not is_patch_file(folder):
             raise UserError(f"no folder {folder}")
     degrade.shares(args.recipe)
     parse_weights(args.loss)
@@ -187,12 +188,17 @@ def check(args):
             raise UserError("--tensorboard needs that package: pip install tensorboard") from None
 
 
+def is_patch_file(path):
+    """One that data.py mine or pack has made, which --data takes as well as a folder."""
+    return Path(path).suffix == ".safetensors" and Path(path).is_file()
+
+
 def folders_and_shares(given):
     """["a", "b/@0.3"] -> [("a", None), ("b/", 0.3)]. Raises UserError."""
     found = []
     for text in given:
         folder, at, share = text.rpartition("@")
-        if not at or Path(text).is_dir():
+        if not at or Path(text).exists():
             found.append((text, None))
             continue
         try:
@@ -419,9 +425,11 @@ def patch_files(args, log):
         code = zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode())
         name = f"{Path(folders[0]).name}-{code:08x}-{size}"
         return data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=min(sides), log=log)
+    ready = [f for f, _ in folders if is_patch_file(f)]
     if not shared:
-        return [packed([f for f, _ in folders])], None
-    files = [packed([f]) for f, _ in folders]
+        rest = [f for f, _ in folders if f not in ready]
+        return [Path(f) for f in ready] + ([packed(rest)] if rest else []), None
+    files = [Path(f) if f in ready else packed([f]) for f, _ in folders]
     counts = [data.read_header(f)[1] for f in files]
     rest = 1 - sum(s for _, s in folders if s is not None)
     free = sum(n for n, (_, s) in zip(counts, folders) if s is None)
@@ -669,7 +677,7 @@ def train(args, rank, ranks, until=None):
     for s, handler in signals.items():
         signal.signal(s, handler)
     if until:
-        return dict(seconds=min(took), learning=sum(p.numel() for p in learning), memory=memory(kind),
+        return dict(seconds=min(took, default=0.0), learning=sum(p.numel() for p in learning), memory=memory(kind),
                     parameters=sum(p.numel() for p in model.parameters()), pictures=validation.count, took=time.time() - began - sum(took))
     best, bicubic = now["best"], validation.bicubic["psnr_y"]
     file, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
@@ -810,6 +818,9 @@ def dry_run(args, rank, ranks):
         if args.data:       # a spread of a few pictures from each folder, under the same shares
             some = []
             for i, (f, share) in enumerate(folders_and_shares(args.data)):
+                if is_patch_file(f):
+                    some.append(str(f) if share is None else f"{f}@{share}")
+                    continue
                 files = find_pictures([f])
                 (sample := Path(folder) / f"data{i}").mkdir()
                 for k, path in enumerate(files[::max(1, len(files) // 6)][:6]):
@@ -817,8 +828,9 @@ def dry_run(args, rank, ranks):
                 some.append(f"{sample}@{share}" if share is not None else str(sample))
             args.data = some
         begun = time.time()
-        train(args, rank, ranks, until=min(2, args.steps))
+        once = train(args, rank, ranks, until=min(2, args.steps))
         found = train(args, rank, ranks, until=min(3, args.steps))
+        found["seconds"] = found["seconds"] or once["seconds"]      # a run of two steps has no third
         size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file()) / 2 ** 20
     val_seconds = found["took"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
     total = real.steps * found["seconds"] + real.steps / real.every * val_seconds

@@ -456,6 +456,21 @@ def test_shares_of_folders(drawings, tmp_path, monkeypatch, capsys):
         assert code == 2 and words in err
 
 
+def test_patch_files_are_taken_as_they_are(drawings, tmp_path, monkeypatch, capsys):
+    file = train.data.pack(drawings / "train", tmp_path / "mine.safetensors", size=64, min_side=32, log=lambda _: None)
+    before = file.read_bytes()
+    for name, given in ("a", [str(file)]), ("b", [f"{file}@0.5", str(drawings / "train")]), ("c", [str(file), str(drawings / "train")]):
+        args = flags(drawings, tmp_path / name, steps=2, every=2)
+        i = args.index("--data")
+        args[i + 1:i + 2] = given
+        for more in (["--dry-run"], []):
+            code, out, err = run_here(monkeypatch, capsys, tmp_path, [*args, *more])
+            assert code == 0, err
+    assert file.read_bytes() == before
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "d", data=file, patch=64))
+    assert code == 2 and "holds patches of 64" in err
+
+
 def test_fp16_trains(drawings, tmp_path, monkeypatch, capsys):
     code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", amp="fp16"))
     assert code == 0 and float(rows(tmp_path / "run")[-1]["psnr_y"]) > 15, err
