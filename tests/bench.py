@@ -194,7 +194,7 @@ def memory(args):
     for mp in (1, 4, 16, 32):
         side = int((mp * 1e6) ** 0.5)
         code = (f"import torch, tile, model; tile.keep_freed_memory(); m = model.HATRefiner.from_preset('tiny').eval().to('{args.device}'); "
-                f"tile.upscale(m, torch.rand(3, {side}, {side}), 2, tile.Tiler(128, 32), '{args.device}'); "
+                f"tile.upscale(m, torch.rand(3, {side}, {side}), 2, tile.Tiler(384, 8, align=4), '{args.device}', torch.bfloat16); "
                 "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         print(f"| {mp} | {float(done.stdout) / 1024:.0f} | {side * side * 3 * 4 * 5 / 2 ** 20:.0f} |", flush=True)
