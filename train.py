@@ -39,7 +39,6 @@ from PIL import Image
 import data
 import degrade
 import evaluate
-from demo import draw_demo
 from losses import (CLASSES, GANS, WEIGHTS, ArtifactDetector, MultiScaleDiscriminator, SRLoss, discriminator_loss,
                     enhance_lines, parse_weights, save_detector)
 from model import PRESETS, HATRefiner, WeightsError, load_into, read_weights, save, write_atomic
@@ -415,7 +414,11 @@ def ranks_here(args):
 
 
 def patch_files(args, log):
-    """Packs what --data names into patches/. Returns (files, their shares or None)."""
+    """Packs what --data names into patches/; with no --data draws the demo pictures first. Returns (files, their shares
+    or None)."""
+    if not args.data and not (DEMO / "val").is_dir():
+        print(f"no --data: drawing demo pictures into {DEMO}")
+        data.draw_demo(DEMO, progress=data.progress)
     folders = folders_and_shares(args.data or [str(DEMO / "train")])
     sides = [int(p) * args.scale for p in args.patch.split(",")]
     size = max(256, -(-max(sides) * 3 // 2 // 64) * 64)        # room for a random crop in every patch
@@ -448,19 +451,16 @@ def groups(stream, size):
 
 def train(args, rank, ranks, until=None):
     """Trains to the end, or to step `until`. Returns what a dry run wants to know."""
+    say = print if rank == 0 else lambda *a, **k: None
     if args.stage > 1 and not args.weights:
         had = Path(args.out) / "args.json"
         args.weights = json.loads(had.read_text()).get("weights") if had.exists() and not args.overwrite else None
         args.weights = args.weights or stage_before(args)
-        print(f"stage {args.stage} starts from {args.weights}")
+        say(f"stage {args.stage} starts from {args.weights}")
     state = open_run(args, rank, ranks)
-    say = print if rank == 0 else lambda *a, **k: None
     out = Path(args.out)
     if ranks > 1 and rank:
         dist.barrier()      # rank 0 draws and packs, the others find it done
-    if not args.data and not (DEMO / "val").is_dir():
-        print(f"no --data: drawing demo pictures into {DEMO}")
-        draw_demo(DEMO, progress=data.progress)
     files, shares = patch_files(args, say)
     if ranks > 1 and not rank:
         dist.barrier()
@@ -501,8 +501,8 @@ def train(args, rank, ranks, until=None):
     if critic:
         parts.update(critic=critic, critic_optimiser=critic_optimiser, critic_scaler=critic_scaler)
     # spent: seconds before this start. slow: halved at every roll-back. typical: usual distance of SR from HR.
-    # sums and count: of the losses since the last report. flat: reports without a better validation
-    now = dict(step=0, best=-1.0, rows=[], spent=0.0, slow=1.0, typical=None, sums={}, count=0, flat=0, skipped=0)
+    # sums: name -> (sum, number) of the losses since the last report. flat: reports without a better validation
+    now = dict(step=0, best=-1.0, rows=[], spent=0.0, slow=1.0, typical=None, sums={}, flat=0, skipped=0)
 
     def restore(state):
         for name, part in parts.items():
@@ -659,7 +659,8 @@ def train(args, rank, ranks, until=None):
                     save(ema, out / f"step_{step:06d}.safetensors", header)
                     for old in sorted(out.glob("step_*.safetensors"))[:-args.keep]:
                         old.unlink()
-                write_png(out / "samples" / f"step_{step:06d}.png", strip)
+                if strip:
+                    write_png(out / "samples" / f"step_{step:06d}.png", strip)
                 write_log(out, now["rows"])
                 if board:
                     for name, value in row.items():
@@ -705,7 +706,7 @@ class Faults(torch.utils.data.Dataset):
         _, hr = self.batches[step]
         rng = np.random.default_rng((self.batches.seed, step, 7))
         labels = (np.arange(len(hr)) + rng.integers(len(self.classes))) % len(self.classes)
-        return hr, *fault(hr, labels, rng.uniform(*self.strength, len(hr)), rng.integers(0, 2 ** 31, len(hr)), self.classes)
+        return fault(hr, labels, rng.uniform(*self.strength, len(hr)), rng.integers(0, 2 ** 31, len(hr)), self.classes)
 
 
 def fault(hr, labels, strengths, seeds, classes):
@@ -759,12 +760,8 @@ def train_detector(args):
     """Trains the artifact detector on HR patches with drawn faults; a few minutes on a CPU. Resumes like train()."""
     out, side = Path(args.out), 128
     state = open_run(args, 0, 1)
-    if not args.data and not (DEMO / "val").is_dir():
-        print(f"no --data: drawing demo pictures into {DEMO}")
-        draw_demo(DEMO, progress=data.progress)
-    folders, val = args.data or [str(DEMO / "train")], args.val or str(DEMO / "val")
-    code = zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode())
-    packed = data.pack(folders, Path("patches") / f"{Path(folders[0]).name}-{code:08x}-256.safetensors", 256, min_side=side)
+    files, shares = patch_files(args, print)
+    folders, val = folders_and_shares(args.data or [str(DEMO / "train")]), args.val or str(DEMO / "val")
     crops = held_out(find_pictures([val]), side, max(1, 96 // len(find_pictures([val]))))
     torch.manual_seed(args.seed)
     detector = ArtifactDetector().to(memory_format=torch.channels_last).train()
@@ -774,10 +771,10 @@ def train_detector(args):
         detector.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
-    faults = Faults(data.Batches([packed], args.steps, args.batch, side // 2, 2, "bicubic", args.seed, busiest=args.busiest), CLASSES)
+    faults = Faults(data.Batches(files, args.steps, args.batch, side // 2, 2, "bicubic", args.seed, args.busiest, shares), CLASSES)
     print(f"{sum(p.numel() for p in detector.parameters()):,} parameters, {len(crops)} held-out crops", flush=True)
     first, amp = step, args.amp == "bf16"
-    for hr, x, labels in data.loader(faults, step, args.workers):
+    for x, labels in data.loader(faults, step, args.workers):
         for group in optimiser.param_groups:
             group["lr"] = rate(step, args)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -804,17 +801,19 @@ def train_detector(args):
     print(show_confusion(table, CLASSES))
     write_atomic(out / "confusion.csv", "\n".join(["drawn\\said," + ",".join(CLASSES), *(
         ",".join([c, *map(str, row)]) for c, row in zip(CLASSES, table.tolist()))]).encode() + b"\n")
-    save_detector(detector, out / "detector.safetensors", dict(data=[Path(f).name for f in folders], steps=args.steps,
+    save_detector(detector, out / "detector.safetensors", dict(data=[Path(f).name for f, _ in folders], steps=args.steps,
                                                                batch=args.batch, seed=args.seed))
     print(f"done in {clock(time.time() - began)}: {out / 'detector.safetensors'}; to use it: --detector FILE, or put it into weights/")
 
 
 def dry_run(args, rank, ranks):
     """Three steps, a validation, a save and a resume on a few pictures in a folder that goes away; then the forecast."""
+    if ranks > 1:       # each process would have a folder of its own
+        raise UserError("--dry-run is for one process: leave torchrun out")
     real = copy.copy(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=Path(args.out).parent) as folder:
-        args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, max(1, ranks), False
+        args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, 1, False
         if args.data:       # a spread of a few pictures from each folder, under the same shares
             some = []
             for i, (f, share) in enumerate(folders_and_shares(args.data)):

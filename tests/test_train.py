@@ -483,6 +483,11 @@ def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_a_dry_run_is_for_one_process(drawings, tmp_path):
+    with pytest.raises(train.UserError, match="one process"):
+        train.dry_run(train.parse(flags(drawings, tmp_path / "run")), 0, 2)
+
+
 @pytest.mark.parametrize("kind", ("no such folder", "no validation picture", "patch below the window", "tile off the window",
                                   "weights of another preset", "no room on the disk"))
 def test_a_dry_run_finds_mistakes(kind, drawings, tmp_path, whole, monkeypatch, capsys):
