@@ -222,11 +222,11 @@ def partners(names, lr):
     return found, scale
 
 
-def planned(folders, size, seed, min_side, lr, per_picture, soft):
+def planned(folders, size, seed, min_side, lr, per_picture, soft, without):
     """What pack will do -> (jobs for patches_of, scale of pairs or 1, names without a partner, fingerprint)."""
     if not 1 <= min_side <= size:
         raise ValueError(f"pictures of side {min_side} do not fit patches of size {size}; raise the size")
-    names = listing(folders)
+    names = {path: name for path, name in listing(folders).items() if path not in without}
     found, scale = partners(names, lr) if lr else (dict.fromkeys(names), 1)
     if size % scale:
         raise ValueError(f"patches of size {size} cannot be had {scale} times smaller; use a multiple of {scale}")
@@ -237,8 +237,33 @@ def planned(folders, size, seed, min_side, lr, per_picture, soft):
     return jobs, scale, [n for p, n in names.items() if p not in found], hashlib.sha256(key.encode()).hexdigest()
 
 
+def hold_out(folders, place, count=8, side=512):
+    """Sets a tenth of the pictures of folders aside to validate on, `count` at most, chosen by a hash of their names: the
+    same whenever it is asked. Of each the square of `side` pixels with most detail becomes a PNG in a folder under place.
+    Returns (that folder, the paths of the pictures). ValueError: fewer than 10 pictures that can be read."""
+    names, held = listing([Path(f) for f in folders]), {}
+    for path in sorted(names, key=lambda p: (zlib.crc32(names[p].encode("utf-8", "surrogateescape")), names[p])):
+        if len(held) == min(count, len(names) // 10):
+            break
+        try:
+            p = read(path)
+        except tile.PictureError:
+            continue
+        rgb = p.rgb if p.alpha is None else tile.composite(p, ground(names[path], *p.rgb.shape[1:]))
+        held[path] = max(cut(rgb, min(side, *rgb.shape[1:])), key=detail)
+    if not held:
+        raise ValueError("too few pictures to set some aside for validation; name a folder of others with --val")
+    code = zlib.crc32(b"".join(square.tobytes() for square in held.values()))
+    folder = Path(place) / f"val-{code:08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, square in enumerate(held.values()):
+        with tile.replacing(folder / f"{i}.png") as part:
+            Image.fromarray(square).save(part, "PNG")
+    return folder, list(held)
+
+
 def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=False, lr=None, per_picture=0, soft=0.1,
-         workers=0):
+         workers=0, without=()):
     """Packs every picture of folders (files too, folders recursively) into the patch file out; -> Path(out).
 
     size: side of a patch. Pictures with a side below min_side (the HR patch that training cuts) are skipped, those
@@ -247,7 +272,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
     of the same pictures a whole number of times smaller, under the same names (as many folders as there are), whose
     patches are stored along. per_picture: of each picture at most so many patches, see choose. An out made from
     the same pictures is reused, one made from others rebuilt; any other file there is left alone unless overwrite.
-    workers: processes that decode; each holds one picture in memory. Stopped or killed, it leaves out.part and
+    without: paths to leave out. workers: processes that decode; each holds one picture in memory. Stopped or killed, it leaves out.part and
     out.rows.part, and the same call goes on from there. A single patch file in place of folders is returned as it is.
     ValueError: no such folder, no picture in it, none usable, min_side above size. OSError: cannot write.
     """
@@ -255,7 +280,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
     if len(folders) == 1 and folders[0].suffix == ".safetensors" and folders[0].is_file():
         log(f"{folders[0]}: {read_header(folders[0])[1]} patches, taken as they are")
         return folders[0]
-    jobs, scale, single, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft)
+    jobs, scale, single, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft, set(without))
     if packed_before(out, fingerprint, overwrite, log):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +377,7 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     origins = [read_header(f)[0]["fingerprint"] for f in files]
     kinds = {(read_header(f)[2], int(read_header(f)[0].get("scale", 0))) for f in files}
     if folders:
-        _, scale, _, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft)
+        _, scale, _, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft, ())
         origins.append(fingerprint)
         kinds.add((size, scale if lr else 0))
     if len(kinds) > 1:

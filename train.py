@@ -75,11 +75,13 @@ def parse(argv=None):
     a("--data", nargs="+", action="extend", metavar="DIR", default=argparse.SUPPRESS,
       help="folders of HR pictures, or patch files of data.py; DIR/@0.3 makes 30%% of the patches come from there "
       "[drawn demo pictures]")
-    a("--val", help="folder of HR pictures to validate on, never trained on", default=argparse.SUPPRESS)
+    a("--val", help="folder of HR pictures to validate on, never trained on [a tenth of --data, 8 at most, is set aside]",
+      default=argparse.SUPPRESS)
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as web:0.7,bicubic:0.3")
     a("--preset", choices=PRESETS, default="low", help="size of the network")
     a("--scale", type=int, choices=(2, 3, 4), default=2, help="scale factor")
     a("--init", choices=("warm", "plain"), default="warm", help="warm: start as an interpolation; plain: HAT's usual start")
+    a("--drop-path", type=float, default=0.0, help="stochastic depth of the last block, growing from 0; HAT's authors use 0.1")
     a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
     a("--steps", type=int, help="optimiser steps [400, 100, 100 by stage; GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
     a("--batch", type=int, help="patches per step and process, fewer of larger ones [4, 1, 1 by stage; GPU 16, 8, 4]",
@@ -173,8 +175,10 @@ def check(args):
     for name in ("steps", "batch", "every", "busiest", "accum"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    if args.data and not args.val:
-        raise UserError("--data without --val: name a folder of pictures that are not trained on")
+    if not 0 <= args.drop_path < 1:
+        raise UserError(f"--drop-path {args.drop_path} does not work; use 0 or more, below 1")
+    if not args.val and any(is_patch_file(f) for f, _ in folders_and_shares(args.data or [])):
+        raise UserError("a patch file without --val: name a folder of pictures that are not in it")
     for folder in [*(f for f, _ in folders_and_shares(args.data or [])), *([args.val] if args.val else [])]:
         if not Path(folder).is_dir() and not is_patch_file(folder):
             raise UserError(f"no folder {folder}")
@@ -425,9 +429,10 @@ def patch_files(args, log):
     shared = any(share is not None for _, share in folders)
 
     def packed(folders):
-        code = zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders]).encode())
+        code = zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders] + args.held_out).encode())
         name = f"{Path(folders[0]).name}-{code:08x}-{size}"
-        return data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=min(sides), log=log)
+        return data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=min(sides), log=log,
+                         without=map(Path, args.held_out))
     ready = [f for f, _ in folders if is_patch_file(f)]
     if not shared:
         rest = [f for f, _ in folders if f not in ready]
@@ -468,7 +473,7 @@ def train(args, rank, ranks, until=None):
     validation = Validation(args, find_pictures([val]), rank, ranks)
 
     torch.manual_seed(args.seed)
-    model = HATRefiner.from_preset(args.preset, args.scale, init=args.init)
+    model = HATRefiner.from_preset(args.preset, args.scale, init=args.init, drop_path=args.drop_path)
     if args.weights and not state:
         load_into(model, args.weights)
     choose(model, args.train, args.freeze)
@@ -546,6 +551,15 @@ def train(args, rank, ranks, until=None):
     began = last = time.time()
     first, patches, bad, live, took = now["step"], 0, 0, sys.stderr.isatty() and not rank, []
     end = min(args.steps, until or args.steps)
+
+    def flat():
+        """Whether --patience has run out, in this run or before the same command was given again."""
+        if args.patience and now["flat"] >= args.patience:
+            say(f"validation has not risen for {args.patience} reports")
+            return True
+
+    if flat():
+        end = now["step"]
     if not state:
         keep()              # something to roll back to, and a full disk shows itself now
     while now["step"] < end:
@@ -649,8 +663,6 @@ def train(args, rank, ranks, until=None):
                 now["rows"].append(row)
                 now["sums"] = {}
             if report and rank == 0:
-                print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
-                      f"SSIM {scores['ssim_y']:.4f}" + (f"  {now['skipped']} steps skipped" if now["skipped"] else ""), flush=True)
                 header.update(step=step, psnr_y=round(scores["psnr_y"], 3), bicubic_psnr_y=round(validation.bicubic["psnr_y"], 3))
                 save(ema, out / "last.safetensors", header)
                 if better:
@@ -667,11 +679,13 @@ def train(args, rank, ranks, until=None):
                         board.add_scalar(name, float(value), step)
             if report or stopping:
                 keep()
+            if report and rank == 0:        # told once it is kept
+                print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
+                      f"SSIM {scores['ssim_y']:.4f}" + (f"  {now['skipped']} steps skipped" if now["skipped"] else ""), flush=True)
             if stopping:
                 say(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
                 sys.exit(130)
-            if report and args.patience and now["flat"] >= args.patience:
-                say(f"validation has not risen for {args.patience} reports")
+            if report and flat():
                 end = step
             if step >= end:
                 break
@@ -844,6 +858,12 @@ def main():
     keep_freed_memory()
     try:
         check(args)
+        args.held_out = []
+        if args.data and not args.val:
+            val, held = data.hold_out([f for f, _ in folders_and_shares(args.data)], "patches")
+            args.val, args.held_out = str(val), [str(p) for p in held]
+            if os.environ.get("RANK", "0") == "0":
+                print(f"no --val: {len(held)} pictures of --data are set aside, the busiest part of each is in {val}")
         if args.detector == "train":
             train_detector(args)
         elif args.dry_run:

@@ -94,6 +94,25 @@ def test_pack_reads_the_zoo(packed):
     assert not list(out.parent.glob("*.part"))
 
 
+def test_hold_out_takes_the_busiest_square_and_the_same_pictures_again(tmp_path):
+    for i in range(30):
+        (tmp_path / f"in/{i % 3}").mkdir(parents=True, exist_ok=True)
+        pixels = np.full((100, 100, 3), 8 * i, np.uint8)
+        pixels[40:, 60:] = np.random.default_rng(i).integers(0, 255, (60, 40, 3))
+        Image.fromarray(pixels).save(tmp_path / f"in/{i % 3}/{i}.png")
+    (tmp_path / "in/0/bad.png").write_bytes(b"no picture")
+    folder, held = data.hold_out([tmp_path / "in"], tmp_path / "p", side=50)
+    assert len(held) == 3 and data.hold_out([tmp_path / "in"], tmp_path / "p", side=50) == (folder, held)
+    for i, path in enumerate(held):
+        assert np.array_equal(np.asarray(Image.open(folder / f"{i}.png")), np.asarray(Image.open(path))[50:, 50:])
+    assert data.hold_out([tmp_path / "in"], tmp_path / "p", count=2)[1] == held[:2]
+    packed = data.pack([tmp_path / "in"], tmp_path / "p.safetensors", 64, min_side=64, without=held)
+    names = set(data.read_tensor(packed, "names").tobytes().decode().split())
+    assert len(names) == 27 and not names & {p.relative_to(tmp_path / "in").as_posix() for p in held}
+    with pytest.raises(ValueError, match="--val"):
+        data.hold_out([tmp_path / "in/1"], tmp_path / "p", count=0)
+
+
 def test_pack_keeps_every_pixel(tmp_path):
     pixels = noise(150, 210)
     save(tmp_path / "in" / "a.png", pixels)

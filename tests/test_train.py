@@ -431,6 +431,37 @@ def test_patience_and_keep(drawings, tmp_path, monkeypatch, capsys):
     assert code == 0 and "has not risen for 2 reports" in out and len(rows(tmp_path / "run")) < 20
     kept = sorted((tmp_path / "run").glob("step_*.safetensors"))
     assert len(kept) == 2 and kept[-1].name == f"step_{int(rows(tmp_path / 'run')[-1]['step']):06d}.safetensors"
+    before = (tmp_path / "run" / "log.csv").read_bytes()
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)      # it is over, and stays so
+    assert code == 0 and "has not risen for 2 reports" in out and (tmp_path / "run" / "log.csv").read_bytes() == before
+
+
+def test_a_report_is_told_once_it_is_kept(drawings, tmp_path, monkeypatch, capsys):
+    told, real = [], train.write_state
+
+    def write(path, state):
+        told.append(capsys.readouterr().out)
+        assert f"step {state['now']['step']}/" not in "".join(told)
+        real(path, state)
+    monkeypatch.setattr(train, "write_state", write)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", steps=6, every=3))
+    assert code == 0 and len(told) == 3 and "step 3/6" in told[2] and "step 6/6" in out
+
+
+def test_without_val_some_pictures_are_set_aside(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(21):     # a grey level for each picture, so that patches tell where they come from
+        Image.fromarray(np.random.default_rng(i).integers(10 * i, 10 * i + 9, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"in/{i}.png")
+    args = flags(tmp_path, tmp_path / "run", data=tmp_path / "in", steps=2, every=2)
+    args = args[:args.index("--val")] + args[args.index("--val") + 2:]
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "2 pictures of --data are set aside" in out, err
+    folder = next((tmp_path / "patches").glob("val-*"))
+    held = {int(np.asarray(Image.open(p)).mean() // 10) for p in folder.iterdir()}
+    pack = train.data.read_tensor(next((tmp_path / "patches").glob("in-*.safetensors")), "patches")
+    learned = {int(np.asarray(p, np.float32).mean() // 10) for p in pack}
+    assert len(held) == 2 and held | learned == set(range(21)) and not held & learned
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0 and len(list((tmp_path / "patches").glob("val-*"))) == 1
 
 
 def test_shares_of_folders(drawings, tmp_path, monkeypatch, capsys):
