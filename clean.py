@@ -14,11 +14,13 @@ import csv
 import functools
 import hashlib
 import io
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -61,6 +63,11 @@ def progress(what, done, total, start, unit="pictures"):
 def quiet_worker(_):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which then ends us
+
+    def orphaned():
+        multiprocessing.parent_process().join()
+        os._exit(1)     # a worker with results that nobody fetches would wait for ever
+    threading.Thread(target=orphaned, daemon=True).start()
 
 
 class Jobs(torch.utils.data.Dataset):

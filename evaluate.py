@@ -1,13 +1,16 @@
-"""evaluate.py: how good is a model, in figures.
+"""evaluate.py: how good is a model, in figures and side by side.
 
     python evaluate.py --data HR_FOLDER --recipe bicubic --weights runs/mine/best.safetensors
-    python evaluate.py --data HR_FOLDER --lr LR_FOLDER --weights a.safetensors b.safetensors --csv table.csv
-    python evaluate.py runs/a runs/b                                       # training runs side by side
+    python evaluate.py --data HR --lr LR --sr waifu2x=FOLDER --weights a.safetensors rival.pth --report page
+    python evaluate.py --lr LR --metrics niqe,banding,artifact             # where nobody has the true pictures
+    python evaluate.py blend a.safetensors b.safetensors --alpha 0.3 -o c.safetensors
+    python evaluate.py compare runs/a runs/b                               # training runs side by side
 
-A table with bicubic and Lanczos beside the models: PSNR and SSIM, on luma (Y) and on RGB, and seconds per megapixel
-produced. Conventions: rounded to 8 bits, --border pixels cut off each side (default: the scale), BT.601 Y in 16-235,
-SSIM over an 11x11 Gaussian window of sigma 1.5, valid positions only. Needs torch, numpy, Pillow and our model.py,
-tile.py, degrade.py.
+A table with bicubic and Lanczos beside the models, and beside what other programs made of the same pictures (--sr):
+metrics.py says what the figures are, by default PSNR and SSIM on luma (Y) and on RGB, PSNR along edges, how well the
+result, reduced again, matches the LR picture, and seconds per megapixel produced. Conventions: rounded to 8 bits,
+--border pixels cut off each side (default: the scale). Every figure of a table is taken over the same pictures.
+Needs torch, numpy, Pillow and our model.py, convert.py, tile.py, degrade.py, pairs.py, losses.py, metrics.py, report.py.
 """
 import argparse
 import csv
@@ -17,164 +20,188 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import degrade
+import losses
+import metrics
 import tile
-from model import find_weights, load
+from convert import blend, find_weights, load_any
+from metrics import Metric, psnr, ssim
+from model import save
+from pairs import paired, pairs, pictures, report_skipped, say      # noqa: F401; train.py takes pairs from here
+from report import Column, Report
 
 WHOLE_LIMIT = 2 ** 20       # LR pixels: above this a picture is taken tile by tile unless --whole
-COLUMNS = dict(psnr_y="PSNR-Y", ssim_y="SSIM-Y", psnr_rgb="PSNR-RGB", ssim_rgb="SSIM-RGB", seconds_per_mp="s/MP")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics: pictures (3, H, W) or (B, 3, H, W) in [0, 1]; a float, the mean over the batch. All raise ValueError.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def luma(x):
-    """(..., 3, H, W) RGB in [0, 1] -> (..., 1, H, W), Y of BT.601 in its studio range, 16/255 to 235/255."""
-    r, g, b = x.unbind(-3)
-    return ((65.481 * r + 128.553 * g + 24.966 * b + 16) / 255).unsqueeze(-3)
-
-
-def _prepare(sr, hr, border, y):
-    """What every metric compares: (B, 1 or 3, h, w) on 8-bit levels, without the border."""
-    if sr.shape != hr.shape or sr.ndim not in (3, 4) or sr.shape[-3] != 3:
-        raise ValueError(f"pictures of equal shape (3, H, W) are needed, not {tuple(sr.shape)} and {tuple(hr.shape)}")
-    h, w = sr.shape[-2:]
-    if min(h, w) <= 2 * border:
-        raise ValueError(f"{w}x{h} leaves nothing inside a border of {border}")
-    pair = []
-    for x in (sr, hr):
-        x = degrade.to_8_bit(x.detach().float())[..., border:h - border, border:w - border]
-        pair.append((luma(x) if y else x).reshape(-1, 1 if y else 3, h - 2 * border, w - 2 * border))
-    return pair
-
-
-def psnr(sr, hr, border=0, luma=True):
-    """Peak signal to noise ratio in dB, of Y or of RGB; inf where the pictures are equal."""
-    sr, hr = _prepare(sr, hr, border, luma)
-    mse = (sr - hr).double().square().mean((1, 2, 3))
-    return (-10 * mse.log10()).mean().item()
-
-
-def _window_mean(x):
-    """(..., H, W) -> (..., H-10, W-10): mean under the 11x11 Gaussian window of sigma 1.5."""
-    g = [math.exp(-0.5 * ((i - 5) / 1.5) ** 2) for i in range(11)]
-    g = [v / sum(g) for v in g]
-    x = sum(v * x[..., i:x.shape[-2] - 10 + i, :] for i, v in enumerate(g))
-    return sum(v * x[..., i:x.shape[-1] - 10 + i] for i, v in enumerate(g))
-
-
-def ssim(sr, hr, border=0, luma=True):
-    """Structural similarity (Wang et al. 2004) of Y, or its mean over R, G and B."""
-    a, b = _prepare(sr, hr, border, luma)
-    if min(a.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs 11 pixels a side inside the border, not {a.shape[-1]}x{a.shape[-2]}")
-    a, b = a - 0.5, b - 0.5         # variances do not mind, and float32 keeps three digits more of them
-    ma, mb = _window_mean(a), _window_mean(b)
-    va, vb, vab = _window_mean(a * a) - ma * ma, _window_mean(b * b) - mb * mb, _window_mean(a * b) - ma * mb
-    ma, mb = ma + 0.5, mb + 0.5
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    index = (2 * ma * mb + c1) * (2 * vab + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-    return index.double().mean().item()
+COLUMNS = {**metrics.METRICS,                                   # and what takes more than a picture:
+           "artifact": Metric("Clean", "higher", 3, "", None),  # a detector's mean probability of `clean`
+           "seam": Metric("Seam", "lower", 3, "lr", None),      # the network once more, untiled
+           "seconds": Metric("s/MP", "", 3, "lr", None)}        # a clock
+WITH_HR = "psnr_y,ssim_y,psnr_rgb,ssim_rgb,edge_psnr,faithfulness,seconds"
+WITHOUT_HR = "niqe,banding,blocking,faithfulness,seconds"
+RESERVED = "bicubic", "lanczos", "HR", "LR"
 
 
 def score(sr, hr, border):
-    """The four figures of one picture, or their means over a batch."""
+    """PSNR and SSIM, of Y and of RGB, of one picture (3, H, W), or their means over a batch."""
     return dict(psnr_y=psnr(sr, hr, border), ssim_y=ssim(sr, hr, border),
                 psnr_rgb=psnr(sr, hr, border, luma=False), ssim_rgb=ssim(sr, hr, border, luma=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs of pictures
+# The table
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def listed(paths):
-    """Files and folders -> [(name, path)]; a name is relative to the folder it was found in, or the file's own."""
-    found = []
-    for place in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        for path in tile.find_pictures([place]):
-            found.append((path.relative_to(place).as_posix() if place.is_dir() else path.name, path))
+def chosen(text, hr, lr, timed):
+    """'psnr_y,niqe' -> the names of COLUMNS that can be measured where there are HR and LR pictures or not; a line on
+    stderr for each that cannot. None takes the usual ones. Raises ValueError that lists the names there are."""
+    names = list(dict.fromkeys(filter(None, (s.strip() for s in (text or (WITH_HR if hr else WITHOUT_HR)).split(",")))))
+    odd = [name for name in names if name not in COLUMNS]
+    if odd or not names:
+        raise ValueError(f"no metric {', '.join(map(repr, odd)) or 'named'}; there are {', '.join(COLUMNS)}")
+    for name in list(names):
+        needs = COLUMNS[name].needs
+        if needs == "hr" and not hr or needs == "lr" and not lr or name in ("seconds", "seam") and not timed:
+            why = "it needs " + ("the true pictures; give --data" if needs == "hr" else
+                                 "a model to run; give --weights" if lr else "LR pictures; give --lr or --recipe")
+            leave_out(names, name, why, quietly=not text)
+    return names
+
+
+class NoMetricLeft(ValueError):
+    """None of the metrics asked for can be measured."""
+
+
+def leave_out(names, name, why, quietly=False):
+    """Goes on without a metric. Raises NoMetricLeft where it is the last one."""
+    if names == [name]:
+        raise NoMetricLeft(f"{name} cannot be measured: {why}")
+    names.remove(name)
+    if not quietly:
+        say(f"left out: {name}; {why}")
+
+
+def labels(paths, taken=RESERVED):
+    """Weights files -> short names for the table: of the file, or of the run where the file is a run's best. Raises
+    ValueError for a file named twice."""
+    names = [p.parent.name if p.stem == "best" else f"{p.parent.name}/last" if p.stem == "last" else p.stem
+             for p in map(Path, paths)]
+    names = [name if names.count(name) == 1 and name and name not in taken else str(path)
+             for name, path in zip(names, paths)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--weights names {name} twice; once is enough")
+    return names
+
+
+def results_of(given):
+    """['waifu2x=folder'] of --sr -> {'waifu2x': Path('folder')}. Raises ValueError."""
+    found = {}
+    for text in given or []:
+        label, _, folder = text.partition("=")
+        if not label or not folder:
+            raise ValueError(f"--sr {text}: write it as NAME=FOLDER, waifu2x=results/waifu2x say")
+        if label in found or label in RESERVED:
+            raise ValueError(f"--sr {label}=...: that name is taken; choose another")
+        found[label] = Path(folder)
     return found
 
 
-def _read_pairs(jobs, scale, lr_of, limit, skipped):
-    """[(name, HR path)] -> (name, lr, hr) one by one; lr_of(name, hr) makes or reads the LR picture."""
-    count = 0
-    for name, path in jobs:
-        if count == limit:
-            return
-        try:
-            hr = tile.composite(tile.read_picture(path), 1.0)
-            h, w = hr.shape[-2] // scale * scale, hr.shape[-1] // scale * scale
-            if min(h, w) == 0:
-                raise ValueError(f"{hr.shape[-1]}x{hr.shape[-2]} is smaller than the scale {scale}")
-            hr = hr[:, :h, :w].contiguous()
-            lr = lr_of(name, hr)
-        except (ValueError, OSError) as e:
-            report_skipped(name, e, skipped)
-            continue
-        count += 1
-        yield name, lr, hr
+def cell(value, digits):
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def report_skipped(name, error, skipped):
-    """One line on stderr that names the picture, kept in the list `skipped` too unless that is None."""
-    line = str(error) if isinstance(error, tile.PictureError) else f"{tile.printable(name)}: {error}"
-    tile.Progress.clear()
-    print(f"skipped: {line}", file=sys.stderr)
-    if skipped is not None:
-        skipped.append(line)
+def make_row(label, row, width, names, best=()):
+    """One line of the table; the columns named in best in bold."""
+    line = f"{tile.printable(label):<{width}}"
+    for name in names:
+        text = f"{cell(row[name], COLUMNS[name].digits):>{max(10, len(COLUMNS[name].head) + 2)}}"
+        line += f"\033[1m{text}\033[0m" if name in best else text
+    return line
 
 
-def pairs(hr_paths, recipe, scale, seed=0, limit=None, skipped=None):
-    """HR files or folders -> iterator of (name, lr (3, h, w), hr (3, h*scale, w*scale)), float32 in [0, 1].
+def mean_rows(results, names):
+    """[(picture, method, row)] -> {method: row of means}, nan where nothing was measured. A mean goes over the pictures
+    that have the figure for every method that has it at all; the time is a median, which a slow start does not move."""
+    rows = {method: {} for _, method, _ in results}
+    for name in names:
+        found = {method: {} for method in rows}
+        for picture, method, row in results:
+            if not math.isnan(row[name]):
+                found[method][picture] = row[name]
+        common = set.intersection(*(set(own) for own in found.values() if own), {picture for picture, *_ in results})
+        for method, own in found.items():
+            mean = statistics.median if name == "seconds" else statistics.fmean
+            rows[method][name] = mean(own[p] for p in common) if own and common else math.nan
+    return rows
 
-    Transparent parts become white; HR sides are cropped to multiples of scale; the LR picture is what degrade.py's
-    command makes of the same folder, recipe, scale and seed. A bad picture is named on stderr, added to the list
-    `skipped` if given, and left out; limit counts the good ones. Raises ValueError before the first picture.
-    """
-    degrade.shares(recipe)
 
-    def lr_of(name, hr):
-        return degrade.degrade(hr[None], recipe, scale, [degrade.picture_seed(name, seed)])[0]
-    return _read_pairs(listed(hr_paths), scale, lr_of, limit, skipped)
+def best_of(rows, names):
+    """{method: row} -> {name: the best figure as far as is shown}"""
+    best = {}
+    for name in names:
+        values = [row[name] for row in rows.values() if not math.isnan(row[name])]
+        if values and COLUMNS[name].better:
+            best[name] = cell((max if COLUMNS[name].better == "higher" else min)(values), COLUMNS[name].digits)
+    return best
 
 
-def pairs_from(hr_folder, lr_folder, scale, limit=None, skipped=None):
-    """As pairs, with LR pictures from a folder: the same relative names, whatever their suffixes. Raises ValueError
-    that lists the odd ones where the folders do not pair; a pair whose sizes do not fit is a bad picture."""
-    sides = []
-    for folder in (hr_folder, lr_folder):
-        stems = {}
-        for name, path in listed(folder):
-            stem = os.path.splitext(name)[0]
-            if stem in stems:
-                raise ValueError(f"{tile.printable(stems[stem][1])} and {tile.printable(path)} differ only in their "
-                                 "suffix, so they cannot be paired; move one away")
-            stems[stem] = name, path
-        sides.append(stems)
-    odd = [f"{len(lone)} only in {folder} ({', '.join(tile.printable(s) for s in sorted(lone)[:5])}"
-           f"{', ...' if len(lone) > 5 else ''})"
-           for folder, lone in zip((hr_folder, lr_folder), (sides[0].keys() - sides[1], sides[1].keys() - sides[0]))
-           if lone]
-    if odd:
-        raise ValueError(f"the folders do not pair: {'; '.join(odd)}; every HR picture needs an LR picture of its name")
-    lr_paths = {name: sides[1][stem][1] for stem, (name, _) in sides[0].items()}
+def write_csv(path, results, names):
+    """A row per picture and method; whole or not at all. Raises OSError."""
+    with tile.replacing(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["picture", "method", "width", "height", *names])
+        for picture, method, row in results:
+            figures = ("" if math.isnan(row[name]) else f"{row[name]:.6f}" for name in names)
+            writer.writerow([picture, method, row["width"], row["height"], *figures])
 
-    def lr_of(name, hr):
-        lr = tile.composite(tile.read_picture(lr_paths[name]), 1.0)
-        want = hr.shape[-2] // scale, hr.shape[-1] // scale
-        if tuple(lr.shape[-2:]) != want:
-            raise ValueError(f"its LR picture is {lr.shape[-1]}x{lr.shape[-2]}, but {want[1]}x{want[0]} "
-                             f"belongs to it at {scale}x")
-        return lr
-    return _read_pairs(list(sides[0].values()), scale, lr_of, limit, skipped)
+
+def write_json(path, results, means, about):
+    """What the CSV has, the means, and what was measured; null where there is no figure. Raises OSError."""
+    def plain(row):
+        return {k: (None if math.isnan(v) else str(v) if math.isinf(v) else v) for k, v in row.items()}
+    found = dict(about, means={method: plain(row) for method, row in means.items()},
+                 each=[dict(picture=picture, method=method, **plain(row)) for picture, method, row in results])
+    with tile.replacing(path) as part:
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")      # ASCII: any name comes through
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two models' weights, blended
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Strip:
+    """Watches a sweep: keeps the crop where its two ends differ most, of all pictures, and draws it for every alpha."""
+    side, zoom = 160, 2
+
+    def __init__(self, labels):
+        self.labels, self.most, self.crops = labels, -1, {}
+
+    def __call__(self, hr, made):
+        far = (made[self.labels[0]] - made[self.labels[-1]]).abs().mean(0, keepdim=True)
+        side = min(self.side, *far.shape[1:])
+        means = F.avg_pool2d(far, side, max(side // 4, 1))[0]
+        if means.max() > self.most:
+            self.most = means.max()
+            y, x = (i * max(side // 4, 1) for i in divmod(means.argmax().item(), means.shape[1]))
+            shown = {label: made[label] for label in self.labels} | ({} if hr is None else {"HR": hr})
+            self.crops = {label: tile.quantised(x_[:, y:y + side, x:x + side], 8) for label, x_ in shown.items()}
+
+    def draw(self):
+        side = next(iter(self.crops.values())).shape[0] * self.zoom
+        picture = Image.new("RGB", ((side + 4) * len(self.crops) - 4, side + 20), "white")
+        draw = ImageDraw.Draw(picture)
+        for i, (label, crop) in enumerate(self.crops.items()):
+            draw.text((i * (side + 4) + 4, 4), label, fill="black")
+            picture.paste(Image.fromarray(crop).resize((side, side), Image.Resampling.NEAREST), (i * (side + 4), 20))
+        return picture
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +210,7 @@ def pairs_from(hr_folder, lr_folder, scale, limit=None, skipped=None):
 
 
 def read_run(folder):
-    """The rows of a run folder's log.csv, as {column: float}; columns without a value are left out. Raises ValueError."""
+    """The rows of a run folder's log.csv, as {column: float}, without the columns that are empty. Raises ValueError."""
     try:
         with open(Path(folder) / "log.csv", newline="") as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -249,13 +276,16 @@ def compare(folders, out, overwrite=False):
         except (OSError, ValueError):
             settings.append({})
     width = max(map(len, runs)) + 2
-    print(" " * width + f"{'steps':>8}{'seconds':>9}{'PSNR-Y':>9}{'SSIM-Y':>9}{'best':>9}{'at step':>9}  differs in")
+    final = "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"
+    print(" " * width + f"{'steps':>8}{'seconds':>9}" + "".join(f"{COLUMNS[n].head:>10}" for n in final)
+          + f"{'best':>9}{'at step':>9}  differs in")
     keys = sorted({k for s in settings for k in s} - {"out", "overwrite", "every", "workers"})
     for (name, rows), own in zip(runs.items(), settings):
         best, last = max(rows, key=lambda row: row["psnr_y"]), rows[-1]
         differs = [f"{k}={own.get(k)}" for k in keys if any(s.get(k) != own.get(k) for s in settings)]
-        print(f"{tile.printable(name):<{width}}{last['step']:>8.0f}{last['seconds']:>9.0f}{last['psnr_y']:>9.2f}"
-              f"{last.get('ssim_y', math.nan):>9.4f}{best['psnr_y']:>9.2f}{best['step']:>9.0f}  {' '.join(differs)}")
+        print(f"{tile.printable(name):<{width}}{last['step']:>8.0f}{last['seconds']:>9.0f}"
+              + "".join(f"{cell(last.get(n, math.nan), COLUMNS[n].digits):>10}" for n in final)
+              + f"{best['psnr_y']:>9.2f}{best['step']:>9.0f}  {' '.join(differs)}")
     with tile.replacing(out) as part:
         draw_curves(runs).save(part, "PNG")
     print(f"curves: {out}")
@@ -266,186 +296,322 @@ def compare(folders, out, overwrite=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def labels(paths):
-    """Weights files -> short names for the table: of the file, or of the run where the file is a run's best."""
-    names = [p.parent.name if p.stem == "best" else f"{p.parent.name}/last" if p.stem == "last" else p.stem
-             for p in map(Path, paths)]
-    return [name if names.count(name) == 1 and name not in ("bicubic", "lanczos", "") else str(path)
-            for name, path in zip(names, paths)]
-
-
-def make_row(label, row, width, best=()):
-    """One line of the table; the columns named in best in bold."""
-    cells = []
-    for key in COLUMNS:
-        cell = f"{row[key]:10.{2 if 'psnr' in key else 3 if key == 'seconds_per_mp' else 4}f}"
-        cells.append(f"\033[1m{cell}\033[0m" if key in best else cell)
-    return f"{label:<{width}}" + "".join(cells)
-
-
-def mean_rows(results):
-    """[(picture, method, row)] -> {method: row of means}; the time is the median, which a slow start does not move."""
-    rows = {}
-    for method in dict.fromkeys(m for _, m, _ in results):
-        mine = [row for _, m, row in results if m == method]
-        rows[method] = {key: (statistics.median if key == "seconds_per_mp" else statistics.fmean)(r[key] for r in mine)
-                        for key in COLUMNS}
-    return rows
-
-
-def write_csv(path, results):
-    """A row per picture and method; whole or not at all. Raises OSError."""
-    with tile.replacing(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["picture", "method", "width", "height", *COLUMNS])
-        for picture, method, row in results:
-            writer.writerow([picture, method, row["width"], row["height"], *(f"{row[key]:.6f}" for key in COLUMNS)])
+def measuring_options(p):
+    g = p.add_argument_group("what is measured")
+    g.add_argument("--data", type=Path, help="folder of HR pictures, or one picture")
+    g.add_argument("--recipe", help=f"make the LR pictures: {', '.join(degrade.RECIPES)}, mixes (default: bicubic)")
+    g.add_argument("--lr", type=Path, help="take the LR pictures from this folder instead, by name; without --data too")
+    g.add_argument("--sr", action="append", metavar="NAME=FOLDER",
+                   help="what another program made, by name; may be given more than once. Pictures that one of them "
+                        "lacks are left out of the whole table")
+    g.add_argument("--crop", action="store_true", help="cut pictures of different sizes to the top left they share")
+    g.add_argument("--scale", type=int, help="where no model says it (default: 2)")
+    g.add_argument("--limit", type=int, help="stop after this many pictures")
+    g.add_argument("--seed", type=int, default=0, help="of the recipe's draws (default: 0)")
+    g = p.add_argument_group("how the models run")
+    g.add_argument("--whole", action="store_true", help="never in tiles (default: in tiles above 1 megapixel of LR)")
+    g.add_argument("--tile-size", type=int, help="in tiles always; input pixels from tile to tile (512; CPU 384)")
+    g.add_argument("--tile-pad", type=int, default=32, help="pixels more that a tile sees on each side (default: 32)")
+    g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    g.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 where native, else off)")
+    g = p.add_argument_group("figures")
+    g.add_argument("--metrics", help=f"any of {', '.join(COLUMNS)} (default: {WITH_HR}; without --data {WITHOUT_HR})")
+    g.add_argument("--border", type=int, help="pixels cut off each side before measuring (default: the scale)")
+    g.add_argument("--detector", metavar="FILE",
+                   help="for artifact and the page (default: weights/detector.safetensors)")
+    g.add_argument("--each", action="store_true", help="a block per picture too")
+    g.add_argument("--csv", type=Path, metavar="FILE", help="write every figure of every picture and method there")
+    g.add_argument("--json", type=Path, metavar="FILE", help="the same and the means as JSON")
+    g.add_argument("--report", type=Path, metavar="DIR", help="make a page there that lays the pictures side by side")
+    g.add_argument("--overwrite", action="store_true", help="replace what is there already")
 
 
 def main():
+    task = sys.argv[1] if sys.argv[1:2] in (["blend"], ["compare"]) else None
     p = argparse.ArgumentParser(
-        description="PSNR and SSIM of models beside bicubic and Lanczos, over a folder of pictures.",
+        prog=f"evaluate.py {task}" if task else None,
+        description="Blends the weights of two models of one network: (1 - alpha) * A + alpha * B."
+        if task == "blend" else
+        "Models and other programs' results beside bicubic and Lanczos, over a folder of pictures.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python evaluate.py --data wallpapers/ --recipe web --weights runs/mine/best.safetensors\n"
-               "  python evaluate.py --data hr/ --lr lr/ --weights a.safetensors b.safetensors --each --csv table.csv\n"
-               "  python evaluate.py runs/a runs/b")
-    p.add_argument("runs", nargs="*", type=Path, help="training runs to lay side by side, instead of everything below")
-    p.add_argument("--curves", type=Path, default=Path("curves.png"), help="where their curves go (default: curves.png)")
-    p.add_argument("--data", type=Path, help="folder of HR pictures, or one picture")
-    p.add_argument("--recipe", help=f"make the LR pictures: {', '.join(degrade.RECIPES)}, mixes (default: bicubic)")
-    p.add_argument("--lr", type=Path, help="take the LR pictures from this folder instead, by name")
-    p.add_argument("--weights", nargs="+", metavar="FILE",
-                   help="model files (default: one of weights/, else the newest runs/*/best.safetensors)")
-    p.add_argument("--whole", action="store_true", help="never in tiles (default: in tiles above 1 megapixel of LR)")
-    p.add_argument("--tile-size", type=int, help="in tiles always; input pixels from tile to tile (512; CPU 384)")
-    p.add_argument("--tile-pad", type=int, default=32, help="pixels more that a tile sees on each side (default: 32)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 where native, else off)")
-    p.add_argument("--border", type=int, help="pixels cut off each side before measuring (default: the scale)")
-    p.add_argument("--limit", type=int, help="stop after this many pictures")
-    p.add_argument("--seed", type=int, default=0, help="of the recipe's draws (default: 0)")
-    p.add_argument("--each", action="store_true", help="a block per picture too")
-    p.add_argument("--csv", type=Path, metavar="FILE", help="write every figure of every picture and method there")
-    p.add_argument("--overwrite", action="store_true", help="replace the --csv file if it exists")
+        epilog="examples:\n" + (
+            "  python evaluate.py blend clean.safetensors web.safetensors --alpha 0.3 -o mine.safetensors\n"
+            "  python evaluate.py blend clean.safetensors web.safetensors --sweep 0,0.5,1 --data hr/ -o strip.png"
+            if task == "blend" else
+            "  python evaluate.py --data wallpapers/ --recipe web --weights runs/mine/best.safetensors\n"
+            "  python evaluate.py --data hr/ --lr lr/ --sr waifu2x=theirs/ --weights mine.safetensors --report page\n"
+            "  python evaluate.py --lr lr/ --metrics niqe,banding --weights a.safetensors b.safetensors\n"
+            "  python evaluate.py blend --help\n  python evaluate.py compare runs/a runs/b"))
+    if task == "blend":
+        p.add_argument("files", nargs=2, metavar="FILE", help="A and B")
+        p.add_argument("--alpha", type=float, help="the share of B, 0 to 1; the blend is written to --out")
+        p.add_argument("--sweep", metavar="N,...", help="measure these shares instead, a crop of each drawn to --out")
+        p.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file; with --sweep a .png")
+    else:
+        p.add_argument("runs", nargs="*", type=Path, help="training runs to lay side by side, instead of all below")
+        p.add_argument("--curves", type=Path, default=Path("curves.png"), help="where their curves go (curves.png)")
+        p.add_argument("--weights", nargs="+", metavar="FILE",
+                       help="model files, of any architecture with the package spandrel (default: one of weights/, "
+                            "else the newest runs/*/best.safetensors; beside --sr none)")
+    measuring_options(p)
+    args = p.parse_args(sys.argv[2:] if task else None)
     try:
-        run(p.parse_args())
+        if task == "blend":
+            run_blend(args)
+        elif args.runs or task == "compare":
+            if args.data or not args.runs:
+                raise ValueError("give training runs to compare, or --data to measure models on, one of them")
+            compare(args.runs, args.curves, args.overwrite)
+        else:
+            run(args)
     except ValueError as e:     # a user's mistake: PictureError and WeightsError are two of them
         tile.fail(tile.printable(e))
+    except OSError as e:
+        at = e.filename2 or e.filename
+        tile.fail(tile.printable(f"cannot write{f' {at}' if at else ''}: {e.strerror}; free some room or choose "
+                                 "another place"))
     except KeyboardInterrupt:
-        tile.Progress.clear()
-        print("stopped; nothing was written", file=sys.stderr)
+        say("stopped; no table was written, and a page holds what was done")
         sys.exit(130)
 
 
-def run(args):
-    """The command, its arguments parsed. Raises ValueError for what one line can say."""
-    tile.keep_freed_memory()
-    if args.runs:
-        if args.data:
-            raise ValueError("give training runs to compare, or --data to measure models on, not both")
-        try:
-            return compare(args.runs, args.curves, args.overwrite)
-        except OSError as e:
-            raise ValueError(f"cannot write {args.curves}: {e.strerror}") from None
-    if not args.data:
-        raise ValueError("--data is missing: the folder of HR pictures to measure on (or name training runs to compare)")
+def run_blend(args):
+    ending = ".png" if args.sweep else ".safetensors"
+    if (args.alpha is None) == (not args.sweep):
+        raise ValueError("give --alpha or --sweep, one of them")
+    if args.alpha is not None and args.data:
+        raise ValueError("--data goes with --sweep; measure the blend in a second step")
+    try:
+        alphas = [args.alpha] if args.alpha is not None else sorted({float(s) for s in args.sweep.split(",")})
+    except ValueError:
+        raise ValueError(f"--sweep {args.sweep} does not work; write it as 0,0.25,0.5,0.75,1") from None
+    if not all(0 <= alpha <= 1 for alpha in alphas) or args.sweep and len(alphas) < 2:
+        raise ValueError("shares must lie in 0 to 1" + ", and a sweep takes two or more" * bool(args.sweep))
+    if args.out.suffix != ending:
+        raise ValueError(f"--out must end in {ending} here, not {args.out.name}")
+    writable(args.out, args.overwrite)
+    if not args.sweep:
+        made = blend(args.files, alphas)[args.alpha]
+        save(made, args.out, made.header)
+        print(f"{args.out}: {1 - args.alpha:g} of {args.files[0]}, {args.alpha:g} of {args.files[1]}")
+        return
+    device, _ = device_of(args)
+    networks = {f"alpha {alpha:g}": network.to(device) for alpha, network in blend(args.files, alphas).items()}
+    strip = Strip(list(networks))
+    run(args, networks, strip)
+    with tile.replacing(args.out) as part:
+        strip.draw().save(part, "PNG")
+    print(f"strip: {args.out}")
+
+
+def writable(path, overwrite):
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another name or give --overwrite")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write to {path.parent}; choose another place for {path.name}")
+
+
+def check(args):
+    """Raises ValueError for arguments that make no sense, alone or together."""
+    if not (args.data or args.lr or args.sr):
+        raise ValueError("--data is missing: the folder of HR pictures to measure on (or --lr or --sr without it, or "
+                         "training runs to compare)")
     if args.lr and args.recipe:
         raise ValueError("--lr and --recipe exclude each other; give one")
-    if args.whole and args.tile_size is not None:
-        raise ValueError("--whole and --tile-size exclude each other; give one")
+    if args.recipe:
+        degrade.shares(args.recipe)
+        if not args.data:
+            raise ValueError("--recipe makes LR pictures of HR ones; give them with --data")
+    if args.whole and (args.tile_size is not None or "seam" in (args.metrics or "")):
+        raise ValueError("--whole excludes --tile-size and the metric seam; give one")
     if args.border is not None and args.border < 0:
         raise ValueError(f"--border {args.border} does not work; use 0 or more")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit} does not work; use 1 or more")
-    if args.csv and args.csv.exists() and not args.overwrite:
-        raise ValueError(f"{args.csv} exists already; choose another name or give --overwrite")
-    if args.csv and not os.access(args.csv.parent, os.W_OK):
-        raise ValueError(f"cannot write to {args.csv.parent}; choose another place for --csv")
+    for flag, value in ("--limit", args.limit), ("--scale", args.scale):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value} does not work; use 1 or more")
+    for path in filter(None, (args.csv, args.json)):
+        writable(path, args.overwrite)
+
+
+def device_of(args):
+    """-> (torch.device, dtype for autocast or None). Raises ValueError for a device that is not there."""
     try:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = torch.device(args.device or best)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[
-        args.amp or ("bf16" if tile.bf16_is_native(device) else "off")]
+    amp = args.amp or ("bf16" if tile.bf16_is_native(device) else "off")
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def scale_of(networks, given):
+    """The one scale of all, or --scale, or 2. Raises ValueError where they differ."""
+    scales = {label: network.scale for label, network in networks.items()} | ({"--scale": given} if given else {})
+    if len(set(scales.values())) > 1:
+        raise ValueError(f"these models have different scales ({', '.join(f'{k} {v}x' for k, v in scales.items())}); "
+                         "evaluate them apart")
+    return next(iter(scales.values()), 2)
+
+
+def show_progress(count, total, begun, shown):
+    """A line on stderr, at most every half minute where that is no terminal -> when the last one was shown."""
+    now = time.time()
+    left = int((now - begun) / count * (total - count))
+    line = f"{count}/{total} pictures  {(now - begun) / count:.1f} s each  {left // 60}:{left % 60:02d} left"
+    if sys.stderr.isatty():
+        print(f"\r{line}", end="", file=sys.stderr, flush=True)
+    elif now - shown > 30:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        return shown
+    return now
+
+
+def run(args, networks=None, watch=None):
+    """Measures what the parsed arguments say and prints it. networks {label: network} are taken instead of
+    args.weights; watch(hr, {label: sr}) sees every picture. Raises ValueError for what one line can say."""
+    tile.keep_freed_memory()
+    check(args)
+    device, amp = device_of(args)
     tiled = tile.Tiler((384 if device.type == "cpu" else 512) if args.tile_size is None else args.tile_size,
                        args.tile_pad)
-
-    total = len(listed(args.data))
-    if not total:
-        raise ValueError(f"no picture in {args.data}; give a folder with some")
-    total = min(total, args.limit or total)
-    files = args.weights or [find_weights()]
-    networks = dict(zip(labels(files), [load(f, device) for f in files]))
-    scale = next(iter(networks.values())).scale
-    if any(network.scale != scale for network in networks.values()):
-        raise ValueError("these models have different scales ("
-                         + ", ".join(f"{label} {n.scale}x" for label, n in networks.items()) + "); evaluate them apart")
-    border, recipe = scale if args.border is None else args.border, args.recipe or "bicubic"
-    skipped, results, done = [], [], 0
-    source = (pairs_from(args.data, args.lr, scale, args.limit, skipped) if args.lr else
-              pairs(args.data, recipe, scale, args.seed, args.limit, skipped))
-
-    def upscalers(lr):
-        """method -> a function that makes the SR picture"""
-        size = lr.shape[-2] * scale, lr.shape[-1] * scale
-        yield "bicubic", lambda: degrade.resize(lr, size).clamp(0, 1)
-        yield "lanczos", lambda: degrade.resize(lr, size, "lanczos").clamp(0, 1)
-        whole = args.whole or (args.tile_size is None and lr.shape[-2] * lr.shape[-1] <= WHOLE_LIMIT)
-        tiler = tile.Tiler(max(lr.shape[-2:]), 0, align=1) if whole else tiled
-        for label, network in networks.items():
-            yield label, lambda network=network: tile.upscale(network, lr, scale, tiler, device, amp)
-
-    width, start, shown = max(map(len, [*networks, "bicubic"])) + 2, time.time(), time.time()
-    for name, lr, hr in source:
-        rows = {}
+    theirs = results_of(args.sr)
+    jobs, notes = paired({kind: place for kind, place in {"HR": args.data, "LR": args.lr, **theirs}.items() if place})
+    if networks is None:
+        files = args.weights or ([] if theirs else [find_weights()])
+        networks = dict(zip(labels(files, (*RESERVED, *theirs)), [load_any(f, device) for f in files]))
+    scale = scale_of(networks, args.scale)
+    border = scale if args.border is None else args.border
+    recipe = args.recipe or ("bicubic" if networks and args.data and not args.lr else None)
+    if networks and not recipe and not args.lr:
+        raise ValueError("models need LR pictures; give --lr, or --data to make them of")
+    names = chosen(args.metrics, args.data, recipe or args.lr, networks)
+    detector = None
+    if "artifact" in names or args.report:
         try:
-            for method, upscaler in upscalers(lr):
-                begun = time.perf_counter()
-                sr = upscaler()
-                seconds = time.perf_counter() - begun
-                rows[method] = dict(score(sr, hr, border), width=hr.shape[-1], height=hr.shape[-2],
-                                    seconds_per_mp=seconds / (hr.shape[-2] * hr.shape[-1] / 1e6))
-        except FloatingPointError as e:
-            raise ValueError(f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it out") from None
-        except ValueError as e:         # too small for the window of SSIM
-            report_skipped(name, e, skipped)
-            continue
-        except RuntimeError as e:
-            if "out of memory" not in str(e) and "allocate memory" not in str(e):
+            detector = losses.load_detector(args.detector, device)
+        except losses.LossError as e:
+            if args.detector:
                 raise
-            raise ValueError(f"out of memory on {tile.printable(name)}, {lr.shape[-1]}x{lr.shape[-2]}; give "
-                             "--tile-size 64 or another --device") from None
-        results += [(name, method, row) for method, row in rows.items()]
-        done += 1
-        tile.Progress.clear()
-        if args.each:
-            print(tile.printable(name), *(make_row(m, row, width) for m, row in rows.items()), sep="\n", flush=True)
-        now, count = time.time(), done + len(skipped)
-        left = int((now - start) / count * (total - count))
-        line = f"{count}/{total} pictures  {(now - start) / count:.1f} s each  {left // 60}:{left % 60:02d} left"
-        if sys.stderr.isatty():
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
-        elif now - shown > 30:
-            shown = now
-            print(line, file=sys.stderr, flush=True)
+            if "artifact" in names:
+                leave_out(names, "artifact", e)
+    if "niqe" in names:
+        try:
+            metrics.load_niqe()
+        except ValueError as e:
+            leave_out(names, "niqe", e)
+    where = f"recipe {recipe}, {scale}x" if recipe else f"LR from {args.lr}, {scale}x" if args.lr else "no LR"
+    where = tile.printable(where) + ("" if args.data else ", no HR")
+    page = args.report and Report(
+        args.report, where, [Column(n, *COLUMNS[n][:3]) for n in names],
+        "; ".join([f"border {border}", *notes]), overwrite=args.overwrite)
+
+    def upscale(network, lr, whole=None):
+        if whole is None:
+            whole = args.whole or "seam" not in names and args.tile_size is None and lr[0].numel() <= WHOLE_LIMIT
+        tiler = tile.Tiler(max(lr.shape[-2:]), 0, align=1) if whole else tiled
+        return tile.upscale(network, lr, scale, tiler, device, amp)
+
+    def methods(lr, given):
+        """method -> its SR picture, or a function that makes it"""
+        if lr is not None:
+            size = lr.shape[-2] * scale, lr.shape[-1] * scale
+            yield "bicubic", lambda: degrade.resize(lr, size).clamp(0, 1)
+            yield "lanczos", lambda: degrade.resize(lr, size, "lanczos").clamp(0, 1)
+        yield from given.items()
+        for label, network in networks.items():
+            yield label, partial(upscale, network, lr)
+
+    def seam(network, sr, lr):
+        """Where a seam would show: where a crossfade begins, in its middle, where it ends; nan for a single tile."""
+        lines, fade = [], tiled.tile_pad * scale
+        for side in lr.shape[-2:]:
+            lines.append([s.start + at for s in tiled.spans(side, scale)[1][1:] for at in (0, fade // 2, fade)])
+        return metrics.seam(sr, upscale(network, lr, True), lines) if any(lines) else math.nan
+
+    def figures(method, sr, hr, lr, seconds, patches):
+        row = dict(width=sr.shape[-1], height=sr.shape[-2])
+        for name in list(names):
+            try:
+                if name == "artifact":
+                    row[name] = patches[:, losses.CLASSES.index("clean")].mean().item()
+                elif name == "seam":
+                    row[name] = seam(networks[method], sr, lr) if method in networks else math.nan
+                elif name == "seconds":
+                    row[name] = seconds / (sr[0].numel() / 1e6)
+                else:
+                    row[name] = COLUMNS[name].run(sr, hr, lr, scale, border)
+            except metrics.MissingPackage as e:
+                leave_out(names, name, e)
+                if page:
+                    page.columns = [column for column in page.columns if column.key != name]
+        return row
+
+    skipped, results, done, total = [], [], 0, min(len(jobs), args.limit or len(jobs))
+    width, begun = max(map(len, [*networks, *theirs, "bicubic"])) + 2, time.time()
+    shown = begun
+    try:
+        for name, lr, hr, given in pictures(jobs, scale, recipe, args.seed, args.limit, args.crop, skipped):
+            rows, made, heat = {}, {}, {}
+            try:
+                for method, sr in methods(lr, given):
+                    started, timed = time.perf_counter(), callable(sr)
+                    sr = sr() if timed else sr
+                    seconds = time.perf_counter() - started if timed else math.nan
+                    patches, _, dirt = losses.inspect(detector, sr) if detector else (None, None, None)
+                    rows[method] = figures(method, sr, hr, lr, seconds, patches)
+                    if page or watch:
+                        made[method] = sr
+                        heat[method] = {"artifacts": dirt.numpy()} if detector else {}
+            except NoMetricLeft:
+                raise
+            except FloatingPointError as e:
+                raise ValueError(f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it "
+                                 "out") from None
+            except ValueError as e:         # too small for the window of SSIM
+                report_skipped(name, e, skipped)
+                continue
+            except RuntimeError as e:
+                if not tile.out_of_memory(e):
+                    raise
+                raise ValueError(f"out of memory on {tile.printable(name)}, {lr.shape[-1]}x{lr.shape[-2]}; give "
+                                 "--tile-size 64 or another --device") from None
+            if watch:
+                watch(hr, made)
+            if page:
+                reference = None if hr is None else "HR"
+                images = made if hr is None else made | {reference: hr}
+                page.add(name, {m: tile.quantised(x, 8) for m, x in images.items()}, rows, reference, heat)
+            results += [(name, method, row) for method, row in rows.items()]
+            done += 1
+            tile.Progress.clear()
+            if args.each:
+                print(tile.printable(name), *(make_row(m, row, width, names) for m, row in rows.items()), sep="\n",
+                      flush=True)
+            shown = show_progress(done + len(skipped), total, begun, shown)
+    finally:
+        if page and done:
+            page.finish()
     tile.Progress.clear()
     if not done:
-        raise ValueError(f"none of the pictures in {args.data} could be used; the reasons stand above")
+        raise ValueError(f"none of the pictures in {args.data or args.lr or ', '.join(args.sr)} could be used; the "
+                         "reasons stand above")
 
-    print(f"{done} pictures{f' ({len(skipped)} skipped)' if skipped else ''}, "
-          f"{f'LR from {args.lr}' if args.lr else f'recipe {recipe}'}, {scale}x, border {border}")
-    means = mean_rows(results)
-    print(" " * width + "".join(f"{head:>10}" for head in COLUMNS.values()))
+    print(f"{done} pictures{f' ({len(skipped)} skipped)' if skipped else ''}, {where}, border {border}", *notes,
+          sep="\n")
+    means = mean_rows(results, names)
+    best = best_of(means, names) if sys.stdout.isatty() else {}
+    print(" " * width + "".join(f"{COLUMNS[n].head:>{max(10, len(COLUMNS[n].head) + 2)}}" for n in names))
     for method, row in means.items():
-        bold = [k for k in COLUMNS if k != "seconds_per_mp" and row[k] == max(r[k] for r in means.values())]
-        print(make_row(method, row, width, bold if sys.stdout.isatty() else ()))
+        print(make_row(method, row, width, names, [n for n in best if cell(row[n], COLUMNS[n].digits) == best[n]]))
     if args.csv:
-        try:
-            write_csv(args.csv, results)
-        except OSError as e:
-            raise ValueError(f"cannot write {args.csv}: {e.strerror}; free some room or choose another place") from None
+        write_csv(args.csv, results, names)
+    if args.json:
+        write_json(args.json, results, means, dict(measured=where, scale=scale, border=border, pictures=done,
+                                                   skipped=skipped, notes=notes))
+    if page:
+        print(f"page: {args.report / 'index.html'}")
 
 
 if __name__ == "__main__":

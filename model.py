@@ -4,19 +4,13 @@
     sr = model(lr)                                          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W)
     sr = model(lr, tiler=Tiler(tile_size=64, tile_pad=32))  # HAT tile by tile, the refiner over the joined picture
 
-    python model.py runs/mine/best.safetensors              # what is in a weights file
-    python model.py runs/mine/best.safetensors hat.pth      # the plain HAT in it, in the official format
-
 HAT: Chen et al., "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023, arXiv 2205.04437.
 Parameter names are the official ones, so official files load and what is exported opens elsewhere.
 Inside, everything is channels-last: (B, H, W, C). Needs torch, einops, safetensors; copy this file and it works alone.
 """
-import argparse
-import io
 import json
 import math
 import os
-import sys
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -25,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
@@ -90,17 +84,12 @@ def attend(q, k, v, bias, mask=None):
 
 class LayerNorm(nn.LayerNorm):
     """Normalises the fp32 residual stream and hands on the type that autocast computes in, cast once."""
-
     def forward(self, x):
         y, device = super().forward(x), x.device.type
         return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
 
 def mlp(dim):
     return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 2 * dim), act=nn.GELU(), fc2=nn.Linear(2 * dim, dim)))
-
-def bias_of(table, index):
-    """Relative position bias: (entries, heads) table and (n, m) index -> (1, heads, n, m)."""
-    return table.t().contiguous()[None, :, index]
 
 class WindowAttention(nn.Module):
     def __init__(self, dim, window, heads):
@@ -114,7 +103,7 @@ class WindowAttention(nn.Module):
         (b, h, w, _), t = x.shape, self.window
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
         q, k, v = (rearrange(y, "n t (h d) -> n h t d", h=self.heads) for y in self.qkv(x).chunk(3, -1))
-        bias = bias_of(self.relative_position_bias_table, index)
+        bias = self.relative_position_bias_table.t().contiguous()[None, :, index]     # (1, heads, n, m)
         x = self.proj(attend(q, k, v, bias, mask))
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
 
@@ -135,7 +124,6 @@ class ChannelAttention(nn.Module):
 
 class CAB(nn.Module):
     """The convolutional branch, its output already times CONV_SCALE."""
-
     def __init__(self, dim, compress, squeeze):
         super().__init__()
         self.cab = nn.Sequential(nn.Conv2d(dim, dim // compress, 3, 1, 1), nn.GELU(),
@@ -153,7 +141,6 @@ def drop_path(x, p, training):
 
 class HAB(nn.Module):
     """Hybrid attention block: window attention beside a convolutional branch, then an MLP."""
-
     def __init__(self, dim, window, heads, compress, squeeze, shift, p):
         super().__init__()
         self.shift, self.p = shift, p
@@ -185,7 +172,6 @@ def widen(x, dim, window, edge):
 
 class OCAB(nn.Module):
     """Overlapping cross-attention block: queries look into a window wider than their own."""
-
     def __init__(self, dim, window, heads):
         super().__init__()
         self.window, self.heads, self.wide = window, heads, window + int(window * OVERLAP)
@@ -203,7 +189,7 @@ class OCAB(nn.Module):
         q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) h (i j) d", i=t, j=t, h=heads)
         kv = widen(widen(qkv[..., c:], 1, t, edge), 2, t, edge)
         k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) h (i j) d", two=2, h=heads, i=wide, j=wide)
-        bias = bias_of(self.relative_position_bias_table, index)
+        bias = self.relative_position_bias_table.t().contiguous()[None, :, index]     # (1, heads, n, m)
         a = rearrange(attend(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
         x = x + self.proj(a)
         return x + self.mlp(self.norm2(x))
@@ -213,7 +199,6 @@ class OCAB(nn.Module):
 
 class RHAG(nn.Module):
     """Residual hybrid attention group: HABs, every second one shifted, then one OCAB and a convolution."""
-
     def __init__(self, dim, depth, window, heads, compress, squeeze, ps):
         super().__init__()
         self.residual_group = nn.ModuleDict(dict(
@@ -244,7 +229,6 @@ class HAT(nn.Module):
 
     init: "warm" starts as an interpolation, "plain" as HAT usually does. drop_path: stochastic depth of the last
     block, growing from 0 (0.1 in the official configurations)."""
-
     def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6,
                  drop_path=0.0, init="warm"):
         super().__init__()
@@ -289,8 +273,7 @@ class HAT(nn.Module):
         convolution before the pixel shuffle holds a three-tap interpolation; what would disturb it starts at zero."""
         before, relu = self.conv_before_upsample
         for conv, rows in (self.conv_first, 3), (self.conv_after_body, 3), (before, 6), (self.conv_last, 3):
-            conv.weight[:rows] = 0
-            conv.bias[:rows] = 0
+            conv.weight[:rows], conv.bias[:rows] = 0, 0
         for c in range(3):
             self.conv_first.weight[c, c, 1, 1] = self.conv_last.weight[c, c, 1, 1] = 1
             before.weight[c, c, 1, 1] = 1
@@ -301,12 +284,10 @@ class HAT(nn.Module):
             t = (torch.arange(r) - (r - 1) / 2) / r                                  # where a new pixel lies in its old one
             taps = torch.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], 1)     # the parabola through three pixels
             kernel = torch.einsum("iy,jx->ijyx", taps, taps).reshape(r * r, 3, 3) * gain
-            conv.weight[:3 * r * r] = 0
-            conv.bias[:3 * r * r] = 0
+            conv.weight[:3 * r * r], conv.bias[:3 * r * r] = 0, 0
             for c in range(3):
                 conv.weight[c * r * r:(c + 1) * r * r, c] = kernel
-                if gain != 1:
-                    conv.weight[c * r * r:(c + 1) * r * r, c + 3] = -kernel
+                conv.weight[c * r * r:(c + 1) * r * r, c + 3] = -kernel * (gain != 1)     # only the first has two signs
             gain = 1
 
     def forward(self, x):
@@ -314,8 +295,8 @@ class HAT(nn.Module):
         x = pad_to(x, self.window) - self.mean
         mask = shift_mask(*x.shape[-2:], self.window, x.device)
         index = self.relative_position_index_SA, self.relative_position_index_OCA
-        keep = not self.checkpoint or not torch.is_grad_enabled()
-        run = (lambda block, *a: block(*a)) if keep else partial(checkpoint, use_reentrant=False)
+        again = self.checkpoint and torch.is_grad_enabled()
+        run = partial(checkpoint, use_reentrant=False) if again else lambda block, *a: block(*a)
         x = self.conv_first(x.contiguous(memory_format=torch.channels_last))
         x = x.to(self.mean.dtype)       # under autocast too the residual stream stays fp32
         y = self.patch_embed(x.permute(0, 2, 3, 1)).to(x.dtype)
@@ -401,16 +382,12 @@ def read_weights(path, header_only=False):
                 state = {k: f.get_tensor(k) for k in ([] if header_only else f.keys())}
         else:
             state = {} if header_only else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, ValueError, RuntimeError, KeyError, AttributeError) as e:
-        raise WeightsError(f"{path} cannot be read: cut short or no weights file ({type(e).__name__})") from None
-    except Exception as e:   # pickle's UnpicklingError and whatever else a file that is no checkpoint sets off
-        raise WeightsError(f"{path} is no plain weights file, and only plain ones are opened ({type(e).__name__})") from None
+    except Exception as e:   # whatever a file that is no checkpoint sets off
+        raise WeightsError(f"{path} cannot be read: cut short, or not just plain weights ({type(e).__name__})") from None
     if header_only:
         return {}, header
-    for wrap in ("params_ema", "params", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrap), dict):
-            state = state[wrap]
-            break
+    wraps = [state[k] for k in ("params_ema", "params", "state_dict") if isinstance(state, dict) and k in state]
+    state = next((w for w in wraps if isinstance(w, dict)), state)
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
         raise WeightsError(f"{path} holds no weights")
     for prefix in ("module.", "_orig_mod.", "module."):
@@ -419,16 +396,15 @@ def read_weights(path, header_only=False):
     hat = "hat_model." if "conv_first.weight" in state else ""
     return {hat + k: v.float() if v.is_floating_point() else v for k, v in state.items()}, header
 
-def fit(model, state, path, strict=True):
-    """Puts a state dict into a HATRefiner of the same sizes; a plain HAT leaves the refiner as it is. strict=False takes
-    what fits by name and shape. Raises WeightsError (path is for its message) naming every key that is missing, unexpected
-    or of another shape."""
+def fit(model, state, path):
+    """Puts a state dict into a HATRefiner of the same sizes; a plain HAT leaves the refiner as it is. Raises WeightsError
+    (path is for its message) naming every key that is missing, unexpected or of another shape."""
     own = model.state_dict()
     if not any(k.startswith(("residual_block.", "out_conv.")) for k in state):
         own = {k: v for k, v in own.items() if k.startswith("hat_model.")}
     wrong = {"missing": own.keys() - state.keys(), "unexpected": state.keys() - own.keys(), "of another shape": {
         f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items() if k in state and state[k].shape != v.shape}}
-    if strict and any(wrong.values()):
+    if any(wrong.values()):
         try:
             theirs = sizes(state)
             what = f"it is {preset_of(theirs) or theirs} {theirs['scale']}x"
@@ -436,15 +412,9 @@ def fit(model, state, path, strict=True):
             what = str(e)
         said = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in wrong.items() if keys)
         raise WeightsError(f"{path} does not fit this model ({what}); {said}")
-    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
+    model.load_state_dict(state, strict=False)      # of a plain HAT the refiner is missing
 
-def load_into(model, path, strict=True):
-    """Loads a weights file into a HATRefiner, as fit() does. Returns the file's header. Raises WeightsError."""
-    state, header = read_weights(path)
-    fit(model, state, path, strict)
-    return header
-
-def load(path, device="cpu", strict=True):
+def load(path, device="cpu"):
     """A HATRefiner in eval mode with the sizes and weights of the file. Raises WeightsError."""
     state, header = read_weights(path)
     try:
@@ -452,15 +422,14 @@ def load(path, device="cpu", strict=True):
         model = HATRefiner(**found)
     except (ValueError, ZeroDivisionError, RuntimeError) as e:
         raise WeightsError(f"{path}: {e}") from None
-    fit(model, state, path, strict)
+    fit(model, state, path)
     model.header = {"preset": preset_of(found), "scale": model.scale, **header}
     model.refine = bool(model.out_conv.weight.any() or model.out_conv.bias.any())
     return model.eval().to(device)
 
 def write_atomic(path, data):
     """Bytes into a file that is there whole or not at all."""
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         tmp.write_bytes(data)
         os.replace(tmp, path)
@@ -475,46 +444,3 @@ def save(model, path, header=None, dtype=None):
     state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
     about = {"preset": preset_of(found), "scale": model.scale, "sizes": found, **(header or {})}
     write_atomic(path, to_safetensors(state, {"kabegami": json.dumps(about)}))
-
-def export_hat(model, path):
-    """Writes the plain HAT (without the refiner) under its official names, .safetensors or .pth (`params_ema`), for
-    spandrel, chaiNNer, ComfyUI and HAT's own code."""
-    state, buffer = {k: v.detach().cpu().contiguous() for k, v in model.hat_model.state_dict().items()}, io.BytesIO()
-    if Path(path).suffix == ".safetensors":
-        buffer.write(to_safetensors(state))
-    else:
-        torch.save({"params_ema": state}, buffer)
-    write_atomic(path, buffer.getvalue())
-
-def find_weights():
-    """The weights to use when none are named: shipped ones beside this file (`web-low` first), otherwise the newest
-    run's best. Raises WeightsError."""
-    shipped = sorted(Path(__file__).parent.glob("weights/*-*.safetensors"), key=lambda p: (p.stem != "web-low", p.name))
-    runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
-    if not shipped + runs:
-        raise WeightsError("no weights in weights/ and no run in runs/; name some with --weights, or train some: "
-                           "python train.py --stage 1 --patch 64")
-    return (shipped + runs)[0]
-
-def main():
-    p = argparse.ArgumentParser(description="Says what is in a weights file; with OUT, exports its plain HAT.",
-                                epilog="example: python model.py runs/mine/best.safetensors hat.pth")
-    p.add_argument("weights", metavar="FILE", help="one of our .safetensors, or an official .pth")
-    p.add_argument("out", nargs="?", type=Path, help=".pth or .safetensors to write the plain HAT to")
-    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    args = p.parse_args()
-    try:
-        model = load(args.weights)
-        if args.out and args.out.exists() and not args.overwrite:
-            raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
-        hat, refiner = (sum(x.numel() for k, x in model.named_parameters() if k.startswith("hat_model.") == b) for b in (1, 0))
-        print(json.dumps(model.header, indent=1, ensure_ascii=False))
-        print(f"{hat + refiner:,} parameters, {hat:,} of them HAT's; refiner {'trained' if model.refine else 'untrained: left out'}")
-        if args.out:
-            export_hat(model, args.out)
-            print(f"{args.out}: without the refiner" + ", so the picture differs from ours" * model.refine)
-    except (WeightsError, OSError) as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-
-if __name__ == "__main__":
-    main()

@@ -922,7 +922,8 @@ def main():
                "exit code: 0 all done, 1 some pictures failed (named), 2 nothing could be done as asked")
     p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of them (trees, mirrored in --out)")
     p.add_argument("-o", "--out", required=True, help="folder for the results; a file name when IN is one picture")
-    p.add_argument("--weights", help="model file (default: one of weights/, else the newest runs/*/best.safetensors)")
+    p.add_argument("--weights", help="model file; with the package spandrel of any architecture it knows (default: one "
+                                     "of weights/, else the newest runs/*/best.safetensors)")
 
     g = p.add_argument_group("the result")
     g.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size; what is too much is cut off")
@@ -1043,11 +1044,11 @@ def run(args):
     done, pixels, failed, skipped, begun = 0, 0, 0, len(jobs[rank::ranks]) - len(todo), time.time()
     if todo:
         try:
-            import model
-            weights = args.weights or model.find_weights()
-            network = model.load(weights, device)
+            import convert
+            weights = args.weights or convert.find_weights()
+            network = convert.load_any(weights, device)
         except ModuleNotFoundError as e:
-            fail(f"{e}; the command needs model.py beside tile.py and the packages of requirements.txt")
+            fail(f"{e}; the command needs model.py and convert.py beside tile.py and the packages of requirements.txt")
         except (ValueError, OSError) as e:  # WeightsError is the first
             fail(e)
         align = getattr(getattr(network, "hat_model", None), "window", 16)

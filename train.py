@@ -38,11 +38,11 @@ from PIL import Image
 
 import data
 import degrade
+import detect
 import evaluate
-from losses import (CLASSES, GANS, WEIGHTS, ArtifactDetector, MultiScaleDiscriminator, SRLoss, discriminator_loss,
-                    enhance_lines, parse_weights, save_detector)
-from model import PRESETS, HATRefiner, WeightsError, load_into, read_weights, save, write_atomic
-from tile import Tiler, bf16_is_native, composite, find_pictures, keep_freed_memory, read_picture
+from losses import GANS, WEIGHTS, MultiScaleDiscriminator, SRLoss, discriminator_loss, enhance_lines, parse_weights
+from model import PRESETS, HATRefiner, WeightsError, fit, read_weights, save, write_atomic
+from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory
 
 STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: on a CPU, on a GPU
     1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
@@ -139,7 +139,7 @@ def parse(argv=None):
             setattr(args, name, value)
     detector = getattr(args, "detector", None) == "train"
     if detector:        # has its own usual values
-        for name, value in dict(stage=1, steps=1500, batch=32, lr=2e-3, device="cpu", out="runs/detector").items():
+        for name, value in dict(stage=1, steps=2200, batch=32, lr=3e-3, device="cpu", out="runs/detector").items():
             default(name, value)
     elif not hasattr(args, "stage"):
         p.error("--stage is missing: 1, 2 or 3 (or --detector, to train the artifact detector)")
@@ -475,7 +475,7 @@ def train(args, rank, ranks, until=None):
     torch.manual_seed(args.seed)
     model = HATRefiner.from_preset(args.preset, args.scale, init=args.init, drop_path=args.drop_path)
     if args.weights and not state:
-        load_into(model, args.weights)
+        fit(model, read_weights(args.weights)[0], args.weights)
     choose(model, args.train, args.freeze)
     # the refiner is left out while it does not learn and has not learned
     model.refine = bool(model.out_conv.weight.requires_grad or model.out_conv.weight.any() or model.out_conv.bias.any())
@@ -702,124 +702,6 @@ def train(args, rank, ranks, until=None):
         f"  python evaluate.py --data {val} --recipe {recipe} --weights {file}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the artifact detector
-
-
-class Faults(torch.utils.data.Dataset):
-    """faults[step] -> (pictures (B, 3, side, side), class of each int64 (B)): HR crops, all but an eighth with one fault
-    of random strength. Where a fault changes nothing that could be seen, the class is clean."""
-
-    def __init__(self, batches, classes, strength=(0.2, 1.0)):
-        self.batches, self.classes, self.strength = batches, classes, strength
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, step):
-        _, hr = self.batches[step]
-        rng = np.random.default_rng((self.batches.seed, step, 7))
-        labels = (np.arange(len(hr)) + rng.integers(len(self.classes))) % len(self.classes)
-        return fault(hr, labels, rng.uniform(*self.strength, len(hr)), rng.integers(0, 2 ** 31, len(hr)), self.classes)
-
-
-def fault(hr, labels, strengths, seeds, classes):
-    """(pictures with the fault that belongs to each label, labels (B) with clean where nothing can be seen of it)."""
-    out, labels = hr.clone(), torch.as_tensor(labels).long().clone()
-    for i, label in enumerate(labels.tolist()):
-        if label:
-            out[i] = degrade.artifact(hr[i:i + 1], classes[label], float(strengths[i]), [int(seeds[i])])[0]
-    seen = torch.nn.functional.avg_pool2d((out - hr).abs(), 16).amax((1, 2, 3)) * 255 > 1
-    return out, labels * seen
-
-
-def held_out(paths, side, count, seed=1):
-    """count crops (N, 3, side, side) of each picture, each the busiest of eight random ones."""
-    crops = []
-    for k, path in enumerate(paths):
-        rgb = composite(read_picture(path), 1.0)
-        if min(rgb.shape[1:]) < side:
-            continue
-        rng = np.random.default_rng((seed, k))
-        for _ in range(count):
-            some = [rgb[:, y:y + side, x:x + side] for y, x in
-                    (rng.random((8, 2)) * (np.array(rgb.shape[1:]) - side + 1)).astype(int)]
-            crops.append(max(some, key=lambda c: data.detail((c * 255).byte().permute(1, 2, 0).numpy())))
-    if not crops:
-        raise UserError(f"no validation picture has {side} pixels a side")
-    return torch.stack(crops)
-
-
-@torch.inference_mode()
-def confusion(detector, crops, classes, strength, seed=12345):
-    """(n, n) counts: row, what was drawn; column, what the detector says."""
-    table = torch.zeros(len(classes), len(classes), dtype=torch.long)
-    for label in range(len(classes)):
-        for i in range(0, len(crops), 32):
-            hr = crops[i:i + 32]
-            x, labels = fault(hr, [label] * len(hr), [strength] * len(hr), range(seed + i, seed + i + len(hr)), classes)
-            for said in detector(x).argmax(1)[labels == label].tolist():
-                table[label, said] += 1
-    return table
-
-
-def show_confusion(table, classes):
-    lines = [f"{'':>10}" + "".join(f"{c[:9]:>10}" for c in classes)]
-    lines += [f"{c:>10}" + "".join(f"{n:>10}" for n in row) + f"{row[i] / max(1, sum(row)):>9.1%}"
-              for i, (c, row) in enumerate(zip(classes, table.tolist()))]
-    return "\n".join(lines)
-
-
-def train_detector(args):
-    """Trains the artifact detector on HR patches with drawn faults; a few minutes on a CPU. Resumes like train()."""
-    out, side = Path(args.out), 128
-    state = open_run(args, 0, 1)
-    files, shares = patch_files(args, print)
-    folders, val = folders_and_shares(args.data or [str(DEMO / "train")]), args.val or str(DEMO / "val")
-    crops = held_out(find_pictures([val]), side, max(1, 96 // len(find_pictures([val]))))
-    torch.manual_seed(args.seed)
-    detector = ArtifactDetector().to(memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(detector.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
-    step, began, total = 0, time.time(), 0.0
-    if state:
-        detector.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        step = state["step"]
-    faults = Faults(data.Batches(files, args.steps, args.batch, side // 2, 2, "bicubic", args.seed, args.busiest, shares), CLASSES)
-    print(f"{sum(p.numel() for p in detector.parameters()):,} parameters, {len(crops)} held-out crops", flush=True)
-    first, amp = step, args.amp == "bf16"
-    for x, labels in data.loader(faults, step, args.workers):
-        for group in optimiser.param_groups:
-            group["lr"] = rate(step, args)
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            logits = detector(x.contiguous(memory_format=torch.channels_last))
-        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.02)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        step, total = step + 1, total + loss.item()
-        if step % args.every == 0 or step == args.steps:
-            detector.eval()
-            table = confusion(detector, crops, CLASSES, 0.5)
-            right = table.diagonal().sum().item() / table.sum().item()
-            recall = table[0, 0].item() / table[0].sum().item()
-            since = (step - 1) % args.every + 1
-            left = (args.steps - step) * (time.time() - began) / (step - first)
-            print(f"step {step}/{args.steps}  loss {total / since:.4f}  {clock(left)} left  right {right:.1%}, "
-                  f"clean recall {recall:.1%}", flush=True)
-            detector.train()
-            total = 0.0
-            write_state(out / "state.pt", dict(model=detector.state_dict(), optimiser=optimiser.state_dict(), step=step))
-    detector.eval()
-    table = confusion(detector, crops, CLASSES, 0.5)
-    print(show_confusion(table, CLASSES))
-    write_atomic(out / "confusion.csv", "\n".join(["drawn\\said," + ",".join(CLASSES), *(
-        ",".join([c, *map(str, row)]) for c, row in zip(CLASSES, table.tolist()))]).encode() + b"\n")
-    save_detector(detector, out / "detector.safetensors", dict(data=[Path(f).name for f, _ in folders], steps=args.steps,
-                                                               batch=args.batch, seed=args.seed))
-    print(f"done in {clock(time.time() - began)}: {out / 'detector.safetensors'}; to use it: --detector FILE, or put it into weights/")
-
-
 def dry_run(args, rank, ranks):
     """Three steps, a validation, a save and a resume on a few pictures in a folder that goes away; then the forecast."""
     if ranks > 1:       # each process would have a folder of its own
@@ -865,7 +747,10 @@ def main():
             if os.environ.get("RANK", "0") == "0":
                 print(f"no --val: {len(held)} pictures of --data are set aside, the busiest part of each is in {val}")
         if args.detector == "train":
-            train_detector(args)
+            state = open_run(args, 0, 1)
+            files, shares = patch_files(args, print)
+            args.val = args.val or str(DEMO / "val")
+            detect.train_detector(args, files, shares, state)
         elif args.dry_run:
             dry_run(args, *ranks_here(args))
         else:

@@ -76,11 +76,11 @@ def spandrel_hat(ours, sizes):
 
 def peak(args):
     rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if args.bf16 else (torch.float32,):
         n = 8192 if args.device == "cuda" else 2048
         a = torch.randn(n, n, device=args.device, dtype=dtype)
         rates[dtype] = 2 * n ** 3 / in_turn({"mm": lambda: a @ a}, args.rounds, args.device)["mm"] / 1e12
-    print(f"matrix products: {rates[torch.float32]:.3g} TFLOP/s fp32, {rates[torch.bfloat16]:.3g} bf16", flush=True)
+    print("matrix products, TFLOP/s: " + ", ".join(f"{r:.3g} {str(k)[6:]}" for k, r in rates.items()), flush=True)
     return rates
 
 
@@ -93,10 +93,10 @@ def flops(job):
 
 def compare(args, training):
     """Training steps or inference of ours and spandrel's, fp32 and bf16, one table row per preset and precision."""
-    rates = peak(args)
+    rates, best = peak(args), "bf16" if args.bf16 else "fp32"
     name = "training step" if training else "inference"
-    print(f"\n| {name}, seconds | batch x LR side | spandrel fp32 | spandrel bf16 | ours fp32 | ours bf16 | ours bf16 faster "
-          "than spandrel fp32 | than spandrel bf16 | ours bf16, of matrix peak | " + ("patches/s" if training else "s per MP")
+    print(f"\n| {name}, seconds | batch x LR side | spandrel fp32 | spandrel bf16 | ours fp32 | ours bf16 | "
+          f"ours {best} faster than spandrel fp32 | than spandrel bf16 | ours {best}, of matrix peak | " + ("patches/s" if training else "s per MP")
           + " |\n|" + "---|" * 10)
     for preset in args.presets:
         sizes = {k: v for k, v in PRESETS[preset].items() if k != "refiner_dim"}
@@ -117,7 +117,7 @@ def compare(args, training):
                 if args.compile:
                     net.compile_blocks()
             adam = torch.optim.Adam(net.parameters(), 1e-5, fused=who == "ours")
-            for kind, amp in (("fp32", False), ("bf16", True)):
+            for kind, amp in (("fp32", False), ("bf16", True))[:1 + args.bf16]:
                 def step(net=net, adam=adam, amp=amp):
                     with torch.autocast(args.device, torch.bfloat16, enabled=amp):
                         sr = net(lr)
@@ -130,16 +130,16 @@ def compare(args, training):
                     with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=amp):
                         net(lr)
                 jobs[f"{who} {kind}"] = step if training else infer
-        work = flops(jobs["ours bf16"])
+        work = flops(jobs[f"ours {best}"])
         t = in_turn(jobs, args.rounds, args.device)
-        mine = t["ours bf16"]
+        mine = t[f"ours {best}"]
         cells = [f"{t[k]:.3f}" if k in t else "-" for k in ("spandrel fp32", "spandrel bf16", "ours fp32", "ours bf16")]
         cells += [f"{t[k] / mine:.2f}x" if k in t else "-" for k in ("spandrel fp32", "spandrel bf16")]
-        cells += [f"{work / mine / 1e12 / rates[torch.bfloat16]:.0%}",
+        cells += [f"{work / mine / 1e12 / list(rates.values())[-1]:.0%}",
                   f"{batch / mine:.2f}" if training else f"{mine / (batch * 4 * side * side / 1e6):.3f}"]
         print(f"| {preset} | {batch} x {side} | " + " | ".join(cells) + " |", flush=True)
         if args.device == "cuda" and training:
-            for kind in ("ours fp32", "ours bf16"):
+            for kind in (k for k in jobs if k.startswith("ours")):
                 torch.cuda.reset_peak_memory_stats()
                 jobs[kind]()
                 print(f"  {preset} {kind}: peak {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
@@ -169,7 +169,7 @@ def picture(args):
         theirs = spandrel_hat(ours.hat_model, sizes)
         ours, x = ours.to(args.device, memory_format=torch.channels_last), torch.rand(3, 1080, 1920)
         pad = 2 * PRESETS[preset]["window"]
-        amp = torch.bfloat16 if tile.bf16_is_native(torch.device(args.device)) else None
+        amp = torch.bfloat16 if args.bf16 else None
         small = tile.Tiler(384, pad, align=PRESETS[preset]["window"])
         with torch.inference_mode():
             side = tile.auto_tile_size(ours, torch.device(args.device), amp, small)     # as tile.py's command does it
@@ -194,7 +194,7 @@ def memory(args):
     for mp in (1, 4, 16, 32):
         side = int((mp * 1e6) ** 0.5)
         code = (f"import torch, tile, model; tile.keep_freed_memory(); m = model.HATRefiner.from_preset('tiny').eval().to('{args.device}'); "
-                f"tile.upscale(m, torch.rand(3, {side}, {side}), 2, tile.Tiler(384, 8, align=4), '{args.device}', torch.bfloat16); "
+                f"tile.upscale(m, torch.rand(3, {side}, {side}), 2, tile.Tiler(384, 8, align=4), '{args.device}', {torch.bfloat16 if args.bf16 else None}); "
                 "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])")
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         print(f"| {mp} | {float(done.stdout) / 1024:.0f} | {side * side * 3 * 4 * 5 / 2 ** 20:.0f} |", flush=True)
@@ -227,6 +227,7 @@ def main():
     p.add_argument("--compile", action="store_true", help="ours with its blocks compiled")
     p.add_argument("--checkpoint", action="store_true", help="ours with activation checkpointing")
     args = p.parse_args()
+    args.bf16 = tile.bf16_is_native(torch.device(args.device))      # imitated bf16 is no use to anybody
     tile.keep_freed_memory()
     if args.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

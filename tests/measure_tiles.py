@@ -21,6 +21,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import convert                                                          # noqa: E402
 import model                                                            # noqa: E402
 import tile                                                             # noqa: E402
 
@@ -183,7 +184,7 @@ def main():
     p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
     p.add_argument("--limit-gib", type=float, help="big: address space (ulimit -v)")
     args = p.parse_args()
-    network = model.load(args.weights or model.find_weights(), args.device)
+    network = model.load(args.weights or convert.find_weights(), args.device)
     {"quality": quality, "big": big, "picture": picture, "fit": fit}[args.part](args, network)
 
 

@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -516,3 +517,25 @@ def test_copies_keep_transparency_and_follow_profiles(tmp_path):
     assert np.abs(edge - (200, 100, 50)).max() <= 20
     linear = Image.open(tmp_path / "out/linear_050.png")
     assert "icc_profile" not in linear.info and abs(int(np.asarray(linear)[5, 5, 0]) - encoded(60)) < 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_workers_of_a_killed_process_end(tmp_path):
+    """Also those whose results, larger than a pipe takes, nobody fetches any more."""
+    code = """
+        import sys, time; import numpy as np; from clean import in_parallel
+        def made(job): return np.zeros(1 << 22, np.uint8)
+        for job, result in in_parallel(made, list(range(100)), 2, "making"):
+            time.sleep(0.5); print("one", flush=True); time.sleep(100)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "one\n"
+    workers = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir()
+               for pid in (task / "children").read_text().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    until = time.time() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < until:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]

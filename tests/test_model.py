@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as M
-from model import HAT, PRESETS, HATRefiner, WeightsError, load, load_into, pad_to, save
+from model import HAT, PRESETS, HATRefiner, WeightsError, fit, load, pad_to, read_weights, save
 
 HERE = Path(__file__).parent
 COUNTS = {  # published parameter counts
@@ -250,17 +250,6 @@ def test_sizes_are_read_from_the_file(tmp_path, scale):
     assert same_picture(odd, again) and again.header["preset"] is None and again.scale == scale
 
 
-@pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
-def test_plain_hat_opens_in_spandrel(tiny, tmp_path, suffix):
-    spandrel = pytest.importorskip("spandrel")
-    M.export_hat(tiny, tmp_path / f"hat{suffix}")
-    theirs = spandrel.ModelLoader().load_from_file(tmp_path / f"hat{suffix}")
-    x = torch.rand(1, 3, 16, 16)
-    with torch.no_grad():
-        assert theirs.scale == 2 and (theirs.model.eval()(x) - tiny.hat_model(x)).abs().max() < 1e-5
-    assert same_picture(tiny.hat_model, load(tmp_path / f"hat{suffix}"))
-
-
 def broken(tmp_path, kind, tiny):
     path = tmp_path / "w.safetensors"
     save(tiny, path)
@@ -312,19 +301,16 @@ def test_every_odd_key_is_named(tiny, tmp_path):
     state["out_conv.bias"] = torch.zeros(4)
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as e:
-        load_into(HATRefiner.from_preset("tiny"), tmp_path / "w.safetensors")
+        fit(HATRefiner.from_preset("tiny"), read_weights(tmp_path / "w.safetensors")[0], "w.safetensors")
     for word in ("missing: hat_model.norm.weight", "unexpected: hat_model.surprise", "out_conv.bias (4,) for (3,)"):
         assert word in str(e.value)
-    net = HATRefiner.from_preset("tiny")
-    load_into(net, tmp_path / "w.safetensors", strict=False)
-    assert torch.equal(net.hat_model.conv_last.weight, tiny.hat_model.conv_last.weight)
 
 
 @pytest.mark.parametrize("preset,scale,word", (("low", 2, "tiny 2x"), ("tiny", 3, "tiny 2x")))
 def test_another_preset_or_scale_is_refused(tiny, tmp_path, preset, scale, word):
     save(tiny, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=word):
-        load_into(HATRefiner.from_preset(preset, scale), tmp_path / "w.safetensors")
+        fit(HATRefiner.from_preset(preset, scale), read_weights(tmp_path / "w.safetensors")[0], "w.safetensors")
 
 
 def test_full_disk_leaves_the_old_file(tiny, tmp_path, monkeypatch):
@@ -339,34 +325,6 @@ def test_full_disk_leaves_the_old_file(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save(shake(tiny), tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
-
-
-def test_find_weights(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(M, "__file__", str(tmp_path / "model.py"))
-    with pytest.raises(WeightsError, match="train.py"):
-        M.find_weights()
-    for i, run in enumerate(("old", "new")):
-        (tmp_path / "runs" / run).mkdir(parents=True)
-        save(tiny, tmp_path / "runs" / run / "best.safetensors")
-        os.utime(tmp_path / "runs" / run / "best.safetensors", (i, i))
-    assert M.find_weights().parent.name == "new"
-    (tmp_path / "weights").mkdir()
-    for name in ("clean-low", "web-low"):
-        save(tiny, tmp_path / "weights" / f"{name}.safetensors")
-    assert M.find_weights().name == "web-low.safetensors"
-
-
-def test_command_line(tiny, tmp_path):
-    save(tiny, tmp_path / "w.safetensors", dict(stage=1))
-
-    def run(*args):
-        return subprocess.run([sys.executable, "model.py", *map(str, args)], cwd=HERE.parent, capture_output=True, text=True)
-    done = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
-    assert done.returncode == 0 and json.loads(done.stdout[:done.stdout.rindex("}") + 1])["stage"] == 1
-    assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
-    again = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
 
 
 @pytest.mark.parametrize("batch", (1, 3))

@@ -583,43 +583,6 @@ def test_losses_that_cannot_be(drawings, tmp_path, monkeypatch, capsys, more, wo
     assert code == 2 and words in err and err.count("\n") == 1, err
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("large")
-    for name, seeds in (("train", range(3)), ("val", range(10, 12))):
-        (folder / name).mkdir()
-        for seed in seeds:
-            draw(folder / name / f"{seed}.png", seed, (160, 144))
-    return folder
-
-
-def test_the_detector_is_trained_and_used(large, drawings, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "detector"
-    args = ["--detector", "--data", str(large / "train"), "--val", str(large / "val"), "--steps", "4", "--batch", "8",
-            "--every", "2", "--workers", "0", "--amp", "off", "--out", str(out)]
-    code, said, err = run_here(monkeypatch, capsys, tmp_path, args)
-    assert code == 0 and "clean recall" in said and "oversharp" in said, err
-    table = list(csv.reader((out / "confusion.csv").open()))
-    assert len(table) == 9 and sum(map(int, table[1][1:])) == 96 and table[1][0] == "clean"
-    once = (out / "detector.safetensors").read_bytes()
-    code, said, err = run_here(monkeypatch, capsys, tmp_path, args)       # a finished run, again
-    assert code == 0 and (out / "detector.safetensors").read_bytes() == once
-    more = dict(loss="pix,art_cls,art_feat", detector=out / "detector.safetensors", steps=2, every=2)
-    assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **more))[0] == 0
-    row = rows(tmp_path / "run")[-1]
-    assert float(row["art_cls_grad"]) > 0 and float(row["art_feat_grad"]) > 0
-    assert (out / "detector.safetensors").read_bytes() == once
-
-
-def test_faults_are_labelled_by_what_can_be_seen():
-    hr = torch.rand(8, 3, 64, 64)
-    x, labels = train.fault(hr, range(8), [0.8] * 8, range(8), train.CLASSES)
-    assert torch.equal(x[0], hr[0]) and labels.tolist() == [0, 1, 2, labels[3].item(), 4, 5, 6, 7]
-    flat = torch.full((1, 3, 64, 64), 0.5)
-    assert train.fault(flat, [4], [0.5], [0], train.CLASSES)[1].tolist() == [0]        # blur of nothing is nothing
-    assert x.shape == hr.shape and all((a != b).any() for a, b in zip(x[[1, 2, 4, 5, 6, 7]], hr[[1, 2, 4, 5, 6, 7]]))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # several processes
 

@@ -1,0 +1,144 @@
+"""convert.py: weights files in and out.
+
+    python convert.py runs/mine/best.safetensors              # what is in a weights file
+    python convert.py runs/mine/best.safetensors hat.pth      # the plain HAT in it, in the official format
+
+Also, as functions: which file to use when none is named, models of other kinds (with the package spandrel), two models
+blended into one. Needs model.py and its packages.
+"""
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+
+from model import HATRefiner, WeightsError, fit, load, read_weights, sizes, write_atomic
+
+
+def find_weights():
+    """The weights to use when none are named: shipped ones beside this file (`web-low` first), otherwise the newest
+    run's best. Raises WeightsError."""
+    shipped = sorted(Path(__file__).parent.glob("weights/*-*.safetensors"), key=lambda p: (p.stem != "web-low", p.name))
+    runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
+    if not shipped + runs:
+        raise WeightsError("no weights in weights/ and no run in runs/; name some with --weights, or train some: "
+                           "python train.py --stage 1 --patch 64")
+    return (shipped + runs)[0]
+
+
+class Foreign:
+    """A network that spandrel loaded, as tile.py wants one: .scale, (b, 3, h, w) -> (b, 3, h * scale,
+    w * scale) within [0, 1]. Spandrel pads to the sizes that the network can take."""
+
+    def __init__(self, found):
+        self.found, self.scale = found, found.scale
+
+    def __call__(self, x):
+        x = x.flatten(0, 1)[:, None] if self.found.input_channels == 1 else x   # a grey one sees R, G, B one by one
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind)
+        takes = {torch.float16: self.found.supports_half, torch.bfloat16: self.found.supports_bfloat16}
+        with torch.autocast(kind, dtype, enabled=torch.is_autocast_enabled(kind) and takes.get(dtype, False)):
+            y = torch.cat([self.found(one) for one in x.split(1)])              # it promises to take one at a time only
+        return y.view(-1, 3, *y.shape[-2:])
+
+
+def load_any(path, device="cpu"):
+    """A weights file -> a network in eval mode: our HATRefiner (official HAT files too), or a Foreign of any other
+    super-resolution architecture that the package spandrel knows, if it is installed (ESRGAN, Real-ESRGAN, SwinIR, DAT,
+    GRL, Real-CUGAN and more). Files are .safetensors, or pickles that hold nothing but plain weights. Raises
+    ValueError, one line."""
+    try:
+        return load(path, device)
+    except WeightsError as e:
+        ours = e
+    try:
+        path = Path(path)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception:               # not to be read at all, and our own line says why
+        raise ours from None
+    try:
+        import spandrel
+    except ImportError:
+        raise ValueError(f"{ours}; if it is a model of another kind: pip install spandrel") from None
+    try:
+        found = spandrel.ModelLoader().load_from_state_dict(spandrel.canonicalize_state_dict(state))
+    except spandrel.UnsupportedModelError:
+        raise ValueError(f"{ours}; and spandrel {spandrel.__version__} does not know it either") from None
+    except Exception as e:          # it guesses sizes by names and shapes, and whatever may come of that
+        said = (str(e).splitlines() or [""])[0]
+        raise ValueError(f"{path}: spandrel cannot load it ({type(e).__name__}: {said})") from None
+    kind, channels = found.architecture.name, (found.input_channels, found.output_channels)
+    if found.scale < 2:
+        raise ValueError(f"{path}: this {kind} model does not enlarge (1x); give one that does")
+    if channels not in ((3, 3), (1, 1)):
+        raise ValueError(f"{path}: this {kind} model makes {channels[1]} channels of {channels[0]}; it must be 3 of 3, "
+                         "or 1 of 1")
+    return Foreign(found.eval().to(torch.device(device)))
+
+
+def blend(files, alphas):
+    """[file a, file b] -> {alpha: HATRefiner in eval mode} with the weights (1 - alpha) * a + alpha * b; 0 and 1 are a
+    and b to the bit. Their headers hold what they were made of. Raises ValueError that names the first difference if
+    they are not the same network."""
+    (a, about_a), (b, about_b) = map(read_weights, files)
+    load(files[0])                      # says so if it is none of ours
+    for key in [*a, *sorted(b.keys() - a)]:
+        where = [str(f) for f, state in zip(files, (a, b)) if key in state]
+        what = (f"{key} is in {where[0]} only" if len(where) < 2 else
+                f"{key} is {tuple(a[key].shape)} and {tuple(b[key].shape)}" if a[key].shape != b[key].shape else
+                f"{key} holds other numbers" if not a[key].is_floating_point() and not a[key].equal(b[key]) else None)
+        if what:
+            raise ValueError(f"{files[0]} and {files[1]} are not the same network: {what}")
+    made = {}
+    for alpha in alphas:
+        state = {k: x if alpha == 0 or not x.is_floating_point() else b[k] if alpha == 1 else x.lerp(b[k], alpha)
+                 for k, x in a.items()}
+        made[alpha] = network = HATRefiner(**sizes(state)).eval()
+        fit(network, state, files[0])
+        network.refine = bool(network.out_conv.weight.any() or network.out_conv.bias.any())
+        network.header = {k: about_a[k] for k in ("recipe", "data", "licence")
+                          if k in about_a and about_b.get(k) == about_a[k]}
+        network.header["blend"] = [dict(file=Path(f).name, share=share, header=about) for f, share, about in
+                                   zip(files, (1 - alpha, alpha), (about_a, about_b))]
+    return made
+
+
+def export_hat(model, path):
+    """Writes the plain HAT (without the refiner) under its official names, .safetensors or .pth (`params_ema`), for
+    spandrel, chaiNNer, ComfyUI and HAT's own code."""
+    state, buffer = {k: v.detach().cpu().contiguous() for k, v in model.hat_model.state_dict().items()}, io.BytesIO()
+    if Path(path).suffix == ".safetensors":
+        buffer.write(to_safetensors(state))
+    else:
+        torch.save({"params_ema": state}, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def main():
+    p = argparse.ArgumentParser(description="Says what is in a weights file; with OUT, exports its plain HAT.",
+                                epilog="example: python convert.py runs/mine/best.safetensors hat.pth")
+    p.add_argument("weights", metavar="FILE", help="one of our .safetensors, or an official .pth")
+    p.add_argument("out", nargs="?", type=Path, help=".pth or .safetensors to write the plain HAT to")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    args = p.parse_args()
+    try:
+        model = load(args.weights)
+        if args.out and args.out.exists() and not args.overwrite:
+            raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
+        hat, refiner = (sum(x.numel() for k, x in model.named_parameters() if k.startswith("hat_model.") == b) for b in (1, 0))
+        print(json.dumps(model.header, indent=1, ensure_ascii=False))
+        print(f"{hat + refiner:,} parameters, {hat:,} of them HAT's; refiner {'trained' if model.refine else 'untrained: left out'}")
+        if args.out:
+            export_hat(model, args.out)
+            print(f"{args.out}: without the refiner" + ", so the picture differs from ours" * model.refine)
+    except (WeightsError, OSError) as e:
+        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""convert.py: weights files in and out; what becomes of models of other kinds is in test_rivals.py."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import convert
+from model import HATRefiner, WeightsError, load, save
+from test_model import same_picture, tiny       # noqa: F401; a fixture
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
+def test_plain_hat_opens_in_spandrel(tiny, tmp_path, suffix):
+    spandrel = pytest.importorskip("spandrel")
+    convert.export_hat(tiny, tmp_path / f"hat{suffix}")
+    theirs = spandrel.ModelLoader().load_from_file(tmp_path / f"hat{suffix}")
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert theirs.scale == 2 and (theirs.model.eval()(x) - tiny.hat_model(x)).abs().max() < 1e-5
+    assert same_picture(tiny.hat_model, load(tmp_path / f"hat{suffix}"))
+
+
+def test_find_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(convert, "__file__", str(tmp_path / "convert.py"))
+    with pytest.raises(WeightsError, match="train.py"):
+        convert.find_weights()
+    for i, run in enumerate(("old", "new")):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        save(tiny, tmp_path / "runs" / run / "best.safetensors")
+        os.utime(tmp_path / "runs" / run / "best.safetensors", (i, i))
+    assert convert.find_weights().parent.name == "new"
+    (tmp_path / "weights").mkdir()
+    for name in ("clean-low", "web-low"):
+        save(tiny, tmp_path / "weights" / f"{name}.safetensors")
+    assert convert.find_weights().name == "web-low.safetensors"
+
+
+def test_command_line(tiny, tmp_path):
+    save(tiny, tmp_path / "w.safetensors", dict(stage=1))
+
+    def run(*args):
+        return subprocess.run([sys.executable, "convert.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    done = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
+    assert done.returncode == 0 and json.loads(done.stdout[:done.stdout.rindex("}") + 1])["stage"] == 1
+    assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
+    again = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr

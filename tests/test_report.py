@@ -1,0 +1,509 @@
+"""report.py: what is on the page and in its folder, and, where Chromium and selenium are, the page in use."""
+import html.parser
+import io
+import json
+import math
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import report
+from report import Column, Report
+
+COLUMNS = [Column("psnr", "PSNR-Y, dB", "higher", 2), Column("niqe", "NIQE", "lower", 3), Column("s", "s/MP")]
+EVIL = ["plain.png", "</script><script>evil = 1</script>\"'&{{data}}.png", "絵\n<!--  \udcff.png"]
+
+
+def picture(h=200, w=300, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (h // 8 + 1, w // 8 + 1, 3), np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((w, h), Image.BICUBIC))
+
+
+def damaged(image, y, x, amount=60, side=24):
+    image = image.copy()
+    part = image[y:y + side, x:x + side].astype(int)
+    image[y:y + side, x:x + side] = np.where(part > 127, part - amount, part + amount)
+    return image
+
+
+def stored(page):
+    """What index.html hands to its script."""
+    text = (page.folder / "index.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def opened(page, file):
+    return np.asarray(Image.open(page.folder / file).convert("RGB"))
+
+
+class Tables(html.parser.HTMLParser):
+    """The tables of a page as lists of rows of (text, class); all tags, to see that they close."""
+    VOID = {"meta", "link", "img", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tables, self.scripts = [], [], 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.scripts += tag == "script"
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append(["", dict(attributes).get("class")])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1][0] += data
+
+
+def tables(page):
+    parsed = Tables(page.finish().read_text(encoding="utf-8"))
+    assert parsed.open == ["html"] and parsed.scripts == 2
+    return parsed.tables
+
+
+def test_pictures_and_names_come_back_to_the_bit(tmp_path):
+    page = Report(tmp_path / "a page", EVIL[1], COLUMNS, note="two\n<lines>")
+    images = {}
+    for i, name in enumerate(EVIL):
+        images[i] = {"bicubic": picture(seed=i), EVIL[2]: picture(seed=i + 10), "HR": picture(seed=i + 20)}
+        page.add(name, images[i], {"bicubic": {"psnr": 30}, EVIL[2]: {"psnr": 31}}, "HR")
+    page.finish()
+    data = stored(page)
+    assert [p["name"] for p in data] == EVIL
+    for i, p in enumerate(data):
+        assert [layer["label"] for layer in p["layers"]] == ["bicubic", EVIL[2], "HR"]
+        assert (p["width"], p["height"]) == (300, 200)
+        for layer, want in zip(p["layers"], images[i].values()):
+            assert np.array_equal(opened(page, layer["file"]), want)
+    each = tables(page)[1]
+    assert [row[0][0] for row in each[1:]] == [name.replace("\udcff", "?") for name in EVIL]
+    assert {p.name for p in tmp_path.iterdir()} == {"a page"}
+    assert {p.name for p in page.folder.iterdir()} == {"index.html", "report-files"}
+    assert not list(page.folder.rglob("*.part"))
+
+
+def test_a_side_too_long_for_webp_is_a_png(tmp_path):
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    image = picture(8, 16500)
+    page.add("long", {"a": image}, {})
+    page.finish()
+    file = stored(page)[0]["layers"][0]["file"]
+    assert file.endswith(".png") and np.array_equal(opened(page, file), image)
+
+
+def test_best_and_missing_figures(tmp_path):
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    b = {"psnr": 32.001, "niqe": 4, "s": 2}
+    figures = [{"a": {"psnr": 30, "niqe": 5, "s": 1}, "b": b, "c": {"niqe": math.nan}},
+               {"a": {"psnr": 34, "niqe": 3, "s": 1}, "b": b, "c": {"psnr": math.inf}}]
+    for i, own in enumerate(figures):
+        page.add(str(i), {label: picture(40, 50) for label in own}, own)
+    mean, psnr, niqe, seconds = tables(page)
+    # c lacks a PSNR for one picture, so all three are compared on the other
+    assert mean[0][1:] == [["PSNR-Y, dB (1 of 2 pictures) ↑", None], ["NIQE ↓", None], ["s/MP", None]]
+    assert mean[1] == [["a", None], ["34.00", None], ["4.000", "best"], ["1.00", None]]
+    assert mean[2] == [["b", None], ["32.00", None], ["4.000", "best"], ["2.00", None]]
+    assert mean[3] == [["c", None], ["∞", "best"], ["–", None], ["–", None]]
+    assert psnr[1:] == [[["0", None], ["30.00", None], ["32.00", "best"], ["–", None]],
+                        [["1", None], ["34.00", None], ["32.00", None], ["∞", "best"]]]
+    assert niqe[1:] == [[["0", None], ["5.000", None], ["4.000", "best"], ["–", None]],
+                        [["1", None], ["3.000", "best"], ["4.000", None], ["–", None]]]
+    assert [cell[1] for row in seconds for cell in row] == [None] * 12
+
+
+def test_worst_places_are_where_the_errors_are(tmp_path):
+    hr = picture(400, 600)
+    noise = np.random.default_rng(5).integers(-6, 7, hr.shape)
+    a = damaged(np.clip(hr + noise, 0, 255).astype(np.uint8), 40, 50)
+    b = damaged(damaged(hr, 310, 480), 300, 60, amount=40)
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    page.add("x", {"a": a, "b": b, "HR": hr}, {}, "HR")
+    page.finish()
+    p, = stored(page)
+    # b comes last, so its worst is first; then a's worst; then b's second
+    assert [r["worst"] for r in p["regions"]] == ["b", "a", "b"]
+    for region, (y, x) in zip(p["regions"], [(310, 480), (40, 50), (300, 60)]):
+        assert region["y"] <= y and y + 24 <= region["y"] + 96 and region["x"] <= x and x + 24 <= region["x"] + 96
+    strip = opened(page, p["crops"])
+    assert strip.shape == (3 * 96, 3 * 96, 3)
+    y, x = p["regions"][1]["y"], p["regions"][1]["x"]
+    assert np.array_equal(strip[96:192], np.concatenate([i[y:y + 96, x:x + 96] for i in (a, b, hr)], 1))
+    mse = np.mean((report.luma(a[y:y + 96, x:x + 96]) - report.luma(hr[y:y + 96, x:x + 96])) ** 2, dtype=float)
+    assert p["regions"][1]["psnr"] == [f"{10 * math.log10(255 ** 2 / mse):.1f} dB", "∞ dB", ""]
+    assert p["regions"][1]["best"] == [False, True, False]
+
+
+def test_places_do_not_overlap_and_small_or_equal_pictures_have_fewer(tmp_path):
+    page = Report(tmp_path / "p", "t", COLUMNS, crops=5)
+    hr = picture(300, 500)
+    page.add("many", {"a": picture(300, 500, 1), "HR": hr}, {}, "HR")
+    page.add("small", {"a": picture(20, 30, 1), "HR": picture(20, 30)}, {}, "HR")
+    page.add("equal", {"a": hr, "HR": hr}, {}, "HR")
+    page.finish()
+    many, small, equal = stored(page)
+    places = [(r["y"], r["x"]) for r in many["regions"]]
+    assert len(places) == 5
+    for i, (y, x) in enumerate(places):
+        assert 0 <= y <= 204 and 0 <= x <= 404
+        assert all(max(abs(y - b), abs(x - a)) >= 96 for b, a in places[:i])
+    assert small["side"] == 20 and len(small["regions"]) == 1
+    assert equal["regions"] == [] and "crops" not in equal
+
+
+def test_without_a_reference_the_methods_are_compared_with_each_other(tmp_path):
+    a = picture(300, 500)
+    page = Report(tmp_path / "p", "t", COLUMNS, crops=1)
+    page.add("two", {"a": a, "b": damaged(a, 200, 350)}, {})
+    page.add("one", {"a": a}, {})
+    page.finish()
+    two, one = stored(page)
+    region, = two["regions"]
+    assert region["y"] <= 200 <= region["y"] + 72 and region["x"] <= 350 <= region["x"] + 72
+    assert region["worst"] == "" and region["psnr"] == ["", ""] and not any(layer["heat"] for layer in two["layers"])
+    assert one["regions"] == []
+
+
+def test_heat_maps(tmp_path):
+    hr = picture(200, 300)
+    given = np.zeros((10, 15))
+    given[2, 3], given[5, 5] = 1, math.nan
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    page.add("x", {"a": damaged(hr, 100, 200), "HR": hr}, {}, "HR", {"a": {"artifacts": given}})
+    page.add("large", {"a": np.zeros((3000, 40, 3), np.uint8), "HR": np.zeros((3000, 40, 3), np.uint8)}, {}, "HR")
+    page.finish()
+    x, large = stored(page)
+    (kind, file), (other, artifacts) = x["layers"][0]["heat"]
+    assert (kind, other) == ("difference to HR", "artifacts") and x["layers"][1]["heat"] == []
+    heat = np.asarray(Image.open(page.folder / file).convert("RGBA")).astype(int)
+    assert heat.shape == (100, 150, 4)
+    assert heat[50:62, 100:112, 3].mean() > 150 and heat[:48, :, 3].max() == heat[64:, :, 3].max() == 0
+    own = np.asarray(Image.open(page.folder / artifacts).convert("RGBA"))
+    assert own.shape == (10, 15, 4) and own[2, 3].tolist() == [255] * 4 and np.count_nonzero(own[..., 3]) == 1
+    with Image.open(page.folder / large["layers"][0]["heat"][0][1]) as image:
+        assert max(image.size) <= report.HEAT_SIDE
+
+
+def test_an_interruption_leaves_what_was_added(tmp_path, monkeypatch):
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    images = {"a": picture(40, 50), "HR": picture(40, 50, 1)}
+    page.add("first", images, {"a": {"psnr": 30}}, "HR")
+    real, count = report.write, []
+
+    def interrupted(path, data):
+        count.append(path)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        real(path, data)
+    monkeypatch.setattr(report, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        page.add("second", images, {"a": {"psnr": 40}}, "HR")
+    monkeypatch.undo()
+    assert [row[0][0] for row in tables(page)[1][1:]] == ["first"]
+    page.add("third", images, {"a": {"psnr": 34}}, "HR")
+    assert tables(page)[0][1][1][0] == "32.00"
+    assert [p["name"] for p in stored(page)] == ["first", "third"]
+    assert all((page.folder / layer["file"]).exists() for p in stored(page) for layer in p["layers"])
+
+
+def test_no_picture_at_all(tmp_path):
+    page = Report(tmp_path / "p", "t", [])
+    assert tables(page) == [[[["method", None]]]] and stored(page) == []
+
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    page.finish()
+    before = (page.folder / "index.html").read_bytes()
+    page.add("x", {"a": picture(40, 50)}, {})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        page.finish()
+    assert (page.folder / "index.html").read_bytes() == before and not list(page.folder.rglob("*.part"))
+
+
+def test_folders_in_use_are_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="not an empty folder.*--overwrite"):
+        Report(tmp_path, "t", COLUMNS)
+    with pytest.raises(ValueError, match="not an empty folder"):
+        Report(tmp_path / "mine.txt", "t", COLUMNS)
+    for overwrite in (True, False):
+        with pytest.raises(ValueError, match="cannot write to|not an empty folder"):
+            Report(tmp_path / "mine.txt" / "below", "t", COLUMNS, overwrite=overwrite)
+    page = Report(tmp_path, "t", COLUMNS, overwrite=True)
+    for name in "ab":
+        page.add(name, {"a": picture(40, 50)}, {})
+    page.finish()
+    page = Report(tmp_path, "t", COLUMNS, overwrite=True)
+    assert not (tmp_path / "index.html").exists()       # a page without its pictures helps nobody
+    page.add("c", {"a": picture(40, 50)}, {})
+    page.finish()
+    assert sorted(p.name for p in (tmp_path / "report-files").iterdir()) == ["0001-0.webp"]
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_wrong_pictures_are_refused(tmp_path):
+    page = Report(tmp_path / "p", "t", COLUMNS)
+    good = picture(40, 50)
+    for images in ({}, {"a": good, "b": good[1:]}, {"a": good / 255}, {"a": good[..., 0]}):
+        with pytest.raises(ValueError, match="x.png: uint8 pictures"):
+            page.add("x.png", images, {})
+    with pytest.raises(ValueError, match="reference HR"):
+        page.add("x.png", {"a": good}, {}, "HR")
+    page.finish()
+    assert stored(page) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page in Chromium
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update", "disable-dev-shm-usage",
+                 "window-size=1200,900", f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+COLOURS = {"bicubic": (200, 40, 40), "ours": (40, 160, 60), "HR": (40, 60, 200)}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    page = Report(tmp_path_factory.mktemp("a ページ"), EVIL[1], COLUMNS, "a note")
+    for i, (name, psnr) in enumerate(zip(EVIL, (31, math.nan, 9.5))):
+        images = {label: np.full((400, 600, 3), colour, np.uint8) for label, colour in COLOURS.items()}
+        images["ours"][250:300, 100 + 100 * i:150 + 100 * i] = 255
+        page.add(name, images, {"bicubic": {"psnr": 20}, "ours": {"psnr": psnr}}, "HR",
+                 {"ours": {"artifacts": np.eye(8)}})
+    return page.finish()
+
+
+@pytest.fixture
+def browser(chromium, page):
+    """The page, freshly opened; at the end, without a complaint in its console."""
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    chromium.get("about:blank")
+    chromium.get_log("performance")
+    chromium.get(page.as_uri())
+    yield chromium
+    assert [entry for entry in chromium.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def find(browser, css):
+    return browser.find_element("css selector", css)
+
+
+def view(browser):
+    """(scale, left, top) of the two layers, which must be the same."""
+    both = browser.execute_script("""return [...document.querySelectorAll(".layer")].map(layer => {
+        const m = new DOMMatrix(getComputedStyle(layer).transform); return [m.a, m.e, m.f, m.b, m.d - m.a]})""")
+    assert both[0] == both[1] and both[0][3:] == [0, 0]
+    return both[0][:3]
+
+
+def split(browser):
+    """Where the line is, in percent; the two sides end there."""
+    at, left, right = browser.execute_script("""return [document.getElementById("slider").style.left,
+        ...[...document.querySelectorAll(".side")].map(side => getComputedStyle(side).clipPath)]""")
+    at = float(at.rstrip("%"))
+    ends = [[float(v) for v in re.findall(r"([\d.]+)(?:%|px)?", text)] for text in (left, right)]
+    assert left.startswith("inset(0px ") and right.startswith("inset(0px 0px 0px ")
+    assert ends[0][1] == pytest.approx(100 - at, abs=0.01) and ends[1][3] == pytest.approx(at, abs=0.01)
+    return at
+
+
+def shot(browser):
+    """The stage as it is on the screen, and the colours at 1/4 and 3/4 of its width, half way down."""
+    image = Image.open(io.BytesIO(find(browser, "#stage").screenshot_as_png)).convert("RGB")
+    return [image.getpixel((image.width * k // 4, image.height // 2)) for k in (1, 3)]
+
+
+def wait(browser, script):
+    from selenium.webdriver.support.ui import WebDriverWait
+    return WebDriverWait(browser, 10).until(lambda b: b.execute_script(f"return {script}"))
+
+
+def loaded(browser):
+    return wait(browser, "document.images.length >= 2 && [...document.images].every(i => i.complete && i.naturalWidth)")
+
+
+def test_the_page_shows_the_pictures_and_only_those_in_view(browser):
+    loaded(browser)
+    assert shot(browser) == [COLOURS["bicubic"], COLOURS["ours"]]
+    assert browser.title == EVIL[1] and find(browser, "h1").text == EVIL[1]
+    assert browser.execute_script("return typeof evil") == "undefined"
+    names = [o.get_property("textContent") for o in browser.find_elements("css selector", "#picture option")[:2]]
+    assert names == EVIL[:2]
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    asked = {url for url in asked if not url.startswith(("about:", "data:"))}
+    assert all(url.startswith("file://") for url in asked)
+    assert {url.rsplit("/", 1)[1] for url in asked} == {"index.html", "0001-0.webp", "0001-1.webp", "0001-crops.webp"}
+
+
+def test_the_line_follows_the_pointer_and_the_keys(browser):
+    from selenium.webdriver import ActionChains, Keys
+    slider, width = find(browser, "#slider"), find(browser, "#stage").size["width"]
+    assert split(browser) == 50
+    ActionChains(browser).move_to_element_with_offset(slider, 0, 60).click_and_hold().move_by_offset(150, 5).perform()
+    assert split(browser) == pytest.approx(50 + 100 * 150 / width, abs=0.5)
+    ActionChains(browser).release().move_by_offset(-300, 0).perform()
+    assert split(browser) == pytest.approx(50 + 100 * 150 / width, abs=0.5)
+    slider.send_keys(Keys.HOME)
+    assert split(browser) == 0
+    slider.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert split(browser) == 2 and slider.get_attribute("aria-valuenow") == "2"
+    slider.send_keys(Keys.END)
+    assert split(browser) == 100 and shot(browser) == [COLOURS["bicubic"]] * 2
+
+
+def test_both_sides_zoom_and_move_together(browser):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
+    stage = find(browser, "#stage")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", stage)
+    whole = view(browser)
+    ActionChains(browser).scroll_from_origin(ScrollOrigin.from_element(stage, 40, 30), 0, -500).perform()
+    scale, left, top = view(browser)
+    assert scale == pytest.approx(whole[0] * math.e, rel=0.02)
+    at = [stage.size["width"] // 2 + 40, stage.size["height"] // 2 + 30]
+    for k in (0, 1):        # the place under the pointer stayed there
+        assert (at[k] - whole[k + 1]) / whole[0] == pytest.approx((at[k] - (left, top)[k]) / scale, abs=1)
+    assert "pixels" in stage.get_attribute("class")
+    stage.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_UP)
+    assert view(browser) == [scale, pytest.approx(left - 60), pytest.approx(top + 60)]
+    ActionChains(browser).move_to_element_with_offset(stage, -90, 0).click_and_hold().move_by_offset(25, -35).perform()
+    ActionChains(browser).release().perform()
+    assert view(browser) == [scale, pytest.approx(left - 35, abs=1), pytest.approx(top + 25, abs=1)]
+    stage.send_keys("+")
+    assert view(browser)[0] == pytest.approx(scale * 1.25, rel=1e-4)
+    stage.send_keys("--")
+    assert view(browser)[0] == pytest.approx(scale * 0.8, rel=1e-4)
+    stage.send_keys("1")
+    assert view(browser)[0] == 1 and find(browser, "#level").text == "100%"
+    stage.send_keys("0")
+    assert view(browser) == whole
+
+
+def test_two_fingers_zoom(browser):
+    stage = find(browser, "#stage")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", stage)
+    box = browser.execute_script("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", stage)
+    x, y = box[0] + 500, box[1] + 350
+
+    def touch(kind, *places):
+        points = [dict(x=px, y=py, id=i) for i, (px, py) in enumerate(places)]
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", dict(type=kind, touchPoints=points))
+    before = view(browser)
+    touch("touchStart", (x - 20, y), (x + 20, y))
+    for k in (30, 40, 60):
+        touch("touchMove", (x - k, y), (x + k, y))
+    touch("touchEnd")
+    after = view(browser)
+    assert after[0] == pytest.approx(before[0] * 3, rel=0.1)
+    assert (500 - after[1]) / after[0] == pytest.approx((500 - before[1]) / before[0], abs=12)
+
+
+def test_swap_overlay_crops_and_the_next_picture(browser):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import Select
+    loaded(browser)
+    stage = find(browser, "#stage")
+    browser.execute_script("arguments[0].focus()", stage)
+    ActionChains(browser).key_down("f").perform()
+    assert shot(browser) == [COLOURS["ours"], COLOURS["bicubic"]]
+    assert [t.text for t in browser.find_elements("css selector", ".tag")] == ["ours 31.00", "bicubic 20.00"]
+    ActionChains(browser).key_up("f").perform()
+    assert shot(browser) == [COLOURS["bicubic"], COLOURS["ours"]]
+
+    overlay = Select(find(browser, "#heat"))
+    assert [o.text for o in overlay.options] == ["none", "difference to HR", "artifacts"]
+    overlay.select_by_index(1)
+    loaded(browser)
+    over = browser.find_elements("css selector", ".over")
+    assert [o.get_attribute("alt") for o in over] == ["difference to HR"] * 2
+    assert find(browser, "#legend").is_displayed()
+    assert all(o.rect == f.rect for o, f in zip(over, browser.find_elements("css selector", ".full")))
+    assert shot(browser)[0] not in COLOURS.values()
+    overlay.select_by_index(2)
+    assert len(browser.find_elements("css selector", ".over")) == 1
+
+    crops = browser.find_elements("css selector", ".region:first-child .crop")
+    assert len(crops) == 3 and crops[0].text.startswith("bicubic ") and crops[2].text == "HR"
+    crops[2].click()
+    loaded(browser)
+    assert find(browser, "#right").get_property("value") == "HR" and browser.switch_to.active_element == stage
+    scale, left, top = view(browser)        # the wrong place, 100..150 by 250..300, large and on the stage
+    assert scale >= 2 and 0 < 100 * scale + left < 150 * scale + left < stage.size["width"]
+    assert 0 < 250 * scale + top < 300 * scale + top < stage.size["height"]
+
+    stage.send_keys("n")
+    loaded(browser)
+    assert [i.get_attribute("src")[-11:] for i in browser.find_elements("css selector", ".full")] == ["0002-0.webp",
+                                                                                                       "0002-2.webp"]
+    assert find(browser, "#right").get_property("value") == "HR" and find(browser, "#size").text.startswith("2 of 3")
+    assert find(browser, "tr.now a").text == EVIL[1]
+    find(browser, ".each a[href='#3']").click()
+    wait(browser, "document.getElementById('size').textContent.startsWith('3 of 3')")
+
+
+def test_heads_sort_by_click_and_by_key(browser):
+    from selenium.webdriver import Keys
+
+    def order():
+        return browser.execute_script("return [...document.querySelectorAll('.each:not([hidden]) tbody a')]"
+                                      ".map(a => Number(a.hash.slice(1)))")
+    head = browser.find_elements("css selector", ".each:not([hidden]) thead th")[2]
+    assert order() == [1, 2, 3] and head.get_attribute("aria-sort") is None
+    head.find_element("css selector", "button").click()
+    assert order() == [1, 3, 2] and head.get_attribute("aria-sort") == "descending"     # 31, 9.5, missing
+    head.find_element("css selector", "button").send_keys(Keys.ENTER)
+    assert order() == [3, 1, 2] and head.get_attribute("aria-sort") == "ascending"
+    first = find(browser, ".each:not([hidden]) thead th button")
+    first.click()
+    assert order() == [2, 1, 3] and head.get_attribute("aria-sort") is None
+    find(browser, "#figure").send_keys("NIQE")
+    assert [part.is_displayed() for part in browser.find_elements("css selector", ".each")] == [False, True, False]
+
+
+@pytest.mark.parametrize("width", [360, 1400])
+def test_no_sideways_scrolling(browser, width):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                            dict(width=width, height=740, deviceScaleFactor=2, mobile=width < 700))
+    loaded(browser)
+    inner, whole = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+    assert inner == width and whole <= width
+    assert find(browser, "#stage").size["width"] > 0.85 * width
+    assert view(browser)[0] > 0 and shot(browser) == [COLOURS["bicubic"], COLOURS["ours"]]
+    assert Image.open(io.BytesIO(browser.get_screenshot_as_png())).size == (2 * width, 1480)
+
+
+def test_no_network_and_no_fetch():
+    assert not re.search(r"https?:|//[a-z]|fetch\(|XMLHttp|@import", report.PAGE.split("<style>", 1)[1])

@@ -1,0 +1,182 @@
+"""Models of other architectures, through tile.py's and evaluate.py's commands. Needs spandrel, but for two tests."""
+import csv
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+import convert
+import evaluate
+import model
+import tile
+
+
+def made(kind, scale, channels=3):
+    """A small network of spandrel's with random weights, its output brought near the grey of the pictures here."""
+    pytest.importorskip("spandrel", reason="other architectures need spandrel")
+    torch.manual_seed(0)
+    if kind == "rrdb":
+        from spandrel.architectures.ESRGAN import ESRGAN
+        net = ESRGAN(in_nc=channels, out_nc=channels, num_filters=8, num_blocks=1, scale=scale)
+    elif kind == "unshuffle":       # Real-ESRGAN's 2x: 4x on a picture folded to a quarter
+        from spandrel.architectures.ESRGAN import ESRGAN
+        net = ESRGAN(in_nc=12, num_filters=8, num_blocks=1, scale=2 * scale, shuffle_factor=2)
+    elif kind == "dat":
+        from spandrel.architectures.DAT import DAT
+        net = DAT(embed_dim=16, split_size=[4, 8], depth=[2], num_heads=[2], expansion_factor=2, upscale=scale)
+    elif kind == "grl":             # with the windows that spandrel takes for granted: no file says them
+        from spandrel.architectures.GRL import GRL
+        net = GRL(embed_dim=16, upscale=scale, upsampler="nearest+conv", depths=[2], num_heads_window=[2],
+                  num_heads_stripe=[2], window_size=16, stripe_size=[32, 64], stripe_groups=[None, None],
+                  stripe_shift=True, mlp_ratio=2, anchor_window_down_factor=4)
+    net.eval()
+    last = getattr(net, "conv_last", None) or [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    with torch.no_grad():
+        for _ in range(2):
+            y = net(grey_picture(64, 64)[None, :channels])
+            last.weight *= 0.01 / y.std()
+            last.bias += 0.5 - net(grey_picture(64, 64)[None, :channels]).mean()
+    return net
+
+
+def plain(net, x):
+    """What a network says of a picture without anything of ours around it; sizes must suit it."""
+    with torch.no_grad():
+        return net(x[None])[0].clamp(0, 1)
+
+
+def grey_picture(h, w, seed=0):
+    """Soft and near the middle, so that a random network is believed."""
+    g = torch.Generator().manual_seed(seed)
+    x = F.interpolate(torch.rand(1, 3, 4, 5, generator=g), (h, w), mode="bicubic")[0]
+    return (0.45 + 0.1 * x).clamp(0, 1).mul(255).round() / 255
+
+
+def save(path, x):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(path)
+    return path
+
+
+def command(monkeypatch, capsys, module, *args):
+    """(exit code, stdout, stderr) of a command in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args), "--device", "cpu", "--amp", "off"])
+    code = 0
+    try:
+        module.main()
+    except SystemExit as e:
+        code = e.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.mark.parametrize("kind, scale, suffix", [("rrdb", 4, ".pth"), ("unshuffle", 2, ".safetensors"),
+                                                 ("dat", 2, ".safetensors"), ("grl", 4, ".pth")])
+def test_both_commands(kind, scale, suffix, tmp_path, monkeypatch, capsys):
+    net, file = made(kind, scale), tmp_path / f"a rival{suffix}"
+    state = {k: v.contiguous() for k, v in net.state_dict().items()}
+    save_file(state, file) if suffix == ".safetensors" else torch.save({"params_ema": state}, file)
+    lr = grey_picture(64, 64)
+    expected = plain(net, lr)
+    code, out, err = command(monkeypatch, capsys, tile, save(tmp_path / "lr" / "a.png", lr), "-o",
+                             tmp_path / "a.png", "--weights", file)
+    assert code == 0, err
+    assert f"{scale}x on cpu" in out and "64x64 -> " in out
+    sr = tile.read_picture(tmp_path / "a.png").rgb
+    assert expected.std() > 0.005 and (sr - expected).abs().max() < 0.51 / 255 + 1e-5   # 8 bits of the same picture
+
+    hr = F.interpolate(lr[None], scale_factor=scale, mode="bicubic")[0].clamp(0, 1)
+    save(tmp_path / "hr" / "a.png", hr)
+    save(tmp_path / "hr" / "odd.png", grey_picture(37 * scale + 1, 41 * scale))     # fits no window
+    code, out, err = command(monkeypatch, capsys, evaluate, "--data", tmp_path / "hr", "--weights", file, "--csv",
+                             tmp_path / "t.csv", "--metrics", "psnr_y,faithfulness,seconds")
+    assert code == 0 and "2 pictures," in out, err
+    rows = {(r["picture"], r["method"]): r for r in csv.DictReader(open(tmp_path / "t.csv", encoding="utf-8"))}
+    assert {m for _, m in rows} == {"bicubic", "lanczos", "a rival"}
+    for name, small, large in evaluate.pairs(tmp_path / "hr", "bicubic", scale):
+        if name == "a.png":
+            assert float(rows[name, "a rival"]["psnr_y"]) == pytest.approx(
+                evaluate.psnr(plain(net, small), large, scale), abs=2e-3)
+        assert int(rows[name, "a rival"]["width"]) == large.shape[-1]
+
+
+def test_tiles_join_and_small_pictures_work(tmp_path):
+    torch.save(made("rrdb", 2).state_dict(), tmp_path / "r.pth")
+    network, lr = convert.load_any(tmp_path / "r.pth"), grey_picture(80, 48)
+    whole = tile.upscale(network, lr, 2, tile.Tiler(80, 0, align=1))
+    tiled = tile.upscale(network, lr, 2, tile.Tiler(16, 32, batch=3))       # its reach is under 16
+    assert (whole - tiled).abs().max() < 1e-5
+    one = tile.upscale(network, lr[:, :1, :1], 2, tile.Tiler(16, 0))
+    assert one.shape == (3, 2, 2)
+
+
+def test_a_grey_model_sees_channel_by_channel(tmp_path):
+    net = made("rrdb", 2, channels=1)
+    torch.save(net.state_dict(), tmp_path / "grey.pth")
+    network, lr = convert.load_any(tmp_path / "grey.pth"), grey_picture(16, 24)
+    expected = torch.cat([plain(net, channel[None]) for channel in lr])
+    assert (tile.upscale(network, lr, 2, tile.Tiler(32, 0, align=1)) - expected).abs().max() < 1e-6
+    assert network(torch.stack([lr, lr.flip(2)])).shape == (2, 3, 32, 48)
+
+
+def test_autocast_only_where_the_network_takes_it(tmp_path):
+    torch.save(made("rrdb", 2).state_dict(), tmp_path / "r.pth")
+    network, lr = convert.load_any(tmp_path / "r.pth"), grey_picture(16, 16)[None]
+    exact = network(lr)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(lr).dtype == torch.bfloat16 and not torch.equal(exact, network(lr).float())
+        network.found.supports_bfloat16 = False
+        assert torch.equal(exact, network(lr))
+
+
+def test_official_hat_and_ours_are_not_foreign(tmp_path):
+    torch.manual_seed(0)
+    ours = model.HATRefiner.from_preset("tiny")
+    model.save(ours, tmp_path / "ours.safetensors", {})
+    convert.export_hat(ours, tmp_path / "official.pth")
+    for name in ("ours.safetensors", "official.pth"):
+        assert isinstance(convert.load_any(tmp_path / name), model.HATRefiner)
+
+
+def test_the_adapter_makes_of_hat_what_we_do(tmp_path):
+    spandrel = pytest.importorskip("spandrel", reason="other architectures need spandrel")
+    torch.manual_seed(0)
+    ours = model.HATRefiner.from_preset("tiny", window=16, heads=6, embed_dim=24)
+    convert.export_hat(ours, tmp_path / "hat.pth")
+    theirs, lr = convert.Foreign(spandrel.ModelLoader().load_from_file(tmp_path / "hat.pth")), grey_picture(32, 48)
+    a, b = (tile.upscale(network, lr, 2, tile.Tiler(48, 0, align=1)) for network in (theirs, ours))
+    assert (a - b).abs().max() < 1e-4
+
+
+def test_what_cannot_be_used(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("spandrel", reason="other architectures need spandrel")
+    from spandrel.architectures.ESRGAN import ESRGAN
+    picture = save(tmp_path / "a.png", grey_picture(16, 16))
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "unknown.pth")
+    torch.save(ESRGAN(num_filters=8, num_blocks=1, scale=1).state_dict(), tmp_path / "once.pth")
+    torch.save(ESRGAN(in_nc=4, num_filters=8, num_blocks=1).state_dict(), tmp_path / "four.pth")
+    state = ESRGAN(num_filters=8, num_blocks=1).state_dict()
+    torch.save({k: v for k, v in state.items() if "conv2.0.bias" not in k}, tmp_path / "holes.pth")
+    torch.save({"net": types.SimpleNamespace()}, tmp_path / "pickle.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    for name, says in (("unknown.pth", "does not know it either"), ("once.pth", "does not enlarge (1x)"),
+                       ("four.pth", "makes 3 channels of 4"), ("holes.pth", "spandrel cannot load it"),
+                       ("pickle.pth", "not just plain weights"), ("cut.safetensors", "cannot be read"),
+                       ("none.pth", "no weights file")):
+        for module, args in ((tile, (picture, "-o", tmp_path / "out")), (evaluate, ("--data", picture))):
+            code, out, err = command(monkeypatch, capsys, module, *args, "--weights", tmp_path / name)
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err and name in err, err
+
+
+def test_without_spandrel_the_line_says_what_helps(tmp_path, monkeypatch, capsys):
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "rival.pth")
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    picture = save(tmp_path / "a.png", grey_picture(16, 16))
+    for module, args in ((tile, (picture, "-o", tmp_path / "out")), (evaluate, ("--data", picture))):
+        code, _, err = command(monkeypatch, capsys, module, *args, "--weights", tmp_path / "rival.pth")
+        assert code == 2 and err.count("\n") == 1 and "rival.pth" in err and "pip install spandrel" in err
