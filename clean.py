@@ -62,7 +62,8 @@ def progress(what, done, total, start, unit="pictures"):
 
 def quiet_worker(_):
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which then ends us
+    for which in signal.SIGINT, signal.SIGTERM:         # Ctrl-C and a shutdown are for the main process, which then ends us
+        signal.signal(which, signal.SIG_IGN)
 
     def orphaned():
         multiprocessing.parent_process().join()

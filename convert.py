@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from model import HATRefiner, WeightsError, fit, load, read_weights, sizes, write_atomic
+from model import PRESETS, HATRefiner, WeightsError, fit, load, read_weights, sizes, write_atomic
 
 
 def find_weights():
     """The weights to use when none are named: shipped ones beside this file (`web-low` first), otherwise the newest
     run's best. Raises WeightsError."""
-    shipped = sorted(Path(__file__).parent.glob("weights/*-*.safetensors"), key=lambda p: (p.stem != "web-low", p.name))
+    shipped = sorted((p for p in Path(__file__).parent.glob("weights/*-*.safetensors") if p.stem.split("-")[-1] in PRESETS),
+                     key=lambda p: (p.stem != "web-low", p.name))
     runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda p: p.stat().st_mtime, reverse=True)
     if not shipped + runs:
         raise WeightsError("no weights in weights/ and no run in runs/; name some with --weights, or train some: "

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -121,7 +122,7 @@ def _window_mean(x):
 
 
 def _similarity(a, b, light=True):
-    """(B, C, H, W) twice -> (B, C, H-10, W-10): SSIM of each window, or without `light` its contrast and structure only.
+    """(B, C, H, W) twice -> (B, C, H-10, W-10): SSIM of each window, without `light` only its contrast and structure.
     In strips, which the processor's cache holds: several times as fast on large pictures."""
     strips, c1, c2 = [], 0.01 ** 2, 0.03 ** 2
     for top in range(0, a.shape[-2] - 10, 64):
@@ -422,7 +423,8 @@ def save_niqe(model, path, header=None):
 @functools.lru_cache
 def load_niqe(path=None):
     """A file of save_niqe (default: weights/niqe-anime.safetensors beside this file), or the public pristine parameters
-    in .npz (mu_pris_param, cov_pris_param) -> NiqeModel. Raises ValueError."""
+    in .npz (mu_pris_param, cov_pris_param; their gaussian_window is the one used here) -> NiqeModel. Raises
+    ValueError."""
     path = Path(path or Path(__file__).parent / "weights/niqe-anime.safetensors")
     try:
         if path.suffix == ".npz":
@@ -434,9 +436,9 @@ def load_niqe(path=None):
                 state = [f.get_tensor(k) for k in NiqeModel._fields]
         return NiqeModel(state[0].double().reshape(36), state[1].double().reshape(36, 36))
     except FileNotFoundError:
-        raise ValueError(f"no NIQE model {path}; make one: python metrics.py fit-niqe FOLDER -o {path}") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise ValueError(f"{path} is no NIQE model ({' '.join(str(e).split())})") from None
+        raise ValueError(f"no NIQE model {str(path)!r}; make one: python metrics.py fit-niqe FOLDER -o FILE") from None
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{str(path)!r} is no NIQE model ({' '.join(str(e).split())})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

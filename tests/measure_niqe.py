@@ -1,4 +1,4 @@
-"""Is NIQE worth anything on drawings: is each clean picture below its blurred, compressed and noisy versions? Not run by
+"""Is NIQE worth anything on drawings: is each clean picture below what blur, JPEG and noise make of it? Not run by
 pytest.
 
     python tests/measure_niqe.py --data CLEAN_FOLDER                                # our model

@@ -37,6 +37,8 @@ def test_find_weights(tiny, tmp_path, monkeypatch):
         os.utime(tmp_path / "runs" / run / "best.safetensors", (i, i))
     assert convert.find_weights().parent.name == "new"
     (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "niqe-anime.safetensors").write_bytes(b"no model")
+    assert convert.find_weights().parent.name == "new"
     for name in ("clean-low", "web-low"):
         save(tiny, tmp_path / "weights" / f"{name}.safetensors")
     assert convert.find_weights().name == "web-low.safetensors"

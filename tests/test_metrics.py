@@ -210,7 +210,7 @@ def test_psnr_and_ssim_agree_with_scikit_image(y):
 
 @pytest.mark.parametrize("size", [(176, 192), (181, 207)])
 def test_ms_ssim_against_slow_sums(size):
-    hr, sr = drawing(*size), metrics.to_8_bit(blur(noise(drawing(*size), 9), 1))
+    hr, sr = drawing(*size), metrics.to_8_bit(blur(noise(drawing(*size) * 0.7, 9), 1))
     assert abs(metrics.ms_ssim(sr, hr) - slow_ms_ssim(slow_plane(sr), slow_plane(hr))) < 1e-5
     wanted = np.mean([slow_ms_ssim(p, q) for p, q in zip(slow_plane(sr, False), slow_plane(hr, False))])
     assert abs(metrics.ms_ssim(sr, hr, luma=False) - wanted) < 1e-5
@@ -290,6 +290,10 @@ def test_faults_that_a_metric_must_not_see():
     flat = torch.full((3, 64, 64), 0.5)
     flat[:, :, 30:] += 8 / 255
     assert metrics.banding(flat) == 0                                   # the border of two even tones
+    panels = (torch.arange(200) // 20 * 5 + 100) / 255
+    assert metrics.banding(panels.expand(3, 40, 200)) > 0.9
+    panels[19::20] = 90 / 255                                           # the same tones, with lines between: drawn so
+    assert metrics.banding(panels.expand(3, 40, 200)) == 0
     lines = torch.full((3, 64, 64), 0.2)
     lines[:, 20] = lines[:, :, 40] = 1
     assert math.isnan(metrics.highlight_recall(lines, lines))           # lines are no stars
@@ -371,6 +375,8 @@ def test_faithfulness_against_pillow():
     again = np.asarray(pixels.resize((70, 60), Image.Resampling.BICUBIC)).astype(float)
     wanted = 10 * math.log10(255 ** 2 / np.mean((again - lr.permute(1, 2, 0).numpy() * 255) ** 2))
     assert metrics.faithfulness(sr, lr, 2) == pytest.approx(wanted, abs=0.1)
+    assert metrics.faithfulness(sr + 0.4 / 255 * (sr < 0.9), lr, 2) == metrics.faithfulness(
+        metrics.to_8_bit(sr + 0.4 / 255 * (sr < 0.9)), lr, 2)
     with pytest.raises(ValueError, match=r"\(3, 120, 140\) is not 3 times one \(3, 60, 70\)"):
         metrics.faithfulness(sr, lr, 3)
 
@@ -498,7 +504,9 @@ def test_fit_counts_groups_and_pictures_alike():
     assert torch.allclose(alone.mean, both.mean(0))
     soft = a.clone()
     soft[:, :, 240:] = blur(a, 4)[:, :, 240:]                   # of its blocks only the sharp half is taken
-    sharp_only = metrics.niqe_features(metrics.luma(soft)[0])[0].reshape(5, 5, 36)[:, :2].flatten(0, 1).mean(0)
+    soft[:, :100] = 0.5                                         # without texture: no feature of it is a number
+    assert metrics.fit_niqe([soft], [a], [a], sharpness=-1).mean.isfinite().all()
+    sharp_only = metrics.niqe_features(metrics.luma(soft)[0])[0].reshape(5, 5, 36)[1:, :2].flatten(0, 1).mean(0)
     assert torch.allclose(metrics.fit_niqe([soft], [a], [a]).mean, (sharp_only + 2 * features.mean(0)) / 3)
     with pytest.raises(ValueError, match="^0 sharp blocks of 96x96 are too few"):
         metrics.fit_niqe([torch.rand(3, 95, 400)], [])
@@ -526,12 +534,16 @@ def test_bad_models_get_one_line(tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     np.savez(tmp_path / "small.npz", mu_pris_param=np.zeros(3), cov_pris_param=np.zeros((3, 3)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "small.npz").read_bytes()[:-40])
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "line\nbreak.npz").touch()
+    (tmp_path / "folder.safetensors").mkdir()
     np.savez(tmp_path / "pickle.npz", mu_pris_param=np.array([{}]), cov_pris_param=np.zeros((36, 36)))
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(ValueError, match="is no NIQE model") as e:
             metrics.load_niqe(path)
         assert "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="no NIQE model .*absent.safetensors; make one: python metrics.py fit-niqe"):
+    with pytest.raises(ValueError, match="no NIQE model .*absent.safetensors'; make one: python metrics.py fit-niqe"):
         metrics.load_niqe(tmp_path / "absent.safetensors")
 
 
@@ -540,7 +552,7 @@ def test_niqe_small_and_even():
     with pytest.raises(ValueError, match="96 pixels a side, not 95x300"):
         metrics.niqe(torch.rand(3, 300, 95), model)
     x = textured(288, 288)
-    x[:, :96] = 0.3                             # three even blocks, left out: not as if they had some texture
+    x[:, :100] = 0.3                            # three even blocks, left out: not as if they had some texture
     features, _ = metrics.niqe_features(metrics.luma(x)[0])
     gone = features.isnan().any(1)
     assert gone.tolist() == [True, True, True] + [False] * 6

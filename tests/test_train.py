@@ -227,6 +227,22 @@ def test_stage_2_finds_the_newest_run_of_stage_1(whole, drawings, tmp_path, monk
     assert code == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="process groups")
+def test_a_shutdown_that_ends_every_process_of_it(whole, drawings, tmp_path):
+    """SIGTERM to the workers too, as when a machine goes down: the step at hand is finished and kept."""
+    args, run = flags(drawings, tmp_path / "run", workers=2, every=1000, steps=1000, patch=8), tmp_path / "run"
+    p = start(args, tmp_path, start_new_session=True)
+    for _ in range(600):
+        time.sleep(0.1)
+        if (run / "state.pt").exists():
+            break
+    time.sleep(3)
+    os.killpg(p.pid, signal.SIGTERM)
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "stopped at step" in err and "Traceback" not in err, err
+    assert torch.load(run / "state.pt", weights_only=True)["now"]["step"] > 0
+
+
 def test_a_disk_that_is_full_while_saving(whole, drawings, tmp_path):
     """A file may not grow past a limit, as on a full disk: one line, nothing half-written; with room again the same
     command ends as if nothing had happened."""
