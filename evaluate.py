@@ -524,10 +524,7 @@ def run(args, networks=None, watch=None):
             yield label, partial(upscale, network, lr)
 
     def seam(network, sr, lr):
-        """Where a seam would show: where a crossfade begins, in its middle, where it ends; nan for a single tile."""
-        lines, fade = [], tiled.tile_pad * scale
-        for side in lr.shape[-2:]:
-            lines.append([s.start + at for s in tiled.spans(side, scale)[1][1:] for at in (0, fade // 2, fade)])
+        lines = tiled.seams(*lr.shape[-2:], scale)
         return metrics.seam(sr, upscale(network, lr, True), lines) if any(lines) else math.nan
 
     def figures(method, sr, hr, lr, seconds, patches):

@@ -389,6 +389,12 @@ class Tiler:
             spans.append(Span(read, start, stop, starts[k + 1] if k + 1 < len(reads) else stop, weight))
         return width, spans
 
+    def seams(self, height, width, scale):
+        """Where a seam would show in the result: (rows, columns) at which a crossfade begins, is in its middle, ends."""
+        fade = self.tile_pad * scale
+        return [[s.start + at for s in self.spans(side, scale)[1][1:] for at in (0, fade // 2, fade)]
+                for side in (height, width)]
+
     def count(self, height, width):
         """Tiles for a picture of this size."""
         return len(self.spans(height, 1)[1]) * len(self.spans(width, 1)[1])

@@ -22,34 +22,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import convert                                                          # noqa: E402
+import metrics                                                          # noqa: E402
 import model                                                            # noqa: E402
 import tile                                                             # noqa: E402
 
 
 def psnr(a, b):
     return -10 * (a.clamp(0, 1) - b.clamp(0, 1)).double().square().mean().log10().item()
-
-
-def seam(sr, rows, columns):
-    """Mean jump of the gradient across the lines before these rows and columns of sr (3, H, W), over the mean
-    elsewhere: 1 where a seam is no more than any other place of a picture whose detail lies evenly. A picture has its
-    own value at these lines, so compare with the same of the untiled result."""
-    grey, sums = sr.mean(0), [0.0, 0, 0.0, 0]
-    for x, lines in (grey, rows), (grey.t(), columns):
-        gradient = x.diff(dim=0)                                                    # [i]: between rows i, i + 1
-        jump = (gradient[1:-1] - (gradient[:-2] + gradient[2:]) / 2).abs().mean(1)  # [i]: between rows i + 1, i + 2
-        at = torch.zeros(len(jump), dtype=torch.bool)
-        at[[i - 2 for i in lines if 0 <= i - 2 < len(jump)]] = True
-        for k, part in (0, jump[at]), (2, jump[~at]):
-            sums[k] += part.sum().item()
-            sums[k + 1] += len(part)
-    return sums[0] / max(sums[1], 1) / (sums[2] / max(sums[3], 1) + 1e-12)
-
-
-def fade_lines(tiler, side, scale):
-    """Where a seam would show along an axis: at the beginning, the middle and the end of every crossfade."""
-    fade = tiler.tile_pad * scale
-    return [s.start + at for s in tiler.spans(side, scale)[1][1:] for at in (0, fade // 2, fade)]
 
 
 def quality(args, network):
@@ -78,10 +57,10 @@ def quality(args, network):
                 else:
                     tiler = tile.Tiler(size, pad, 1, window)
                     sr = tile.upscale(network, x, scale, tiler, args.device, amp, sync=how)
-                    lines = [fade_lines(tiler, side, scale) for side in x.shape[1:]]
+                    lines = tiler.seams(*x.shape[1:], scale)
                 figures.append(psnr(sr, whole))
                 if any(lines):
-                    seams.append(seam(sr, *lines) / seam(whole, *lines))
+                    seams.append(metrics.seam(sr, whole, lines))
             worst = max(seams, key=lambda s: abs(s - 1), default=float("nan"))
             print(f"| {size} | {pad} | {how} | {sum(figures) / len(figures):.2f} | {min(figures):.2f} | "
                   f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - begun) / seconds:.2f} |",

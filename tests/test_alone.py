@@ -37,6 +37,16 @@ JOBS = {
         draw_demo("drawn", train=1, val=1)
         assert len(list(Path("drawn").glob("*/*.png"))) == 2
     """,
+    "metrics": """
+        hr = torch.rand(3, 40, 40)
+        assert psnr(hr, hr) == float("inf") and ssim((hr + 0.1).clamp(0, 1), hr) < 1
+    """,
+    "report": """
+        import numpy as np
+        page = Report("page", "t", [Column("psnr", "PSNR")])
+        page.add("a", {"x": np.zeros((9, 9, 3), np.uint8)}, {"x": {"psnr": 1}})
+        assert page.finish().exists()
+    """,
     "scrape": "",
 }
 
