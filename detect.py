@@ -21,7 +21,7 @@ import degrade
 from losses import CLASSES, ArtifactDetector, dirt, load_detector, save_detector
 from tile import composite, find_pictures, printable, read_picture, replacing
 
-SIDES, VERSIONS, SEEN = (96, 160), 4, 0.3
+SIDES, VERSIONS, SEEN = (128, 256), 4, 0.3
 HARD = [CLASSES.index(kind) for kind in ("banding", "oversharp", "seam")]     # drawn twice as often
 
 
@@ -82,7 +82,7 @@ def learn(detector, x, targets):
     logits = detector(x.contiguous(memory_format=torch.channels_last))
     d = dirt(logits).view(-1, VERSIONS)
     order = F.softplus(torch.stack([d[:, 0] - d[:, 1], d[:, 1] - d[:, 2], d[:, 0] - d[:, 3]])).mean()
-    return F.cross_entropy(logits, targets) + 0.3 * order
+    return F.cross_entropy(logits, targets) + 0.5 * order
 
 
 def held_out(paths, side=128, count=4, seed=1):
@@ -135,13 +135,15 @@ def scores(detector, picture):
 
 
 def train_detector(args, files, patch_shares, state):
-    """train.py --detector: learns from patch files, writes into the run folder, goes on from state (None: anew)."""
+    """train.py --detector: learns from patch files, writes into the run folder, goes on from state (None: anew). With
+    args.weights, and in its last third, the batch norms stay as they are: measured is what is learned."""
     out, began, total = Path(args.out), time.time(), 0.0
     paths = find_pictures([args.val])
     crops = held_out(paths, count=max(1, 24 // len(paths)))
     torch.manual_seed(args.seed)
-    detector = ArtifactDetector().to(args.device, memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(detector.parameters(), lr=args.lr, weight_decay=1e-3)
+    detector = load_detector(args.weights) if args.weights else ArtifactDetector()
+    detector = detector.requires_grad_(True).to(args.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(detector.parameters(), lr=args.lr, weight_decay=1e-2)
     step = 0
     if state:
         detector.load_state_dict(state["model"])
@@ -154,6 +156,7 @@ def train_detector(args, files, patch_shares, state):
     for x, targets in data.loader(faults, step, args.workers):
         for group in optimiser.param_groups:
             group["lr"] = args.lr * min((step + 1) / args.warmup, 0.505 + 0.495 * math.cos(math.pi * step / args.steps))
+        detector.train(not args.weights and 3 * step < 2 * args.steps)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss = learn(detector, x.to(args.device), targets.to(args.device))
         optimiser.zero_grad(set_to_none=True)
@@ -163,7 +166,6 @@ def train_detector(args, files, patch_shares, state):
         step, total = step + 1, total + loss.item()
         if step % args.every == 0 or step == args.steps:
             table = confusion(detector.eval(), crops)
-            detector.train()
             left, mean = int((args.steps - step) * (time.time() - began) / (step - first)), total / (step - shown_at)
             right, recall = shares(table)
             print(f"step {step}/{args.steps}  loss {mean:.4f}  {left // 60}m{left % 60:02d}s left  right {right:.1%}, "

@@ -498,14 +498,14 @@ def discriminator_loss(d, sr, hr, kind="ragan", r1=0.0):
 
 
 class ArtifactDetector(nn.Module):
-    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 127,256 parameters.
+    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 154,072 parameters.
 
     It sees the steps of R, G and B to the right and down, in 8-bit levels through asinh, which makes a step of one
     level (banding) visible beside a line; no colour, which would say what is drawn rather than how. Two by two pixels
     lie in channels from the start: nothing is thrown away, and no layer pays for the full resolution. The last of
     `stages` looks 79 pixels wide. `lines` looks along the means of those steps over whole rows and columns, where
-    seams and the grids of codecs stand out however faint they are. Pooled by mean and by log-mean-exp, since a fault
-    may be rare."""
+    seams and the grids of codecs stand out however faint they are. The head gets the mean, the deviation and the
+    log-mean-exp (a fault may be rare) of every feature of every stage."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -521,11 +521,13 @@ class ArtifactDetector(nn.Module):
         self.lines = nn.Sequential(
             nn.Conv1d(6, w, 9, 1, 4, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1),
             nn.Conv1d(w, w, 9, 1, 8, 2, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1))
-        self.head = nn.Linear(2 * (u + w), len(CLASSES))
+        n = 3 * (w + v + u + w)
+        self.head = nn.Sequential(nn.BatchNorm2d(n, affine=False), nn.Conv2d(n, u, 1), nn.LeakyReLU(0.1),
+                                  nn.Conv2d(u, len(CLASSES), 1))
 
     def forward(self, x, everything=False):
-        """everything=True: also the map (B, 8, H/8, W/8) of what the head would say if all were like that place (class
-        activation map, Zhou et al. 2016), and a list of the features of the three stages, of H/2, H/4 and H/8."""
+        """everything=True: also the map (B, 8, H/8, W/8) of what the head says of the 65 pixels around each place, and
+        a list of the features of the three stages, of H/2, H/4 and H/8."""
         x = full(x)
         p = F.pad(x, (0, 1 + x.shape[3] % 2, 0, 1 + x.shape[2] % 2), "replicate")       # an even side and one more
         x = p[..., :-1, :-1]
@@ -536,24 +538,33 @@ class ArtifactDetector(nn.Module):
             y = stage(y)
             features.append(y)
         with torch.autocast(x.device.type, enabled=False):
-            y = full(y)
             rows, columns = (self.lines(torch.cat([d.abs().mean(k), d.mean(k)], 1)) for d, k in ((down, 3), (right, 2)))
-            both = torch.cat([rows, columns], 2)
-            logits = self.head(torch.cat([y.mean((2, 3)), peak(y.flatten(2)), (rows.mean(2) + columns.mean(2)) / 2,
-                                          peak(both)], 1))
+            rows, columns = rows[..., None], columns[:, :, None]
+
+            def told(windows):
+                found = [figures(moments(full(z), 4, n), 4) for z, n in zip(features, windows)]
+                found.append(figures((moments(rows, 16, windows[3]) + moments(columns, 16, windows[4])) / 2, 16))
+                return self.head(torch.cat(found, 1))
+            logits = told([None] * 5)[..., 0, 0]
             if not everything:
                 return logits
-            u, w = y.shape[1], rows.shape[1]
-            mean, top, line, line_top = self.head.weight.split([u, u, w, w], 1)
-            rows, columns = (F.adaptive_avg_pool1d((line + line_top) / 2 @ z, n)
-                             for z, n in zip((rows, columns), y.shape[2:]))
-            places = F.conv2d(y, (mean + top)[..., None, None], self.head.bias)
-            return logits, places + rows[..., None] + columns[:, :, None], features
+            return logits, told([(4, 4), (2, 2), (1, 1), (8, 0), (0, 8)]), features
 
 
-def peak(x, sharp=4):
-    """(B, C, N) -> (B, C), log-mean-exp: between mean and maximum, the same for a picture and for two of it."""
-    return (torch.logsumexp(sharp * x, 2) - math.log(x.shape[2])) / sharp
+def moments(x, sharp, stride=None):
+    """(B, C, H, W) -> (B, 3 C, h, w): means of x, its square and exp(sharp * x), of everything or, with strides (y, x),
+    of windows that reach 4 strides to each side."""
+    z = torch.cat([x, x * x, (sharp * x).clamp(max=60).exp()], 1)
+    if stride is None:
+        return z.mean((2, 3), keepdim=True)
+    reach = [4 * n for n in stride]
+    return F.avg_pool2d(z, [2 * n + 1 for n in reach], [max(n, 1) for n in stride], reach, count_include_pad=False)
+
+
+def figures(m, sharp):
+    """What moments found -> mean, deviation and log-mean-exp, as many channels."""
+    mean, square, peak = m.chunk(3, 1)
+    return torch.cat([mean, (square - mean * mean).clamp_min(1e-4).sqrt(), (peak + 1e-30).log() / sharp], 1)
 
 
 def dirt(logits):

@@ -247,7 +247,7 @@ def test_stopped_anywhere_it_goes_on_and_ends_the_same(zoo, tmp_path, monkeypatc
         seen[:] = [0] * 10
         (tmp_path / "new.safetensors.part").write_bytes(whole.read_bytes()[:-9])
         rows = [[str(i), [1.0], ""] for i in range(4)]
-        first = data.planned([zoo], 64, 0, 32, more.get("lr"), 0, 0.1)[-1]
+        first = data.planned([zoo], 64, 0, 32, more.get("lr"), 0, 0.1, ())[-1]
         (tmp_path / "new.safetensors.rows.part").write_text("\n".join([first, *map(json.dumps, rows), ""]))
         spoil(tmp_path / "new.safetensors.part", tmp_path / "new.safetensors.rows.part")
         data.pack(zoo, tmp_path / "new.safetensors", log=lambda _: None, **how)

@@ -529,7 +529,7 @@ def test_torchvision_is_asked_for_vgg_when_told_so(files, monkeypatch):
 
 def test_detector_is_small_and_takes_any_size(files):
     net = ArtifactDetector().eval()
-    assert sum(p.numel() for p in net.parameters()) == 127_256
+    assert sum(p.numel() for p in net.parameters()) == 154_072
     net = files["detector"]
     for h, w in ((1, 1), (3, 5), (64, 41), (40, 64)):
         x = picture(2, 3, h, w)
@@ -537,9 +537,9 @@ def test_detector_is_small_and_takes_any_size(files):
         assert logits.shape == (2, len(CLASSES)) and logits.isfinite().all() and torch.equal(logits, net(x))
         assert places.shape == (2, len(CLASSES), -(-h // 8), -(-w // 8)) and len(features) == 3
         assert features[0].shape[-2:] == (-(-h // 2), -(-w // 2))
-    # where all places look alike the pooled answer is that of each place
-    flat = torch.full((1, 3, 160, 160), 0.4)
-    places = net(flat, everything=True)[1][..., 8:12, 8:12]
+    # where all looks alike, far from the border, the answer is the same
+    flat = torch.full((1, 3, 256, 256), 0.4)
+    places = net(flat, everything=True)[1][..., 14:18, 14:18]
     assert (places - places[..., :1, :1]).abs().max() < 1e-5
     with torch.no_grad():       # batch of 1 is part of the batch
         x = picture(3, 3, 24, 24)
@@ -547,14 +547,28 @@ def test_detector_is_small_and_takes_any_size(files):
 
 
 def test_map_and_logits_agree():
-    """With no weight on the peaks, the logits are the mean of the map."""
-    torch.manual_seed(0)
-    net = ArtifactDetector(2).eval()
+    """Where every place sees all of the picture it says what the picture does; elsewhere what is around it."""
+    net = fill(ArtifactDetector(2))
     with torch.no_grad():
-        net.head.weight[:, 8:16] = 0        # width 2: mean and peak of 8 features, mean and peak of 3 of lines
-        net.head.weight[:, 19:] = 0
-        logits, places, _ = net(picture(2, 3, 40, 32), everything=True)
-    assert torch.allclose(logits, places.mean((2, 3)), atol=1e-5) and places.std() > 1e-3
+        logits, places, _ = net(picture(2, 3, 32, 24), everything=True)
+        assert torch.allclose(places, logits[..., None, None].expand_as(places), atol=1e-4)
+        x = picture(1, 3, 32, 256).round()
+        x[..., 128:] = 0.5
+        places = net(x, everything=True)[1]
+    assert (places[..., 27] - places[..., 0]).abs().max() > 0.1 > (places[..., 27] - places[..., 26]).abs().max()
+
+
+def test_figures_of_features():
+    x = picture(2, 3, 20, 30) * 4 - 2
+    mean, deviation, top = L.figures(L.moments(x, 4), 4).chunk(3, 1)
+    assert torch.allclose(mean, x.mean((2, 3), keepdim=True), atol=1e-5)
+    assert torch.allclose(deviation, x.std((2, 3), correction=0, keepdim=True), atol=1e-4)
+    want = (4 * x).exp().mean((2, 3)).log() / 4
+    assert torch.allclose(top[..., 0, 0], want, atol=1e-5)
+    near = L.figures(L.moments(x, 4, (2, 2)), 4)
+    assert near.shape == (2, 9, 10, 15)
+    assert torch.allclose(near[:, :3, 5, 5], x[..., 2:19, 2:19].mean((2, 3)), atol=1e-5)
+    assert L.figures(L.moments(x * 1e4, 4), 4).isfinite().all()
 
 
 def test_detector_file(files, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 
+import convert
 import model
 import tile
 from measure_tiles import psnr
@@ -919,7 +920,7 @@ def test_faults_on_some_tiles(tmp_path, command, monkeypatch):
 
     def outcome(fault, *more):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        monkeypatch.setattr(model, "load", lambda *_: Faulty(fault))
+        monkeypatch.setattr(convert, "load", lambda *_: Faulty(fault))
         code, shown, err = command(*names, "-o", out, "--tile-size", "64", "--tile-pad", "8", *more)
         for path in out.glob("*.png"):
             given = nearest(2)(read_picture(tmp_path / "in" / path.name).rgb[None])[0]
@@ -1051,4 +1052,4 @@ def test_alone_it_says_what_it_misses(tmp_path):
     picture_file(tmp_path / "a.png")
     got = subprocess.run([sys.executable, "tile.py", "a.png", "-o", "out"], cwd=tmp_path, capture_output=True,
                          text=True)
-    assert got.returncode == 2 and "needs model.py beside tile.py" in got.stderr and got.stderr.count("\n") == 1
+    assert got.returncode == 2 and "needs model.py and convert.py beside tile.py" in got.stderr and got.stderr.count("\n") == 1
