@@ -46,9 +46,9 @@ from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory
 
 STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: on a CPU, on a GPU
     1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
-    2: dict(patch=("128", "128"), batch=(1, 8), steps=(100, 10000), use_tiling=True, lr=2e-5, conv_lr=1.0,
+    2: dict(patch=("128", "128"), batch=(1, 8), steps=(200, 10000), use_tiling=True, lr=2e-5, conv_lr=1.0,
             train="hat_model,residual_block,out_conv"),
-    3: dict(patch=("256", "256,384,512"), batch=(1, 4), steps=(100, 5000), use_tiling=True, lr=1e-5, conv_lr=1.0,
+    3: dict(patch=("256", "256,384,512"), batch=(1, 4), steps=(200, 5000), use_tiling=True, lr=1e-5, conv_lr=1.0,
             train="residual_block,out_conv"),
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
@@ -83,7 +83,7 @@ def parse(argv=None):
     a("--init", choices=("warm", "plain"), default="warm", help="warm: start as an interpolation; plain: HAT's usual start")
     a("--drop-path", type=float, default=0.0, help="stochastic depth of the last block, growing from 0; HAT's authors use 0.1")
     a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
-    a("--steps", type=int, help="optimiser steps [400, 100, 100 by stage; GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
+    a("--steps", type=int, help="optimiser steps [400, 200, 200 by stage; GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
     a("--batch", type=int, help="patches per step and process, fewer of larger ones [4, 1, 1 by stage; GPU 16, 8, 4]",
       default=argparse.SUPPRESS)
     a("--accum", type=int, default=1, help="batches whose gradients are added up for one step")
@@ -121,7 +121,7 @@ def parse(argv=None):
     a("--compile", action="store_true", help="compile HAT's blocks: slow to start, then faster")
     a("--checkpoint", action="store_true", help="recompute activations in backward: slower, far less memory")
     a("--workers", type=int, default=1, help="processes that make batches")
-    a("--every", type=int, help="steps between reports [a tenth of the run]", default=argparse.SUPPRESS)
+    a("--every", type=int, help="steps between reports [a tenth of the run, a fifth where it is tiled]", default=argparse.SUPPRESS)
     a("--val-count", type=int, default=8, help="validation pictures to use at most, 0 for all")
     a("--patience", type=int, default=0, help="stop after so many reports without a better validation [never]")
     a("--keep", type=int, default=0, help="weights of the last so many reports to keep beside best and last")
@@ -154,7 +154,7 @@ def parse(argv=None):
     for name, value in dict(data=None, val=None, weights=None, amp=amp, vgg_weights=None, anime_weights=None, detector=None,
                             d_features=64 if on else 16, out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
         default(name, value)
-    default("every", max(1, args.steps // 10))
+    default("every", max(1, args.steps // (5 if args.use_tiling else 10)))     # tiled, a validation costs several times more
     return args
 
 
