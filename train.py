@@ -17,6 +17,7 @@ import contextlib
 import copy
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -702,6 +703,15 @@ def train(args, rank, ranks, until=None):
         f"  python evaluate.py --data {val} --recipe {recipe} --weights {file}")
 
 
+def shorter_side(path):
+    """In pixels, by the file's head; 0 if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return min(picture.size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0
+
+
 def dry_run(args, rank, ranks):
     """Three steps, a validation, a save and a resume on a few pictures in a folder that goes away; then the forecast."""
     if ranks > 1:       # each process would have a folder of its own
@@ -710,15 +720,18 @@ def dry_run(args, rank, ranks):
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=Path(args.out).parent) as folder:
         args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, 1, False
-        if args.data:       # a spread of a few pictures from each folder, under the same shares
-            some = []
+        if args.data:       # a spread of a few pictures from each folder that are large enough, under the same shares
+            some, side = [], max(map(int, args.patch.split(","))) * args.scale
             for i, (f, share) in enumerate(folders_and_shares(args.data)):
                 if is_patch_file(f):
                     some.append(str(f) if share is None else f"{f}@{share}")
                     continue
                 files = find_pictures([f])
+                step = max(1, len(files) // 6)
+                files = [p for k in range(step) for p in files[k::step]]    # a spread of six first
                 (sample := Path(folder) / f"data{i}").mkdir()
-                for k, path in enumerate(files[::max(1, len(files) // 6)][:6]):
+                large = [*itertools.islice((p for p in files if shorter_side(p) >= side), 6)]
+                for k, path in enumerate(large or files[:6]):
                     (sample / f"{k}{path.suffix}").symlink_to(path.resolve())
                 some.append(f"{sample}@{share}" if share is not None else str(sample))
             args.data = some

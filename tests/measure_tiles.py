@@ -2,6 +2,7 @@
 
     python tests/measure_tiles.py quality --data LR_FOLDER            # PSNR tiled against whole, seams, cost
     python tests/measure_tiles.py quality --data LR_FOLDER --tiles 128 --pads 8 16 32 --limit 4
+    python tests/measure_tiles.py refiner --data LR_FOLDER --hr HR_FOLDER --weights stage1 stage2 stage3 --pads 0 8 32
     python tests/measure_tiles.py big                                 # 12,000 x 8,000, peak memory; about 40 minutes
     python tests/measure_tiles.py big --limit-gib 4                   # the same with that much address space
     python tests/measure_tiles.py picture                             # 1920x1080 by two: seconds, memory, overhead
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import convert                                                          # noqa: E402
 import metrics                                                          # noqa: E402
 import model                                                            # noqa: E402
+import pairs                                                            # noqa: E402
 import tile                                                             # noqa: E402
 
 
@@ -65,6 +67,37 @@ def quality(args, network):
             print(f"| {size} | {pad} | {how} | {sum(figures) / len(figures):.2f} | {min(figures):.2f} | "
                   f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - begun) / seconds:.2f} |",
                   flush=True)
+
+
+def border_error(sr, whole, lines, reach=2):
+    """Mean of |sr - whole| within `reach` pixels of the lines (rows, columns) over its mean everywhere else."""
+    error, near = (sr - whole).abs().double().mean(0), torch.zeros(sr.shape[1:], dtype=torch.bool)
+    for at in lines[0]:
+        near[max(at - reach, 0):at + reach] = True
+    for at in lines[1]:
+        near[:, max(at - reach, 0):at + reach] = True
+    return (error[near].mean() / error[~near].mean()).item()
+
+
+def refiner(args, networks):
+    """What stages 2 and 3 bring beside feathering: each model tiled, against itself untiled and against the truth."""
+    jobs, _ = pairs.paired({"HR": args.hr, "LR": args.data})
+    print("| model | pad | PSNR-Y | PSNR-Y untiled | tiled against untiled, dB | error at borders / inside | seam / untiled's |\n|"
+          + "---|" * 7)
+    for path, network in networks.items():
+        scale, window, rows = network.scale, network.hat_model.window, {pad: [] for pad in args.pads}
+        for _, lr, hr, _ in pairs.pictures(jobs, scale, limit=args.limit):
+            lr = lr[:, :args.side, :args.side].contiguous()
+            hr = hr[:, :lr.shape[1] * scale, :lr.shape[2] * scale]
+            whole = tile.upscale(network, lr, scale, tile.Tiler(max(lr.shape), 0, align=1), args.device)
+            for pad in args.pads:
+                tiler = tile.Tiler(args.tiles[0], pad, 1, window)
+                sr, lines = tile.upscale(network, lr, scale, tiler, args.device), tiler.seams(*lr.shape[1:], scale)
+                rows[pad].append([metrics.psnr(sr, hr, 4), metrics.psnr(whole, hr, 4), psnr(sr, whole),
+                                  border_error(sr, whole, lines), metrics.seam(sr, whole, lines)])
+        for pad, figures in rows.items():
+            means = torch.tensor(figures).mean(0).tolist()
+            print(f"| {path} | {pad} | " + " | ".join(f"{v:.{d}f}" for v, d in zip(means, (3, 3, 1, 2, 4))) + " |", flush=True)
 
 
 def gradients_and_lines(height, width):
@@ -146,14 +179,15 @@ def fit(args, network):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=["quality", "big", "picture", "fit"])
+    p.add_argument("part", choices=["quality", "refiner", "big", "picture", "fit"])
     p.add_argument("--data", help="pictures to enlarge as they are")
     p.add_argument("--out", help="folder for what is written (default: a temporary one; fit: fitted)")
-    p.add_argument("--weights")
+    p.add_argument("--hr", help="refiner: the true pictures")
+    p.add_argument("--weights", nargs="+", help="one file; refiner: one for each stage")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--amp", default="off", choices=["off", "bf16"], help="quality, picture (default: off)")
-    p.add_argument("--limit", type=int, help="quality: so many pictures")
-    p.add_argument("--side", type=int, help="quality: only the first SIDE x SIDE pixels of each")
+    p.add_argument("--limit", type=int, help="quality, refiner: so many pictures")
+    p.add_argument("--side", type=int, help="quality, refiner: only the first SIDE x SIDE pixels of each")
     p.add_argument("--tiles", type=int, nargs="+", default=[64, 128, 256])
     p.add_argument("--pads", type=int, nargs="+", default=[16])
     p.add_argument("--no-hard", action="store_true", help="quality: leave hard crops out")
@@ -163,7 +197,11 @@ def main():
     p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
     p.add_argument("--limit-gib", type=float, help="big: address space (ulimit -v)")
     args = p.parse_args()
-    network = model.load(args.weights or convert.find_weights(), args.device)
+    paths = args.weights or [convert.find_weights()]
+    networks = {Path(path).parent.name + "/" + Path(path).stem: model.load(path, args.device) for path in paths}
+    if args.part == "refiner":
+        return refiner(args, networks)
+    network, args.weights = next(iter(networks.values())), paths[0]
     {"quality": quality, "big": big, "picture": picture, "fit": fit}[args.part](args, network)
 
 

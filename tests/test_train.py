@@ -530,6 +530,19 @@ def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_a_dry_run_takes_pictures_that_are_large_enough(tmp_path, monkeypatch, capsys):
+    """Where few are: it took a spread of any and refused a folder that training accepts."""
+    folder = tmp_path / "data"
+    for name in ("train", "val"):
+        (folder / name).mkdir(parents=True)
+    for i in range(13):
+        picture = Image.effect_noise((64, 64) if i == 5 else (24, 24), 60).convert("RGB")
+        picture.save(folder / "train" / f"{i:02}.png")
+    picture.save(folder / "val" / "a.png")
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, [*flags(folder, tmp_path / "run", patch="32", val_count=1), "--dry-run"])
+    assert code == 0 and "it works" in out, err
+
+
 def test_a_dry_run_is_for_one_process(drawings, tmp_path):
     with pytest.raises(train.UserError, match="one process"):
         train.dry_run(train.parse(flags(drawings, tmp_path / "run")), 0, 2)
