@@ -129,6 +129,10 @@ def main():
     args = p.parse_args()
     try:
         model = load(args.weights)
+        if args.out and args.out.suffix not in (".pth", ".safetensors"):
+            raise WeightsError(f"{args.out}: give a name that ends in .pth or .safetensors")
+        if args.out and args.out.resolve() == Path(args.weights).resolve():
+            raise WeightsError(f"{args.out} is the file itself, which would lose its refiner; choose another name")
         if args.out and args.out.exists() and not args.overwrite:
             raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
         hat, refiner = (sum(x.numel() for k, x in model.named_parameters() if k.startswith("hat_model.") == b) for b in (1, 0))

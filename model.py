@@ -388,7 +388,7 @@ def read_weights(path, header_only=False):
         return {}, header
     wraps = [state[k] for k in ("params_ema", "params", "state_dict") if isinstance(state, dict) and k in state]
     state = next((w for w in wraps if isinstance(w, dict)), state)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
+    if not isinstance(state, dict) or {(type(k), isinstance(v, torch.Tensor)) for k, v in state.items()} != {(str, True)}:
         raise WeightsError(f"{path} holds no weights")
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(k.startswith(prefix) for k in state):

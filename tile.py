@@ -7,7 +7,7 @@ are opened and saved), the tiler, a whole picture in bounded memory, the upscali
     torchrun --nproc_per_node 4 tile.py folder -o big       # four processes share the folder
 
 Needs torch, numpy, Pillow. Copied alone it works with any forward(x) that makes (b, 3, h, w) scale times larger;
-only the command wants model.py beside it.
+only the command wants model.py and convert.py beside it.
 """
 import argparse
 import contextlib
@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-READS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+READS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 WRITES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
-LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65535, "WEBP": 16383, "AVIF": 65536}
+LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "AVIF": 32768}
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -75,8 +75,8 @@ def find_pictures(paths):
 
     found, visited = set(), set()
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if not path.is_dir():
-            if not path.exists():
+        if not os.path.isdir(path):  # those of Path raise where a name is too long
+            if not os.path.exists(path):
                 raise PictureError(f"{printable(path)}: no such file or folder")
             found.add(path)
             continue
@@ -86,7 +86,7 @@ def find_pictures(paths):
                 below.clear()
                 continue
             visited.add(real)
-            below.sort()
+            below[:] = sorted(name for name in below if name[0] != ".")
             found.update(Path(folder, n) for n in names if Path(n).suffix.lower() in READS and n[0] != ".")
     return sorted(found)
 
@@ -131,7 +131,7 @@ def exif_of(im):
         if orientation != 1 and exif:
             tags[ORIENTATION] = 1
             exif = tags.tobytes()
-        return orientation, exif or None
+        return orientation, b"Exif\0\0" + exif.removeprefix(b"Exif\0\0") if exif else None  # WebP has it without
     except Exception:  # again, nearly anything
         return 1, None
 
@@ -170,6 +170,8 @@ def read_picture(path, srgb=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as im:
+                if im.format == "EPS":  # whatever its suffix; Pillow would run Ghostscript on it
+                    raise ValueError("PostScript, not a picture")
                 cmyk = im.mode == "CMYK"
                 by_profile = to_srgb(im, im.info.get("icc_profile") or b"") if cmyk else None
                 pixels = np.asarray(by_profile[0]) if by_profile else samples(im, path)
@@ -185,7 +187,9 @@ def read_picture(path, srgb=False):
         raise PictureError(f"{printable(path)}: {reason}") from e
     if cmyk:
         notes.append(f"CMYK converted to sRGB {f'by its profile {by_profile[1]}' if by_profile else 'without profile'}")
-    elif srgb and icc and pixels.shape[2] > 2:
+    elif srgb and icc and pixels.shape[2] < 3:
+        notes.append("profile kept, grey")
+    elif srgb and icc:
         by_profile = pixels.dtype == np.uint8 and to_srgb(Image.fromarray(np.ascontiguousarray(pixels[..., :3])), icc)
         if by_profile:
             pixels, icc = np.concatenate([np.asarray(by_profile[0]), pixels[..., 3:]], -1), b""
@@ -277,7 +281,7 @@ def save_strips(path, strips, size, picture, quality=95, dither=False):
             pixels[y:y + len(array)] = array
             y += len(array)
         memory = io.BytesIO()  # Pillow writing straight to a full disk loses the reason
-        extra = {"subsampling": 0} if kind == "JPEG" else {}
+        extra = {"JPEG": {"subsampling": 0}, "AVIF": {"subsampling": "4:4:4"}}.get(kind, {})
         extra |= {k: v for k, v in (("icc_profile", icc), ("exif", exif)) if v}
         try:
             im = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
@@ -407,7 +411,7 @@ class Tiler:
         return [(s.read, a - s.read, b - s.read) for s, a, b in zip(spans, cuts, cuts[1:])]
 
     def smaller(self):
-        """A Tiler of half the memory or less, or None if there is none worth having."""
+        """A Tiler that needs clearly less memory, or None if there is none worth having."""
         if self.batch > 1:
             return Tiler(self.tile_size, self.tile_pad, self.batch // 2, self.align)
         if self.tile_size < 2 * max(self.align, self.tile_pad):
@@ -848,24 +852,33 @@ def auto_tile_size(forward, device, amp, tiler):
 def plan(inputs, out, suffix):
     """Which picture goes where -> list of (source, target). suffix None keeps the source's where it can be written.
     Raises PictureError if there is nothing to do, or if two pictures or a picture and its source would collide."""
+    def real(path):
+        return Path(os.path.realpath(path))  # Path.resolve raises where links go in circles
+
     inputs, out = [Path(p) for p in inputs], Path(out)
-    to_file = len(inputs) == 1 and not inputs[0].is_dir() and not out.is_dir() and out.suffix.lower() in READS
+    to_file = (len(inputs) == 1 and not os.path.isdir(inputs[0]) and not os.path.isdir(out)
+               and out.suffix.lower() in READS)
+    if not to_file and out.suffix.lower() in READS and not os.path.isdir(out):
+        raise PictureError(f"{printable(out)} is the name of a file; for more than one picture give a folder")
     if to_file and out.suffix.lower() not in WRITES:
         raise PictureError(f"{printable(out)}: cannot save as {out.suffix}; use one of {' '.join(WRITES)}")
     jobs = {}
     for given in inputs:
+        folder = os.path.isdir(given)
+        if folder and real(out) == real(given):
+            raise PictureError(f"{printable(out)} holds the pictures themselves; choose another --out")
         for source in find_pictures(given):
-            if given.is_dir() and out.resolve() != given.resolve() and out.resolve() in source.resolve().parents:
+            if folder and real(given) in real(out).parents and real(out) in real(source).parents:
                 continue  # our own results of an earlier run
             ending = suffix or (source.suffix if source.suffix.lower() in WRITES else ".png")
-            name = source.relative_to(given) if given.is_dir() else Path(source.name)
+            name = source.relative_to(given) if folder else Path(source.name)
             target = out if to_file else out / name.with_suffix(ending)
             if jobs.setdefault(target, source) != source:
                 raise PictureError(f"{printable(jobs[target])} and {printable(source)} would both become "
                                    f"{printable(target)}; rename one, or try --format keep")
-    sources = {source.resolve() for source in jobs.values()}
+    sources = {real(source) for source in jobs.values()}
     for target, source in jobs.items():
-        if target.resolve() in sources:
+        if real(target) in sources:
             raise PictureError(f"{printable(target)} is itself one of the pictures; choose another --out")
     if not jobs:
         raise PictureError(f"no picture in {', '.join(printable(p) for p in inputs)}; "
@@ -885,9 +898,9 @@ class Progress:
             return
         self.shown, rate = now, done / (now - self.begun)
         left = int((total - done) / rate)
-        line = (f"{self.label}  tile {done}/{total}  {rate * self.pixels / total / 1e6:.3f} Mpixel/s  "
-                f"{left // 60}:{left % 60:02d} left")
-        print(f"\r\033[K{line}" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
+        line = (f"tile {done}/{total}  {rate * self.pixels / total / 1e6:.3f} Mpixel/s  "
+                f"{left // 60}:{left % 60:02d} left  {self.label}")
+        print(f"\r\033[K\033[?7l{line}\033[?7h" if tty else line, end="" if tty else "\n", file=sys.stderr, flush=True)
 
     @staticmethod
     def clear():
@@ -939,11 +952,12 @@ def main():
     g.add_argument("--skip-larger", action="store_true", help="with --fit: leave out what is that large already")
     g.add_argument("--format", default="png", choices=["png", "webp", "avif", "jpg", "keep"],
                    help="of results in a folder; keep: as the input, where it can be written (default: png)")
-    g.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1..100 (default: 95)")
+    g.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1..100 (default: 95); WebP stores colours at "
+                                                           "half the resolution whatever it is")
     g.add_argument("--depth", type=int, choices=[8, 16], help="bits; 16 for PNG (default: as the input)")
     g.add_argument("--dither", action="store_true", help="8 bit without bands in soft gradients; larger files")
     g.add_argument("--icc", default="keep", choices=["keep", "srgb"],
-                   help="colour profile: kept, or colours converted to sRGB (default: keep)")
+                   help="colour profile: kept, or colours of 8 bit converted to sRGB (default: keep)")
     g.add_argument("--overwrite", action="store_true", help="replace results that exist (default: they are skipped)")
     g.add_argument("--skip-existing", action="store_true", help="skip results that exist without naming each")
 
@@ -963,8 +977,11 @@ def main():
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     g.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native, else off)")
     args = p.parse_args()
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a log in cp1252, a name in Japanese
+    for name in ("SIGTERM", "SIGHUP"):  # a polite kill and a closed terminal clean up as Ctrl-C does; nohup stays
+        if getattr(signal, name, None) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         run(args)
     except KeyboardInterrupt:
@@ -980,7 +997,7 @@ def refuse_nonsense(args):
     if not 0 <= args.strength <= 1:
         raise ValueError(f"--strength {args.strength:g} does not work; use 0 to 1")
     if args.scale is not None and not 0 < args.scale <= 16:
-        raise ValueError(f"--scale {args.scale:g} does not work; use 16 or less")
+        raise ValueError(f"--scale {args.scale:g} does not work; use more than 0, 16 at most")
     if args.scale and args.fit:
         raise ValueError("--fit and --scale exclude each other; give one")
     if not args.fit and (args.skip_larger or args.crop != "center"):
@@ -992,6 +1009,8 @@ def refuse_nonsense(args):
 def one_picture(network, source, target, args, tiler, device, amp, label):
     """Reads, upscales, saves -> (a line that says so, pixels made; 0 if it was left out)."""
     begun, scale = time.time(), network.scale
+    if os.path.exists(target) and not args.overwrite:  # two names in one on a disk that ignores case, say
+        raise PictureError(f"{printable(target)} is there by now; --overwrite replaces it")
     picture = read_picture(source, args.icc == "srgb")
     height, width = picture.rgb.shape[1:]
     size = height * scale, width * scale
@@ -1012,6 +1031,10 @@ def one_picture(network, source, target, args, tiler, device, amp, label):
     return line + (f"  ({picture.note})" if picture.note else ""), size[0] * size[1]
 
 
+def on_device(weights, device, error):
+    return f"{printable(weights)} on {device}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+
+
 def run(args):
     """The command, its arguments parsed. Ends the process with the exit code."""
     keep_freed_memory()
@@ -1021,15 +1044,18 @@ def run(args):
         jobs = plan(args.inputs, args.out, None if args.format == "keep" else f".{args.format}")
         if args.depth == 16 and any(target.suffix.lower() != ".png" for _, target in jobs):
             raise ValueError("--depth 16 works with PNG only; add --format png")
+        Image.init()
+        for kind in {WRITES[target.suffix.lower()] for _, target in jobs} - {"PNG", *Image.SAVE}:
+            raise ValueError(f"this Pillow cannot write {kind}; choose another --format, or pip install -U pillow")
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if best == "cuda" and ranks > 1:
-            best = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         device = torch.device(args.device or best)
+        if device.type == "cuda" and device.index is None and ranks > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.empty(1, device=device)
     except ValueError as e:  # PictureError is one
         fail(e)
     except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device}: {str(e).splitlines()[0]}")
+        fail(f"--device {args.device}: {str(e).splitlines()[0].split('. ')[0]}")
     amp = args.amp or ("bf16" if bf16_is_native(device) else "off")
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     top = Path(args.out) if jobs[0][1] != Path(args.out) else jobs[0][1].parent
@@ -1043,7 +1069,7 @@ def run(args):
 
     todo = []
     for source, target in jobs[rank::ranks]:
-        if args.overwrite or not target.exists():
+        if args.overwrite or not os.path.exists(target):
             todo.append((source, target))
         elif not args.skip_existing:
             print(f"{printable(target)} exists, skipped (--overwrite replaces it)")
@@ -1057,6 +1083,8 @@ def run(args):
             fail(f"{e}; the command needs model.py and convert.py beside tile.py and the packages of requirements.txt")
         except (ValueError, OSError) as e:  # WeightsError is the first
             fail(e)
+        except (RuntimeError, MemoryError) as e:
+            fail(on_device(weights, device, e))
         align = getattr(getattr(network, "hat_model", None), "window", 16)
         pad = 2 * align if args.tile_pad is None else args.tile_pad
         try:
@@ -1065,6 +1093,8 @@ def run(args):
                 tiler = Tiler(auto_tile_size(network, device, amp, tiler), pad, args.batch, align)
         except ValueError as e:
             fail(e)
+        except (RuntimeError, MemoryError) as e:  # a GPU too old for this torch, say
+            fail(on_device(weights, device, e))
         if rank == 0:
             precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[amp]
             print(f"{printable(weights)}: {network.scale}x on {device}, {precision}, tiles of {tiler.tile_size}",
@@ -1101,7 +1131,10 @@ def run(args):
             done, skipped, pixels = done + (made > 0), skipped + (made == 0), pixels + made
     if ranks > 1:
         sums = torch.tensor([done, skipped, failed, pixels])
-        torch.distributed.all_reduce(sums)
+        try:
+            torch.distributed.all_reduce(sums)
+        except RuntimeError:  # another process has ended, and said why
+            sys.exit(2)
         done, skipped, failed, pixels = sums.tolist()
         torch.distributed.destroy_process_group()
     if rank == 0:

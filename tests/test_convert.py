@@ -54,3 +54,8 @@ def test_command_line(tiny, tmp_path):
     assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
     again = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
     assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+    for out, reason in ((tmp_path / "w.safetensors", "lose its refiner"), (tmp_path / "hat.onnx", "ends in .pth")):
+        before = (tmp_path / "w.safetensors").read_bytes()
+        refused = run(tmp_path / "w.safetensors", out, "--overwrite")
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and reason in refused.stderr
+        assert (tmp_path / "w.safetensors").read_bytes() == before and not (tmp_path / "hat.onnx").exists()

@@ -271,13 +271,16 @@ def broken(tmp_path, kind, tiny):
     elif kind == "no tensors":
         path = tmp_path / "w.pth"
         torch.save({"params": {"epoch": 3}}, path)
+    elif kind == "numbered tensors":
+        path = tmp_path / "w.pth"
+        torch.save({0: torch.zeros(3), 1: torch.zeros(3)}, path)
     elif kind == "absent":
         path.unlink()
     return path
 
 
 @pytest.mark.parametrize("kind", ("cut short", "cut to nothing", "text", "other network", "cut pth", "pickle", "no tensors",
-                                  "absent"))
+                                  "numbered tensors", "absent"))
 def test_bad_files_are_one_line(tmp_path, kind, tiny):
     path = broken(tmp_path, kind, tiny)
     with pytest.raises(WeightsError) as e:

@@ -145,6 +145,31 @@ def test_orientation(tmp_path, orientation, suffix):
             assert read_picture(tmp_path / out).rgb.shape == got.rgb.shape
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif"])
+def test_exif_survives_from_webp(tmp_path, suffix):
+    """Pillow gives it without the head that JPEG wants."""
+    tags = Image.Exif()
+    tags[0x010E] = "a title"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", exif=tags)
+    save_picture(tmp_path / f"b.{suffix}", read_picture(tmp_path / "a.webp"))
+    with Image.open(tmp_path / f"b.{suffix}") as im:
+        assert im.getexif()[0x010E] == "a title"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "avif"])
+def test_thin_coloured_lines_keep_their_colour(tmp_path, suffix):
+    rgb = torch.full((3, 64, 64), 0.9)
+    rgb[1:, ::4] = 0.1  # red lines, one pixel wide
+    save_picture(tmp_path / f"a.{suffix}", Picture(rgb), 95)
+    assert (read_picture(tmp_path / f"a.{suffix}").rgb - rgb).abs().mean() < 0.015  # 0.05 and more at half resolution
+
+
+def test_postscript_is_refused_whatever_its_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(PictureError, match="a.png: PostScript"):
+        read_picture(tmp_path / "a.png")
+
+
 def test_senseless_exif_is_dropped(tmp_path):
     Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09\x01\x12\0\x63")
     assert read_picture(tmp_path / "a.jpg").rgb.shape == (3, 5, 7)
@@ -260,7 +285,10 @@ def test_find_pictures(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b/c/loop").symlink_to(tmp_path)
-    expected = [tmp_path / n for n in ("a.webp", "b/10.jpg", "b/2.PNG", "b/c/d.tiff")]
+    (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / ".thumbnails/a.png").touch()
+    (tmp_path / "b/e.jfif").touch()
+    expected = [tmp_path / n for n in ("a.webp", "b/10.jpg", "b/2.PNG", "b/c/d.tiff", "b/e.jfif")]
     assert tile.find_pictures(tmp_path) == expected
     assert tile.find_pictures([str(tmp_path / "note.txt"), tmp_path]) == expected + [tmp_path / "note.txt"]
     with pytest.raises(PictureError, match="no such file"):
@@ -293,7 +321,7 @@ def test_what_cannot_be_saved(tmp_path):
     for name, rgb, reason in (("a.gif", torch.zeros(3, 1, 1), "cannot save as .gif"),
                               ("a", torch.zeros(3, 1, 1), "without suffix"),
                               ("a.webp", torch.zeros(3, 1, 16384), "16383"),
-                              ("a.jpg", torch.zeros(3, 65536, 1), "65535")):
+                              ("a.jpg", torch.zeros(3, 65501, 1), "65500")):
         with pytest.raises(PictureError, match=reason):
             save_picture(tmp_path / name, Picture(rgb))
     assert not list(tmp_path.iterdir())
@@ -771,7 +799,11 @@ def test_users_mistakes(tmp_path, command, monkeypatch):
             ((tmp_path / "empty", "-o", out), "no picture in"),
             ((tmp_path / "missing", "-o", out), "no such file or folder"),
             ((one, "-o", one), "choose another --out"),
-            ((tmp_path / "in", "-o", tmp_path / "in"), "choose another --out"),
+            ((tmp_path / "in", "-o", tmp_path / "in"), "holds the pictures themselves; choose another --out"),
+            ((one, picture_file(tmp_path / "other/c.png"), "-o", tmp_path / "big.png"), "is the name of a file"),
+            ((tmp_path / "in", "-o", tmp_path / "big.png"), "is the name of a file"),
+            ((one, "-o", "x" * 300), "name too long"),
+            (("x" * 300, "-o", out), "no such file"),
             ((one, "-o", out / "a.bmp"), "cannot save as .bmp"),
             ((one, picture_file(tmp_path / "other/a.png"), "-o", out), "would both become"),
             ((one, "-o", out, "--tile-size", "102"), "use a multiple of 4"),
@@ -825,6 +857,63 @@ def test_users_mistakes(tmp_path, command, monkeypatch):
     code, _, err = command(one, "-o", out)
     assert code == 130 and "interrupted" in err and err.count("\n") == 1
     assert not list(out.rglob("*.*"))
+
+
+def test_results_may_lie_above_the_pictures(tmp_path, command, monkeypatch):
+    """`-o .` took every picture for a result of its own."""
+    picture_file(tmp_path / "walls/raw/a.jpg")
+    monkeypatch.chdir(tmp_path / "walls")
+    assert "1 done" in command("raw", "-o", ".")[1] and (tmp_path / "walls/a.png").exists()
+    assert "1 done" in command("raw", "-o", "..")[1] and (tmp_path / "a.png").exists()
+
+
+def test_odd_names_do_not_stop_a_folder(tmp_path, command):
+    folder = tmp_path / "in"
+    picture_file(folder / "b.png")
+    shutil.copy(picture_file(tmp_path / "a.jpg"), folder / ("x" * 251 + ".jpg"))
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    code, out, err = command(folder, "-o", tmp_path / "out", "--format", "webp")
+    assert code == 1 and "1 done, 0 skipped, 2 failed" in out and err.count("\n") == 2
+    assert "loop.png" in err and "too long" in err
+
+
+def test_a_log_that_cannot_hold_japanese(tmp_path, weights):
+    for name in ("壁.png", "紙.png"):
+        picture_file(tmp_path / "in" / name)
+    got = subprocess.run([sys.executable, tile.__file__, tmp_path / "in", "-o", tmp_path / "out", "--weights", weights,
+                          "--device", "cpu"], capture_output=True, env=os.environ | dict(PYTHONIOENCODING="cp1252"))
+    assert got.returncode == 0 and b"2 done" in got.stdout, got.stderr
+
+
+def test_what_the_device_refuses_is_one_line(tmp_path, command, monkeypatch):
+    one = picture_file(tmp_path / "a.png")
+
+    def refuses(*args):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
+
+    for where in ("load_any", "auto_tile_size"):
+        with monkeypatch.context() as m:
+            m.setattr(*((convert, "load_any") if where == "load_any" else (tile, where)), refuses)
+            code, _, err = command(one, "-o", tmp_path / "out")
+        assert code == 2 and err.count("\n") == 1 and "on cpu: CUDA error: no kernel image" in err
+    monkeypatch.setattr(tile.Image, "SAVE", {"PNG": None})
+    code, _, err = command(one, "-o", tmp_path / "out", "--format", "avif")
+    assert code == 2 and "cannot write AVIF" in err and err.count("\n") == 1
+
+
+def test_a_result_that_appears_meanwhile_is_kept(tmp_path, command, monkeypatch):
+    """Cat.png and cat.png are one file on a disk that ignores case."""
+    one, out, save = picture_file(tmp_path / "in/a.png"), tmp_path / "out", tile.save_strips
+    picture_file(tmp_path / "in/b.png")
+
+    def save_two(path, *how):
+        save(path, *how)
+        save(out / "b.png", iter([torch.zeros(3, 1, 1)]), (1, 1), Picture(torch.zeros(0)))
+
+    monkeypatch.setattr(tile, "save_strips", save_two)
+    code, said, err = command(tmp_path / "in", "-o", out)
+    assert code == 1 and "1 done, 0 skipped, 1 failed" in said and "b.png is there by now" in err
+    assert read_picture(out / "b.png").rgb.shape == (3, 1, 1)
 
 
 def test_every_kind_of_picture(tmp_path, command):
