@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -240,14 +241,20 @@ def planned(folders, size, seed, min_side, lr, per_picture, soft, without):
 def hold_out(folders, place, count=8, side=512):
     """Sets a tenth of the pictures of folders aside to validate on, `count` at most, chosen by a hash of their names: the
     same whenever it is asked. Of each the square of `side` pixels with most detail becomes a PNG in a folder under place.
-    Returns (that folder, the paths of the pictures). ValueError: fewer than 10 pictures that can be read."""
-    names, held = listing([Path(f) for f in folders]), {}
-    for path in sorted(names, key=lambda p: (zlib.crc32(names[p].encode("utf-8", "surrogateescape")), names[p])):
-        if len(held) == min(count, len(names) // 10):
+    Returns (that folder, the paths of the pictures and of the copies that multiscale made of them). ValueError: fewer
+    than 10 pictures that can be read."""
+    names, held, family = listing([Path(f) for f in folders]), {}, {}
+    for path in sorted(names, key=lambda p: (len(names[p]), names[p])):     # a picture comes before its copies
+        family.setdefault(re.sub(r"_(075|050|033|400)$", "", str(Path(names[path].split("/", 1)[1]).with_suffix(""))), []).append(path)
+    firsts = {paths[0]: paths for paths in family.values()}
+    for path in sorted(firsts, key=lambda p: (zlib.crc32(names[p].encode("utf-8", "surrogateescape")), names[p])):
+        if len(held) == min(count, len(firsts) // 10):
             break
         try:
             p = read(path)
         except tile.PictureError:
+            continue
+        if min(p.rgb.shape[1:]) < 64:       # an icon; SSIM needs 11 pixels inside the border
             continue
         rgb = p.rgb if p.alpha is None else tile.composite(p, ground(names[path], *p.rgb.shape[1:]))
         held[path] = max(cut(rgb, min(side, *rgb.shape[1:])), key=detail)
@@ -259,7 +266,7 @@ def hold_out(folders, place, count=8, side=512):
     for i, square in enumerate(held.values()):
         with tile.replacing(folder / f"{i}.png") as part:
             Image.fromarray(square).save(part, "PNG")
-    return folder, list(held)
+    return folder, [p for path in held for p in firsts[path]]
 
 
 def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=False, lr=None, per_picture=0, soft=0.1,

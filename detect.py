@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import data
 import degrade
 from losses import CLASSES, ArtifactDetector, dirt, load_detector, save_detector
-from tile import composite, find_pictures, printable, read_picture, replacing
+from tile import PictureError, composite, find_pictures, printable, read_picture, replacing
 
 SIDES, VERSIONS, SEEN = (128, 256), 4, 0.3
 HARD = [CLASSES.index(kind) for kind in ("banding", "oversharp", "seam")]     # drawn twice as often
@@ -85,11 +85,20 @@ def learn(detector, x, targets):
     return F.cross_entropy(logits, targets) + 0.5 * order
 
 
+def readable(paths):
+    """(number, path, picture (3, H, W) on white) of those that can be read; the others are named."""
+    for k, path in enumerate(paths):
+        try:
+            yield k, path, composite(read_picture(path), 1.0)
+        except PictureError as e:
+            print(f"skipped: {e}", file=sys.stderr)
+
+
 def held_out(paths, side=128, count=4, seed=1):
     """Of each picture count crops (3, side, side), each the busiest of eight random ones."""
     crops = []
-    for k, path in enumerate(paths):
-        rgb, rng = composite(read_picture(path), 1.0), np.random.default_rng((seed, k))
+    for k, _, rgb in readable(paths):
+        rng = np.random.default_rng((seed, k))
         for _ in range(count if min(rgb.shape[1:]) >= side else 0):
             some = [rgb[:, y:y + side, x:x + side] for y, x in
                     (rng.random((8, 2)) * (np.array(rgb.shape[1:]) - side + 1)).astype(int)]
@@ -155,7 +164,7 @@ def train_detector(args, files, patch_shares, state):
     print(f"{sum(p.numel() for p in detector.parameters()):,} parameters, {len(crops)} held-out crops", flush=True)
     for x, targets in data.loader(faults, step, args.workers):
         for group in optimiser.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.warmup, 0.505 + 0.495 * math.cos(math.pi * step / args.steps))
+            group["lr"] = args.lr * min((step + 1) / max(1, args.warmup), 0.505 + 0.495 * math.cos(math.pi * step / args.steps))
         detector.train(not args.weights and 3 * step < 2 * args.steps)
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp == "bf16"):
             loss = learn(detector, x.to(args.device), targets.to(args.device))
@@ -199,11 +208,10 @@ def main():
         detector = load_detector(args.detector).to(args.device)
         paths = find_pictures([args.folder])
         crops, whole = held_out(paths), torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.long)
-        wrong = dict(jpeg=[], blur=[])
-        for k, path in enumerate(paths):
-            rgb = composite(read_picture(path), 1.0)
+        wrong, judged = dict(jpeg=[], blur=[]), 0
+        for k, path, rgb in readable(paths):
             table = confusion(detector, [rgb], args.strength, args.seed + k)
-            whole += table
+            whole, judged = whole + table, judged + 1
             found = scores(detector, rgb)
             for kind, (weak, middle, strong) in found.items():
                 wrong[kind] += [printable(path.name)] * (not weak < middle < strong)
@@ -214,7 +222,7 @@ def main():
             print(f"\n{what}: {{:.1%}} right, {{:.1%}} of the clean ones called clean".format(*shares(table)))
             print(shown(table), flush=True)
         for kind, what in (("jpeg", "JPEG 90 < 60 < 30"), ("blur", "blur 0.5 < 1 < 2")):
-            print(f"{what} in {len(paths) - len(wrong[kind])} of {len(paths)} pictures"
+            print(f"{what} in {judged - len(wrong[kind])} of {judged} pictures"
                   + (f", not in {', '.join(wrong[kind])}" if wrong[kind] else ""))
     except (ValueError, OSError, RuntimeError) as e:        # RuntimeError: a device that is not there
         print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)

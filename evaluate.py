@@ -279,7 +279,7 @@ def compare(folders, out, overwrite=False):
     final = "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"
     print(" " * width + f"{'steps':>8}{'seconds':>9}" + "".join(f"{COLUMNS[n].head:>10}" for n in final)
           + f"{'best':>9}{'at step':>9}  differs in")
-    keys = sorted({k for s in settings for k in s} - {"out", "overwrite", "every", "workers"})
+    keys = sorted({k for s in settings for k in s} - {"out", "overwrite", "every", "workers", "held_out"})
     for (name, rows), own in zip(runs.items(), settings):
         best, last = max(rows, key=lambda row: row["psnr_y"]), rows[-1]
         differs = [f"{k}={own.get(k)}" for k in keys if any(s.get(k) != own.get(k) for s in settings)]

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import datetime
 import io
 import itertools
 import json
@@ -41,9 +42,10 @@ import data
 import degrade
 import detect
 import evaluate
+import pairs
 from losses import GANS, WEIGHTS, MultiScaleDiscriminator, SRLoss, discriminator_loss, enhance_lines, parse_weights
 from model import PRESETS, HATRefiner, WeightsError, fit, read_weights, save, write_atomic
-from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory
+from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory, out_of_memory
 
 STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: on a CPU, on a GPU
     1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
@@ -111,7 +113,7 @@ def parse(argv=None):
       "and art_feat [weights/detector.safetensors]; without FILE: train one, no --stage needed")
     a("--clip", type=float, default=0.5, help="largest norm of the gradient")
     a("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones saved")
-    a("--train", help="modules that learn, by name [hat_model | all | residual_block,out_conv by stage]",
+    a("--train", help="modules that learn, by name [hat_model | hat_model,residual_block,out_conv | residual_block,out_conv by stage]",
       default=argparse.SUPPRESS)
     a("--freeze", default="", help="modules that do not, by name: hat_model, hat_model.layers.0, ...")
     a("--use-tiling", action="store_true", default=None, help="run HAT tile by tile [stages 2 and 3]")
@@ -151,6 +153,10 @@ def parse(argv=None):
         default(name, value[on] if isinstance(value, tuple) else value)
     if args.use_tiling is None:
         args.use_tiling = stage["use_tiling"]
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        p.exit(2, f"error: --device {args.device}: {str(e).splitlines()[0].split('. ')[0]}\n")
     amp = "bf16" if bf16_is_native(torch.device(args.device)) else "off"
     for name, value in dict(data=None, val=None, weights=None, amp=amp, vgg_weights=None, anime_weights=None, detector=None,
                             d_features=64 if on else 16, out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
@@ -173,9 +179,13 @@ def check(args):
         if args.tile_size % window:
             raise UserError(f"--tile-size {args.tile_size} is no multiple of the window of preset {args.preset}, {window}")
         Tiler(args.tile_size, args.tile_pad, align=window)
-    for name in ("steps", "batch", "every", "busiest", "accum"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
+    for names, right, said in (
+            (("steps", "batch", "every", "busiest", "accum", "d_features"), lambda n: n >= 1, "at least 1"),
+            (("seed", "workers", "patience", "keep", "val_count", "warmup", "gan_after"), lambda n: n >= 0, "0 or more"),
+            (("clip", "eps", "lr"), lambda n: n > 0, "above 0")):
+        for name in names:
+            if not right(getattr(args, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not work; use {said}")
     if not 0 <= args.drop_path < 1:
         raise UserError(f"--drop-path {args.drop_path} does not work; use 0 or more, below 1")
     if not args.val and any(is_patch_file(f) for f, _ in folders_and_shares(args.data or [])):
@@ -184,7 +194,10 @@ def check(args):
         if not Path(folder).is_dir() and not is_patch_file(folder):
             raise UserError(f"no folder {folder}")
     degrade.shares(args.recipe)
-    parse_weights(args.loss)
+    if [*parse_weights(args.loss)] == ["adv"] and args.gan_after:
+        raise UserError("--loss adv alone leaves nothing to learn before --gan-after: add pix")
+    if args.detector == "train" and (args.dry_run or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise UserError("--detector trains in one process and has no --dry-run")
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -245,6 +258,12 @@ def choose(model, learn, freeze):
         raise UserError("nothing is left to learn: --train and --freeze leave no parameter")
 
 
+def refine(model):
+    """Leaves the refiner out while it does not learn and has not learned."""
+    out = model.out_conv
+    model.refine = bool(out.weight.requires_grad or out.weight.any() or out.bias.any())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the run folder
 
@@ -266,8 +285,9 @@ def open_run(args, rank, ranks):
             raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
                             "name another folder with --out, or start anew in it with --overwrite")
     elif out.exists() and args.overwrite:
-        for name in ("state.pt", "best.safetensors", "last.safetensors", "log.csv", "curves.png"):
-            (out / name).unlink(missing_ok=True)
+        old = "state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png"
+        for path in [path for pattern in old for path in out.glob(pattern)]:
+            path.unlink()
     (out / "samples").mkdir(parents=True, exist_ok=True)
     write_atomic(out / "args.json", json.dumps(asked, indent=1).encode())
     state = read_state(out)
@@ -321,15 +341,21 @@ def write_log(out, rows):
 class Validation:
     """Whole pictures, degraded once; bicubic's figures beside the model's. Several ranks share them out."""
 
-    def __init__(self, args, paths, rank=0, ranks=1):
-        if args.val_count and len(paths) > args.val_count:      # spread over the folder
-            paths = [paths[i * len(paths) // args.val_count] for i in range(args.val_count)]
-        self.pictures = list(evaluate.pairs(paths[rank::ranks], args.recipe, args.scale, args.seed))
-        self.ranks, self.scale, self.device = ranks, args.scale, args.device
-        bicubic = self.everyones([self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr) for _, lr, hr in self.pictures])
+    def __init__(self, args, folder, rank=0, ranks=1):
+        jobs = [(name, {"HR": path}) for name, path in pairs.listed(folder)]
+        if args.val_count and len(jobs) > args.val_count:       # spread over the folder
+            jobs = [jobs[i * len(jobs) // args.val_count] for i in range(args.val_count)]
+        self.ranks, self.scale, self.device, self.pictures, bicubic = ranks, args.scale, args.device, [], []
+        for name, lr, hr, _ in pairs.pictures(jobs[rank::ranks], args.scale, args.recipe, args.seed):
+            try:
+                bicubic.append(self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr))
+                self.pictures.append((name, lr, hr))
+            except ValueError as e:     # too small
+                pairs.report_skipped(name, e, None)
+        bicubic = self.everyones(bicubic)
         self.count = len(bicubic)
         if not bicubic:
-            raise UserError(f"no usable picture in {args.val}")
+            raise UserError(f"no usable picture in {folder}")
         self.bicubic = self.mean(bicubic)
 
     def everyones(self, scores):
@@ -414,12 +440,13 @@ def ranks_here(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        # rank 0 packs the pictures while the others wait
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=datetime.timedelta(days=1))
     return rank, ranks
 
 
-def patch_files(args, log):
-    """Packs what --data names into patches/; with no --data draws the demo pictures first. Returns (files, their shares
+def patch_files(args, log, place="patches"):
+    """Packs what --data names into the folder place; with no --data draws the demo pictures first. Returns (files, their shares
     or None)."""
     if not args.data and not (DEMO / "val").is_dir():
         print(f"no --data: drawing demo pictures into {DEMO}")
@@ -431,8 +458,8 @@ def patch_files(args, log):
 
     def packed(folders):
         code = zlib.crc32(json.dumps([str(Path(f).resolve()) for f in folders] + args.held_out).encode())
-        name = f"{Path(folders[0]).name}-{code:08x}-{size}"
-        return data.pack(folders, Path("patches") / f"{name}.safetensors", size, min_side=min(sides), log=log,
+        name = f"{Path(folders[0]).name}-{code:08x}-{size}-{min(sides)}"
+        return data.pack(folders, Path(place) / f"{name}.safetensors", size, min_side=min(sides), log=log,
                          without=map(Path, args.held_out))
     ready = [f for f, _ in folders if is_patch_file(f)]
     if not shared:
@@ -455,8 +482,8 @@ def groups(stream, size):
             group = []
 
 
-def train(args, rank, ranks, until=None):
-    """Trains to the end, or to step `until`. Returns what a dry run wants to know."""
+def train(args, rank, ranks, until=None, patches="patches"):
+    """Trains to the end, or to step `until`; packs into the folder patches. Returns what a dry run wants to know."""
     say = print if rank == 0 else lambda *a, **k: None
     if args.stage > 1 and not args.weights:
         had = Path(args.out) / "args.json"
@@ -467,19 +494,20 @@ def train(args, rank, ranks, until=None):
     out = Path(args.out)
     if ranks > 1 and rank:
         dist.barrier()      # rank 0 draws and packs, the others find it done
-    files, shares = patch_files(args, say)
+    files, shares = patch_files(args, say, patches)
     if ranks > 1 and not rank:
         dist.barrier()
     val = args.val or str(DEMO / "val")
-    validation = Validation(args, find_pictures([val]), rank, ranks)
+    validation = Validation(args, val, rank, ranks)
 
     torch.manual_seed(args.seed)
     model = HATRefiner.from_preset(args.preset, args.scale, init=args.init, drop_path=args.drop_path)
     if args.weights and not state:
         fit(model, read_weights(args.weights)[0], args.weights)
     choose(model, args.train, args.freeze)
-    # the refiner is left out while it does not learn and has not learned
-    model.refine = bool(model.out_conv.weight.requires_grad or model.out_conv.weight.any() or model.out_conv.bias.any())
+    refine(model)
+    if not model.refine and not any(p.requires_grad for p in model.hat_model.parameters()):
+        raise UserError("behind an out_conv that is zero and does not learn, residual_block cannot learn either: add out_conv to --train")
     model.hat_model.checkpoint = args.checkpoint
     model.to(args.device, memory_format=torch.channels_last).train()
     ema = HATRefiner.from_preset(args.preset, args.scale)
@@ -513,6 +541,8 @@ def train(args, rank, ranks, until=None):
     def restore(state):
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        refine(model)
+        ema.refine = model.refine
         torch.set_rng_state(state["rng"])
         now.update(copy.deepcopy(state["now"]))
 
@@ -630,6 +660,8 @@ def train(args, rank, ranks, until=None):
                 critic_scaler.update()
             if bad == 10:
                 saved = read_state(out)
+                if ranks > 1:       # all have read it before rank 0 writes it again
+                    dist.barrier()
                 if saved["now"]["slow"] < 2 ** -20:
                     raise UserError(f"nothing helps: at step {step} the run breaks at every rate; the last report's state is kept")
                 spent, skipped = now["spent"], now["skipped"]
@@ -653,8 +685,8 @@ def train(args, rank, ranks, until=None):
                 last = time.time()
             if report:
                 scores, strip = validation.run(ema, amp, tiler)
-                now["flat"] = 0 if scores["psnr_y"] > now["best"] else now["flat"] + 1
-                better, now["best"] = not now["flat"], max(now["best"], scores["psnr_y"])
+                better = scores["psnr_y"] > now["best"] or adversarial      # under a GAN PSNR falls while pictures gain
+                now["flat"], now["best"] = (0, scores["psnr_y"]) if better else (now["flat"] + 1, now["best"])
                 gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
                 row = dict(step=step, **{k: f"{v:.6g}" for k, v in mean.items()},
                            **{f"{k}_grad": f"{v:.3e}" for k, v in grads.items()},
@@ -736,8 +768,9 @@ def dry_run(args, rank, ranks):
                 some.append(f"{sample}@{share}" if share is not None else str(sample))
             args.data = some
         begun = time.time()
-        once = train(args, rank, ranks, until=min(2, args.steps))
-        found = train(args, rank, ranks, until=min(3, args.steps))
+        args.gan_after = 0      # with all that will take time and memory
+        once = train(args, rank, ranks, until=min(2, args.steps), patches=f"{folder}/patches")
+        found = train(args, rank, ranks, until=min(3, args.steps), patches=f"{folder}/patches")
         found["seconds"] = found["seconds"] or once["seconds"]      # a run of two steps has no third
         size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file()) / 2 ** 20
     val_seconds = found["took"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
@@ -754,11 +787,15 @@ def main():
     try:
         check(args)
         args.held_out = []
-        if args.data and not args.val:
+        had = Path(args.out) / "args.json"
+        was = json.loads(had.read_text()) if had.exists() and not args.overwrite else {}
+        if not args.val and was.get("held_out") and was.get("data") == args.data and Path(was["val"]).is_dir():
+            args.val, args.held_out = was["val"], was["held_out"]       # set aside when the run began
+        elif args.data and not args.val:
             val, held = data.hold_out([f for f, _ in folders_and_shares(args.data)], "patches")
             args.val, args.held_out = str(val), [str(p) for p in held]
             if os.environ.get("RANK", "0") == "0":
-                print(f"no --val: {len(held)} pictures of --data are set aside, the busiest part of each is in {val}")
+                print(f"no --val: {len(held)} pictures of --data are set aside, the busiest parts are in {val}")
         if args.detector == "train":
             state = open_run(args, 0, 1)
             files, shares = patch_files(args, print)
@@ -774,14 +811,21 @@ def main():
     except OSError as e:
         print(f"error: {e.filename or args.out}: {e.strerror or e}; what was saved before is whole", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
+        lost = "DataLoader worker" in str(e)
+        if out_of_memory(e) or lost:
+            what = ("a process that makes batches was killed, most likely for want of memory: give --workers 0" if lost else
+                    "out of memory: give a smaller --batch (and --accum in its place), a smaller --patch, or --checkpoint")
+            print(f"error: {what}; what was saved before is whole", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(2)     # other processes of this run may wait for this one
         if not dist.is_initialized() or not any(w in str(e) for w in ("gloo", "NCCL", "Connection", "connection")):
             raise
         print(f"error: another process of this run is gone ({str(e).splitlines()[0][:200]}); start the same command again "
               "to go on from the last report", file=sys.stderr)
         os._exit(2)     # the communication library may hang in its own clean-up
     except KeyboardInterrupt:
-        print("\nstopped before the first step", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last report, if there was one", file=sys.stderr)
         sys.exit(130)
 
 

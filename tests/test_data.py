@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import clean
 import data
 import degrade
 import demo as room
@@ -111,6 +112,19 @@ def test_hold_out_takes_the_busiest_square_and_the_same_pictures_again(tmp_path)
     assert len(names) == 28 and not names & {f"0/{p.relative_to(tmp_path / 'in').as_posix()}" for p in held}   # 28: the bad one
     with pytest.raises(ValueError, match="--val"):
         data.hold_out([tmp_path / "in/1"], tmp_path / "p", count=0)
+
+
+def test_smaller_copies_are_set_aside_with_their_picture(tmp_path):
+    """Or else what a run is judged by is among what it learned from."""
+    for i in range(20):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(tmp_path / f"in/{i}.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "in/icon.png")
+    clean.multiscale(tmp_path / "in", tmp_path / "smaller", log=lambda *a: None)
+    for folders in ([tmp_path / "in", tmp_path / "smaller"], [tmp_path / "smaller", tmp_path / "in"]):
+        held = data.hold_out(folders, tmp_path / "p")[1]
+        whole = [p for p in held if p.parent.name == "in"]
+        assert len(whole) == 2 and {p.stem for p in held} == {p.stem + end for p in whole for end in ("", "_075", "_050")}
 
 
 def test_pack_keeps_every_pixel(tmp_path):

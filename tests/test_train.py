@@ -179,13 +179,16 @@ def test_a_finished_run_says_so_again(whole, drawings, monkeypatch, capsys):
 
 
 def test_other_settings_are_refused_and_overwrite_starts_anew(whole, drawings, tmp_path, monkeypatch, capsys):
-    args = flags(drawings, tmp_path / "run", steps=2, every=1)
+    args = flags(drawings, tmp_path / "run", steps=4, every=2, keep=3)
     assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
-    args = flags(drawings, tmp_path / "run", steps=3, every=1)
+    args = flags(drawings, tmp_path / "run", steps=3, every=1, keep=2)
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
-    assert code == 2 and "--steps 2" in err and err.count("\n") == 1
+    assert code == 2 and "--steps 4" in err and err.count("\n") == 1
     assert run_here(monkeypatch, capsys, tmp_path, [*args, "--overwrite"])[0] == 0
     assert [r["step"] for r in rows(tmp_path / "run")] == ["1", "2", "3"]
+    # of the old run nothing stays, whose step 4 would count as the newest
+    assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000002.safetensors", "step_000003.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == [f"step_00000{k}.png" for k in (1, 2, 3)]
 
 
 def test_stages_2_and_3(whole, drawings, tmp_path, monkeypatch, capsys):
@@ -309,6 +312,22 @@ def poison(monkeypatch, at, value):
                 lr[0, 0, 0, 0] = value
             yield lr, hr
     monkeypatch.setattr(train.data, "loader", loader)
+
+
+def test_a_trained_refiner_that_does_not_learn_stays_on_when_resumed(whole, drawings, tmp_path, monkeypatch, capsys):
+    """It was judged before its weights were back, taken for untrained and left out."""
+    model = load(whole[1] / "last.safetensors")
+    torch.nn.init.normal_(model.out_conv.weight, std=0.01)
+    save(model, tmp_path / "start.safetensors")
+    args = [flags(drawings, tmp_path / name, weights=tmp_path / "start.safetensors", steps=4, every=2) for name in ("a", "b")]
+    assert run_here(monkeypatch, capsys, tmp_path, args[0])[0] == 0
+    with monkeypatch.context() as m:
+        steps, real = iter(range(100)), train.rate
+        m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 3 else (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run_here(monkeypatch, capsys, tmp_path, args[1])
+    assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
+    same_run(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
@@ -478,6 +497,10 @@ def test_without_val_some_pictures_are_set_aside(tmp_path, monkeypatch, capsys):
     learned = {int(np.asarray(p, np.float32).mean() // 10) for p in pack}
     assert len(held) == 2 and held | learned == set(range(21)) and not held & learned
     assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0 and len(list((tmp_path / "patches").glob("val-*"))) == 1
+    for i in range(21, 60):     # more pictures; what was set aside for this run stays so
+        Image.new("RGB", (64, 64)).save(tmp_path / f"in/{i}.png")
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "set aside" not in out, err
 
 
 def test_shares_of_folders(drawings, tmp_path, monkeypatch, capsys):
@@ -527,7 +550,7 @@ def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
     args = [*flags(drawings, tmp_path / "runs" / "mine", steps=1000), "--dry-run"]
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     assert code == 0 and "going on at step 2" in out and "s a step, 1000 steps" in out and "parameters" in out, err
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert list((tmp_path / "runs").iterdir()) == [] and not (tmp_path / "patches").exists()
 
 
 def test_a_dry_run_takes_pictures_that_are_large_enough(tmp_path, monkeypatch, capsys):
@@ -575,6 +598,8 @@ def test_a_gan_run_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
     terms = {"pix", "freq", "edge", "lock", "texture"}
     assert terms | {f"{t}_grad" for t in terms} <= set(first) and float(first["d_acc"]) >= 0
     assert all(0 < float(last[k]) < 100 for k in ("adv", "adv_grad", "d", "d_acc", "freq_grad", "edge_grad"))
+    best = load(tmp_path / "a" / "best.safetensors").header["step"]     # the newest, though PSNR falls under a GAN
+    assert best == int(last["step"])
     with monkeypatch.context() as m:
         steps, real = iter(range(100)), train.rate
         m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 6 else (_ for _ in ()).throw(Killed))
@@ -606,7 +631,13 @@ def test_every_second_target_is_line_enhanced_until_its_share_is_over(drawings, 
                                          (dict(loss="pix,perc"), "--vgg-weights"),
                                          (dict(loss="pix,perc", perceptual="anime"), "--anime-weights"),
                                          (dict(loss="pix,art_cls", detector="gone.safetensors"), "gone.safetensors"),
-                                         (dict(loss="pix,edge", edge_kernel=2), "odd number")))
+                                         (dict(loss="pix,edge", edge_kernel=2), "odd number"),
+                                         (dict(loss="adv", gan_after=3), "add pix"),
+                                         (dict(train="residual_block"), "add out_conv"),
+                                         (dict(device="abacus"), "--device abacus"),
+                                         (dict(patience=-1), "--patience -1 does not work; use 0 or more"),
+                                         (dict(seed=-1), "--seed -1"), (dict(clip=0), "--clip 0"),
+                                         (dict(d_features=0), "--d-features 0")))
 def test_losses_that_cannot_be(drawings, tmp_path, monkeypatch, capsys, more, words):
     code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **more))
     assert code == 2 and words in err and err.count("\n") == 1, err
@@ -727,12 +758,26 @@ def test_bad_pictures_are_named_and_skipped(drawings, tmp_path, monkeypatch, cap
     draw(tmp_path / "pictures" / "good.png", 1)
     draw(tmp_path / "pictures" / "small.png", 1, (20, 90))
     (tmp_path / "pictures" / "text.jpg").write_text("hello")
+    (tmp_path / "val").mkdir()
+    draw(tmp_path / "val" / "good.png", 2)
+    draw(tmp_path / "val" / "icon.png", 2, (12, 12))
     png = (drawings / "train" / "壁紙 1.png").read_bytes()
     (tmp_path / "pictures" / "cut.png").write_bytes(png[:len(png) // 2])
-    args = flags(drawings, tmp_path / "run", data=tmp_path / "pictures", steps=1, every=1)
+    args = flags(drawings, tmp_path / "run", data=tmp_path / "pictures", val=tmp_path / "val", steps=1, every=1)
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
-    assert code == 0 and all(name in out + err for name in ("small.png", "text.jpg", "cut.png"))
+    assert code == 0 and all(name in out + err for name in ("small.png", "text.jpg", "cut.png", "icon.png")), err
     assert "2 unreadable and 1 small" in out + err
+
+
+@pytest.mark.parametrize("error, words", ((torch.OutOfMemoryError("CUDA out of memory"), "smaller --batch"),
+                                          (RuntimeError("DataLoader worker (pid 5) is killed by signal"), "--workers 0")))
+def test_want_of_memory_is_one_line(drawings, tmp_path, monkeypatch, capsys, error, words):
+    def train_without(*args, **more):
+        raise error
+    monkeypatch.setattr(train, "train", train_without)
+    monkeypatch.setattr(train.os, "_exit", sys.exit)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run"))
+    assert code == 2 and words in err and err.count("\n") == 1
 
 
 def test_help_has_an_example(capsys):
