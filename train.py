@@ -56,6 +56,8 @@ STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: 
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
+SERVES = {"adv": ("gan_after", "gan", "lr_d", "d_features", "r1"), "edge": ("edge_kernel",),     # which term a flag is for
+          "perc": ("perceptual", "vgg_weights", "anime_weights")}
 DEMO = Path("demo")
 MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
               "tensorboard", "dry_run", "vgg_weights", "anime_weights", "detector"}   # when a run is resumed
@@ -136,6 +138,11 @@ def parse(argv=None):
     a("--device", help="cuda, mps or cpu [the best there is]", default=argparse.SUPPRESS)
     a("--overwrite", action="store_true", help="start anew in a run folder that is there")
     args = p.parse_args(argv)
+    terms = [part.partition("=")[0].strip() for part in args.loss.split(",")]
+    for term, names in SERVES.items():
+        for name in names if term not in terms else ():
+            if getattr(args, name, p.get_default(name)) != p.get_default(name):
+                print(f"note: --{name.replace('_', '-')} does nothing without {term} in --loss", file=sys.stderr)
 
     def default(name, value):
         if not hasattr(args, name):

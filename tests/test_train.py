@@ -637,7 +637,7 @@ def test_every_second_target_is_line_enhanced_until_its_share_is_over(drawings, 
                                          (dict(device="abacus"), "--device abacus"),
                                          (dict(patience=-1), "--patience -1 does not work; use 0 or more"),
                                          (dict(seed=-1), "--seed -1"), (dict(clip=0), "--clip 0"),
-                                         (dict(d_features=0), "--d-features 0")))
+                                         (dict(loss="pix,adv", d_features=0), "--d-features 0")))
 def test_losses_that_cannot_be(drawings, tmp_path, monkeypatch, capsys, more, words):
     code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **more))
     assert code == 2 and words in err and err.count("\n") == 1, err
@@ -778,6 +778,11 @@ def test_want_of_memory_is_one_line(drawings, tmp_path, monkeypatch, capsys, err
     monkeypatch.setattr(train.os, "_exit", sys.exit)
     code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run"))
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_flags_without_effect_are_told(drawings, tmp_path, capsys):
+    train.parse(flags(drawings, tmp_path, loss="pix,edge", edge_kernel=5, gan_after=5, r1=0))
+    assert capsys.readouterr().err == "note: --gan-after does nothing without adv in --loss\n"
 
 
 def test_help_has_an_example(capsys):
