@@ -49,26 +49,31 @@ def main():
         training = float(rows(folder / "calm")[-1]["seconds"])
         opening = time.time() - begun - training
         print(f"undisturbed: {steps} steps in {time.time() - begun:.0f} s", flush=True)
-        run, command, told, kills = folder / "run", flags(folder / "data", folder / "run", **said), 0, 0
-        while True:
-            process, begun = start(command, folder), time.time()
-            try:
-                out, err = process.communicate(timeout=opening + rng.uniform(-1, 2 * training / args.kills) if kills < args.kills else None)
-                assert process.returncode == 0, err
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                out, _ = process.communicate()
-            kills += 1
-            told = max([told, *(int(line.split("/")[0][5:]) for line in out.splitlines() if line.startswith("step "))])
-            state = run / "state.pt"
-            kept = torch.load(state, weights_only=True)["now"]["step"] if state.exists() else 0
-            assert kept >= told, f"kill {kills}: step {told} was reported, step {kept} is kept"
-            if rows(run):
-                load(run / "last.safetensors")
-            print(f"kill {kills} after {time.time() - begun:.1f} s: step {told} told, step {kept} kept", flush=True)
-        same_run(folder / "calm", run)
-        print(f"{kills} kills, nothing lost; the result equals the undisturbed run's to the bit")
+        kills, runs = 0, 0
+        while kills < args.kills:       # a run that ends before its share of kills is followed by another
+            runs += 1
+            run, told = folder / f"run{runs}", 0
+            command = flags(folder / "data", run, **said)
+            while True:
+                process, begun = start(command, folder), time.time()
+                try:
+                    moment = opening + rng.uniform(-1, 2 * training / args.kills)
+                    out, err = process.communicate(timeout=moment if kills < args.kills else None)
+                    assert process.returncode == 0, err
+                    break
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    out, _ = process.communicate()
+                kills += 1
+                told = max([told, *(int(line.split("/")[0][5:]) for line in out.splitlines() if line.startswith("step "))])
+                state = run / "state.pt"
+                kept = torch.load(state, weights_only=True)["now"]["step"] if state.exists() else 0
+                assert kept >= told, f"kill {kills}: step {told} was reported, step {kept} is kept"
+                if rows(run):
+                    load(run / "last.safetensors")
+                print(f"kill {kills} after {time.time() - begun:.1f} s: step {told} told, step {kept} kept", flush=True)
+            same_run(folder / "calm", run)
+        print(f"{kills} kills in {runs} runs of stage {args.stage}, nothing lost; the results equal the undisturbed run's to the bit")
 
 
 if __name__ == "__main__":
