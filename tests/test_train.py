@@ -264,6 +264,11 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it and nothing is saved."""
 
 
+def killed_in_step(m, number):
+    steps, real = iter(range(100)), train.rate
+    m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < number else (_ for _ in ()).throw(Killed))
+
+
 ODD = dict(patch="16,24", accum=2, batch=3, steps=7, every=2, ema=0.9)
 
 
@@ -279,9 +284,7 @@ def test_every_stage_resumes_to_the_bit(whole, drawings, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as m:
         if where == "in a step":
-            steps = iter(range(100))
-            real = train.rate
-            m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 5 else (_ for _ in ()).throw(Killed))
+            killed_in_step(m, 5)
         else:
             real, calls = os.replace, iter(range(100))
 
@@ -322,8 +325,7 @@ def test_a_trained_refiner_that_does_not_learn_stays_on_when_resumed(whole, draw
     args = [flags(drawings, tmp_path / name, weights=tmp_path / "start.safetensors", steps=4, every=2) for name in ("a", "b")]
     assert run_here(monkeypatch, capsys, tmp_path, args[0])[0] == 0
     with monkeypatch.context() as m:
-        steps, real = iter(range(100)), train.rate
-        m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 3 else (_ for _ in ()).throw(Killed))
+        killed_in_step(m, 3)
         with pytest.raises(Killed):
             run_here(monkeypatch, capsys, tmp_path, args[1])
     assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
@@ -601,8 +603,7 @@ def test_a_gan_run_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
     best = load(tmp_path / "a" / "best.safetensors").header["step"]     # the newest, though PSNR falls under a GAN
     assert best == int(last["step"])
     with monkeypatch.context() as m:
-        steps, real = iter(range(100)), train.rate
-        m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < 6 else (_ for _ in ()).throw(Killed))
+        killed_in_step(m, 6)
         with pytest.raises(Killed):
             run_here(monkeypatch, capsys, tmp_path, args[1])
     assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
