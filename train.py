@@ -139,7 +139,7 @@ def parse(argv=None):
     a("--overwrite", action="store_true", help="start anew in a run folder that is there")
     args = p.parse_args(argv)
     terms = [part.partition("=")[0].strip() for part in args.loss.split(",")]
-    for term, names in SERVES.items():
+    for term, names in SERVES.items() if os.environ.get("RANK", "0") == "0" else ():
         for name in names if term not in terms else ():
             if getattr(args, name, p.get_default(name)) != p.get_default(name):
                 print(f"note: --{name.replace('_', '-')} does nothing without {term} in --loss", file=sys.stderr)
@@ -160,8 +160,9 @@ def parse(argv=None):
         default(name, value[on] if isinstance(value, tuple) else value)
     if args.use_tiling is None:
         args.use_tiling = stage["use_tiling"]
-    try:
-        torch.empty(1, device=args.device)
+    own = f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else ""
+    try:        # each process on its own GPU, or all of them would hold memory on the first
+        torch.empty(1, device=args.device + own)
     except (RuntimeError, AssertionError) as e:
         p.exit(2, f"error: --device {args.device}: {str(e).splitlines()[0].split('. ')[0]}\n")
     amp = "bf16" if bf16_is_native(torch.device(args.device)) else "off"

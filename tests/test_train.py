@@ -269,6 +269,14 @@ def killed_in_step(m, number):
     m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < number else (_ for _ in ()).throw(Killed))
 
 
+def killed_and_resumed(monkeypatch, capsys, cwd, args, number):
+    with monkeypatch.context() as m:
+        killed_in_step(m, number)
+        with pytest.raises(Killed):
+            run_here(monkeypatch, capsys, cwd, args)
+    assert run_here(monkeypatch, capsys, cwd, args)[0] == 0
+
+
 ODD = dict(patch="16,24", accum=2, batch=3, steps=7, every=2, ema=0.9)
 
 
@@ -324,11 +332,7 @@ def test_a_trained_refiner_that_does_not_learn_stays_on_when_resumed(whole, draw
     save(model, tmp_path / "start.safetensors")
     args = [flags(drawings, tmp_path / name, weights=tmp_path / "start.safetensors", steps=4, every=2) for name in ("a", "b")]
     assert run_here(monkeypatch, capsys, tmp_path, args[0])[0] == 0
-    with monkeypatch.context() as m:
-        killed_in_step(m, 3)
-        with pytest.raises(Killed):
-            run_here(monkeypatch, capsys, tmp_path, args[1])
-    assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
+    killed_and_resumed(monkeypatch, capsys, tmp_path, args[1], 3)
     same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -602,11 +606,7 @@ def test_a_gan_run_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
     assert all(0 < float(last[k]) < 100 for k in ("adv", "adv_grad", "d", "d_acc", "freq_grad", "edge_grad"))
     best = load(tmp_path / "a" / "best.safetensors").header["step"]     # the newest, though PSNR falls under a GAN
     assert best == int(last["step"])
-    with monkeypatch.context() as m:
-        killed_in_step(m, 6)
-        with pytest.raises(Killed):
-            run_here(monkeypatch, capsys, tmp_path, args[1])
-    assert run_here(monkeypatch, capsys, tmp_path, args[1])[0] == 0
+    killed_and_resumed(monkeypatch, capsys, tmp_path, args[1], 6)
     same_run(tmp_path / "a", tmp_path / "b")
     one, two = (torch.load(tmp_path / n / "state.pt", weights_only=True)["critic"] for n in "ab")
     assert all(torch.equal(one[k], two[k]) for k in one)
