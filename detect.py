@@ -52,6 +52,7 @@ class Faults(torch.utils.data.Dataset):
         rng, x, targets, kinds = np.random.default_rng((self.batches.seed, step, 7)), [], [], []
         least = 0.05 + 0.35 * (1 - step / len(self)) ** 2
         for clean in hr:
+            clean = varied(clean, rng)
             x, targets = [*x, clean], [*targets, target(0, 0)]
             for both in (True, False):
                 for _ in range(6):
@@ -67,6 +68,15 @@ class Faults(torch.utils.data.Dataset):
                     x, targets = [*x, less], [*targets, target(kind, visible(clean, less))]
                 x, targets = [*x, out], [*targets, target(kind, visible(clean, out))]
         return torch.stack(x), torch.stack(targets)
+
+
+def varied(x, rng):
+    """Another clean picture of the same lines: colours exchanged, in every other crop with less contrast."""
+    x = x[rng.permutation(3)]
+    if rng.random() < 0.5:
+        grey = rng.random()
+        x = degrade.to_8_bit(grey + (x - grey) * rng.uniform(0.4, 1))
+    return x
 
 
 def target(kind, seen):

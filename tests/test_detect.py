@@ -88,7 +88,9 @@ def test_four_versions_of_every_crop(drawn):
         x, targets = faults[step]
         assert x.shape == (12, 3, 96, 96) and targets.shape == (12, 8)
         assert torch.allclose(targets.sum(1), torch.ones(12))
-        assert torch.equal(x[::4], hr) and (targets[::4, 0] == 1).all()
+        assert (targets[::4, 0] == 1).all()
+        for clean, seen in zip(hr, x[::4]):       # the same lines in other colours, with 0.4 to 1 of their contrast
+            assert (clean.std() * 0.39 <= seen.std()) and (seen.std() <= clean.std() * 1.01)
         for i in range(0, 12, 4):
             assert targets[i + 1].argmax() in (0, targets[i + 2].argmax()), "less of the same fault"
             weak, strong = ((x[i + k] - x[i]).square().mean() for k in (1, 2))
