@@ -950,7 +950,7 @@ def main():
                    help="with --fit, which part stays; focus: where there is most detail (default: center)")
     g.add_argument("--scale", type=float, help="times larger, 1.5 say: the model's own scale, then Lanczos")
     g.add_argument("--skip-larger", action="store_true", help="with --fit: leave out what is that large already")
-    g.add_argument("--format", default="png", choices=["png", "webp", "avif", "jpg", "keep"],
+    g.add_argument("--format", choices=["png", "webp", "avif", "jpg", "keep"],
                    help="of results in a folder; keep: as the input, where it can be written (default: png)")
     g.add_argument("--quality", type=int, default=95, help="of JPEG, WebP and AVIF, 1..100 (default: 95); WebP stores colours at "
                                                            "half the resolution whatever it is")
@@ -1002,6 +1002,8 @@ def refuse_nonsense(args):
         raise ValueError("--fit and --scale exclude each other; give one")
     if not args.fit and (args.skip_larger or args.crop != "center"):
         raise ValueError("--crop and --skip-larger go with --fit; give the size with it")
+    if args.dither and args.depth == 16:
+        raise ValueError("--dither is for 8 bit; leave --dither or --depth 16 out")
     if args.skip_existing and args.overwrite:
         raise ValueError("--skip-existing and --overwrite exclude each other; give one")
 
@@ -1041,7 +1043,9 @@ def run(args):
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         refuse_nonsense(args)
-        jobs = plan(args.inputs, args.out, None if args.format == "keep" else f".{args.format}")
+        jobs = plan(args.inputs, args.out, None if args.format == "keep" else f".{args.format or 'png'}")
+        if jobs[0][1] == Path(args.out) and args.format and WRITES[jobs[0][1].suffix.lower()] != WRITES.get(f".{args.format}"):
+            raise ValueError(f"--format {args.format} is for results in a folder; {printable(args.out)} says its own")
         if args.depth == 16 and any(target.suffix.lower() != ".png" for _, target in jobs):
             raise ValueError("--depth 16 works with PNG only; add --format png")
         Image.init()
@@ -1095,6 +1099,8 @@ def run(args):
             fail(e)
         except (RuntimeError, MemoryError) as e:  # a GPU too old for this torch, say
             fail(on_device(weights, device, e))
+        if args.sync != "off" and not hasattr(network, "hat_model"):
+            fail(f"--sync is for HAT, which {printable(weights)} is not; leave it out")
         if rank == 0:
             precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[amp]
             print(f"{printable(weights)}: {network.scale}x on {device}, {precision}, tiles of {tiler.tile_size}",

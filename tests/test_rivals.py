@@ -89,6 +89,9 @@ def test_both_commands(kind, scale, suffix, tmp_path, monkeypatch, capsys):
     assert f"{scale}x on cpu" in out and "64x64 -> " in out
     sr = tile.read_picture(tmp_path / "a.png").rgb
     assert expected.std() > 0.005 and (sr - expected).abs().max() < 0.51 / 255 + 1e-5   # 8 bits of the same picture
+    code, _, err = command(monkeypatch, capsys, tile, tmp_path / "lr" / "a.png", "-o", tmp_path / "b.png", "--weights",
+                           file, "--sync", "rough")
+    assert code == 2 and err.startswith("error: --sync is for HAT") and not (tmp_path / "b.png").exists()
 
     hr = F.interpolate(lr[None], scale_factor=scale, mode="bicubic")[0].clamp(0, 1)
     save(tmp_path / "hr" / "a.png", hr)

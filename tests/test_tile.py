@@ -819,6 +819,8 @@ def test_users_mistakes(tmp_path, command, monkeypatch):
             ((one, "-o", out, "--overwrite", "--skip-existing"), "exclude each other"),
             ((one, "-o", out, "--depth", "16", "--format", "jpg"), "PNG only"),
             ((one, "-o", out / "a.webp", "--depth", "16"), "PNG only"),
+            ((one, "-o", out, "--depth", "16", "--dither"), "--dither is for 8 bit"),
+            ((one, "-o", out / "a.webp", "--format", "avif"), "says its own"),
             ((one, "-o", out, "--device", "abacus"), "--device abacus"),
             ((one, "-o", one / "below"), "choose another --out"),
             ((one, "-o", out, "--weights", tmp_path / "missing.safetensors"), "missing.safetensors"),
