@@ -147,7 +147,6 @@ def big(args, network):
 
 def picture(args, network):
     """Seconds for 1920x1080 by the command's own means, beside the same tiles through the model and nothing else."""
-    tile.keep_freed_memory()
     device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
     window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
     size = tile.auto_tile_size(network, device, amp, tile.Tiler(window, args.pads[0], 1, window))
@@ -197,6 +196,7 @@ def main():
     p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
     p.add_argument("--limit-gib", type=float, help="big: address space (ulimit -v)")
     args = p.parse_args()
+    tile.keep_freed_memory()
     paths = args.weights or [convert.find_weights()]
     networks = {Path(path).parent.name + "/" + Path(path).stem: model.load(path, args.device) for path in paths}
     if args.part == "refiner":
