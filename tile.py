@@ -200,7 +200,10 @@ def read_picture(path, srgb=False):
         icc = None
     depth = 16 if pixels.dtype == np.uint16 else 8
     pixels = turned(pixels, orientation)
-    x = torch.empty(pixels.shape[2], *pixels.shape[:2])
+    try:
+        x = torch.empty(pixels.shape[2], *pixels.shape[:2])
+    except RuntimeError:
+        raise PictureError(f"{printable(path)}: {pixels.shape[1]}x{pixels.shape[0]} is too large for the memory there is") from None
     for y in range(0, x.shape[1], 256):
         rows = torch.from_numpy(pixels[y:y + 256].astype(np.float32, order="C"))
         x[:, y:y + 256] = rows.permute(2, 0, 1) / (65535 if depth == 16 else 255)

@@ -4,7 +4,7 @@
     python tests/measure_tiles.py quality --data LR_FOLDER --tiles 128 --pads 8 16 32 --limit 4
     python tests/measure_tiles.py refiner --data LR_FOLDER --hr HR_FOLDER --weights stage1 stage2 stage3 --pads 0 8 32
     python tests/measure_tiles.py big                                 # 12,000 x 8,000, peak memory; about 40 minutes
-    python tests/measure_tiles.py big --limit-gib 4                   # the same with that much address space
+    python tests/measure_tiles.py big --limit-gib 4                   # the same with no more memory than that
     python tests/measure_tiles.py picture                             # 1920x1080 by two: seconds, memory, overhead
     python tests/measure_tiles.py fit --data FOLDER --out FOLDER      # every picture to 3840x2160, each way of cropping
 
@@ -111,9 +111,9 @@ def gradients_and_lines(height, width):
 
 def command(args, *more, limit=None):
     """Runs tile.py -> (seconds, peak MiB, what it said)."""
-    def bound():
+    def bound():    # not of the address space, 3 GiB of which are GPU libraries that torch maps and never touches
         if limit:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     call = [sys.executable, ROOT / "tile.py", *more, "--device", args.device, "--overwrite"]
     call += ["--weights", args.weights] if args.weights else []
@@ -194,7 +194,7 @@ def main():
                    help="big (default: 12000x8000)")
     p.add_argument("--tile-size", default="auto", help="big: as tile.py's")
     p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
-    p.add_argument("--limit-gib", type=float, help="big: address space (ulimit -v)")
+    p.add_argument("--limit-gib", type=float, help="big: memory it may have (ulimit -d)")
     args = p.parse_args()
     tile.keep_freed_memory()
     paths = args.weights or [convert.find_weights()]

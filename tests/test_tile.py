@@ -1144,3 +1144,12 @@ def test_alone_it_says_what_it_misses(tmp_path):
     got = subprocess.run([sys.executable, "tile.py", "a.png", "-o", "out"], cwd=tmp_path, capture_output=True,
                          text=True)
     assert got.returncode == 2 and "needs model.py and convert.py beside tile.py" in got.stderr and got.stderr.count("\n") == 1
+
+
+def test_a_picture_larger_than_memory_is_named_at_once(tmp_path, monkeypatch):
+    def full(*size):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    path = picture_file(tmp_path / "huge.png")
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(tile.PictureError, match=r"huge.png: \d+x\d+ is too large for the memory there is"):
+        tile.read_picture(path)
