@@ -1092,6 +1092,8 @@ def run(args):
             fail(e)
         except (RuntimeError, MemoryError) as e:
             fail(on_device(weights, device, e))
+        if args.sync != "off" and not hasattr(network, "hat_model"):
+            fail(f"--sync is for HAT, which {printable(weights)} is not; leave it out")
         align = getattr(getattr(network, "hat_model", None), "window", 16)
         pad = 2 * align if args.tile_pad is None else args.tile_pad
         try:
@@ -1102,8 +1104,6 @@ def run(args):
             fail(e)
         except (RuntimeError, MemoryError) as e:  # a GPU too old for this torch, say
             fail(on_device(weights, device, e))
-        if args.sync != "off" and not hasattr(network, "hat_model"):
-            fail(f"--sync is for HAT, which {printable(weights)} is not; leave it out")
         if rank == 0:
             precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[amp]
             print(f"{printable(weights)}: {network.scale}x on {device}, {precision}, tiles of {tiler.tile_size}",

@@ -9,7 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
@@ -59,9 +58,8 @@ def main():
             draw.text((column * (n + 4), row * (n + label) + 2), said, fill="black")
             sheet.paste(Image.fromarray(big), (column * (n + 4), row * (n + label) + label))
     sheet.save(args.out)
-    with torch.no_grad():
-        for name, kinds in made.items():
-            print(name, " ".join(f"{k} {metrics.psnr(kinds[k].clamp(0, 1), kinds['true'], 4):.2f}" for k in columns[:-1]))
+    for name, kinds in made.items():
+        print(name, " ".join(f"{k} {metrics.psnr(kinds[k].clamp(0, 1), kinds['true'], 4):.2f}" for k in columns[:-1]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tests/measure_tiles.py quality --data LR_FOLDER            # PSNR tiled against whole, seams, cost
     python tests/measure_tiles.py quality --data LR_FOLDER --tiles 128 --pads 8 16 32 --limit 4
     python tests/measure_tiles.py refiner --data LR_FOLDER --hr HR_FOLDER --weights stage1 stage2 stage3 --pads 0 8 32
-    python tests/measure_tiles.py big                                 # 12,000 x 8,000, peak memory; about 40 minutes
+    python tests/measure_tiles.py big                                 # 12,000 x 8,000, peak memory; hours, 20 minutes with tiny weights
     python tests/measure_tiles.py big --limit-gib 4                   # the same with no more memory than that
     python tests/measure_tiles.py picture                             # 1920x1080 by two: seconds, memory, overhead
     python tests/measure_tiles.py fit --data FOLDER --out FOLDER      # every picture to 3840x2160, each way of cropping
