@@ -37,7 +37,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)   # of DIV2K
 CONV_SCALE = 0.01                     # weight of the convolutional branch; not stored in official files, so fixed
 OVERLAP = 0.5                         # overlapping windows are this much wider than plain ones
 FEATURES = 64                         # channels of the upsampler
-CHUNK = 128                           # windows at a time in attention without gradients, on a CPU
+CHUNK = 16                            # windows at a time without gradients, on a CPU
 
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message is one line and says why."""
@@ -56,31 +56,43 @@ def position_index(window, wide):
 
 def shift_mask(h, w, window, device):
     """Added to the attention of windows shifted by window/2: -100 between pixels that only the cyclic shift made
-    neighbours. (h/window * w/window, 1, window^2, window^2)."""
+    neighbours. (h/window * w/window, window^2, window^2)."""
     def region(n):
         i = torch.arange(n, device=device)
         return (i >= n - window).int() + (i >= n - window // 2).int()
     r = region(h)[:, None] * 3 + region(w)[None, :]
-    r = rearrange(r, "(y i) (x j) -> (y x) 1 (i j)", i=window, j=window)
+    r = rearrange(r, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
     return (r[..., :, None] != r[..., None, :]) * -100.0
 
+def in_parts(f, x, *more):
+    """f(x, *more), where f treats every row of its inputs (N, ...) alone. Without gradients on a CPU CHUNK rows at a time:
+    what fits the cache is done sooner."""
+    if torch.is_grad_enabled() or x.is_cuda or len(x) <= CHUNK:
+        return f(x, *more)
+    out = None
+    for i in range(0, len(x), CHUNK):
+        y = f(*(z[i:i + CHUNK] for z in (x, *more)))
+        if out is None:
+            out = y.new_empty(len(x), *y.shape[1:])
+        out[i:i + CHUNK] = y
+    return out
+
 def attend(q, k, v, bias, mask=None):
-    """softmax(q k^T / sqrt(d) + bias + mask) v, with q (N, heads, n, d), k and v (N, heads, m, d), bias (1, heads, n, m),
-    mask (windows, 1, n, m) or None; N is a multiple of windows. Returns (N, n, heads * d)."""
+    """softmax(q k^T / sqrt(d) + bias + mask) v, with q (N, n, heads, d), k and v (N, m, heads, d), bias (heads, n, m),
+    mask (windows, n, m) or None; N is a multiple of windows. Returns (N, n, heads * d)."""
     if q.is_cuda:
-        bias = bias if mask is None else (bias + mask).repeat(len(q) // len(mask), 1, 1, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
-        return rearrange(out, "n h t d -> n t (h d)")
-    if not torch.is_grad_enabled() and len(q) > CHUNK:      # on a CPU what fits the cache is done sooner
-        parts = [slice(i, i + CHUNK) for i in range(0, len(q), CHUNK)]
-        masks = mask if mask is None or len(mask) == len(q) else mask.repeat(len(q) // len(mask), 1, 1, 1)
-        return torch.cat([attend(q[p], k[p], v[p], bias, mask if mask is None else masks[p]) for p in parts])
-    # there the plain products beat scaled_dot_product_attention at these sizes, and the bias gets its gradient
-    windows = 1 if mask is None else len(mask)
-    q, k, v = (x.unflatten(0, (-1, windows)) for x in (q, k, v))
-    a = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).add_(bias.to(q.dtype))
-    out = (a if mask is None else a.add_(mask.to(q.dtype))).softmax(-1) @ v
-    return rearrange(out, "b n h t d -> (b n) t (h d)")
+        bias = bias[None] if mask is None else (bias + mask[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
+                                             attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
+        return out.transpose(1, 2).flatten(2)
+    # there plain products, head by head, beat it at these sizes: nothing is copied, and the bias gets its gradient
+    out = []
+    for q, k, v, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.to(q.dtype)):
+        a = torch.baddbmm(b.expand(len(q), -1, -1), q, k.mT, alpha=q.shape[-1] ** -0.5)
+        if mask is not None:
+            a.unflatten(0, (-1, len(mask))).add_(mask)
+        out.append(a.softmax(-1) @ v)
+    return torch.cat(out, -1)
 
 class LayerNorm(nn.LayerNorm):
     """Normalises the fp32 residual stream and hands on the type that autocast computes in, cast once."""
@@ -102,9 +114,14 @@ class WindowAttention(nn.Module):
     def forward(self, x, index, mask):
         (b, h, w, _), t = x.shape, self.window
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
-        q, k, v = (rearrange(y, "n t (h d) -> n h t d", h=self.heads) for y in self.qkv(x).chunk(3, -1))
-        bias = self.relative_position_bias_table.t().contiguous()[None, :, index]     # (1, heads, n, m)
-        x = self.proj(attend(q, k, v, bias, mask))
+        bias = self.relative_position_bias_table.t().contiguous()[:, index]     # (heads, n, m)
+
+        def inside(x, mask=None):
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            return self.proj(attend(q, k, v, bias, mask))
+        if mask is not None and len(mask) < len(x) and not torch.is_grad_enabled():
+            mask = mask.repeat(b, 1, 1)
+        x = in_parts(inside, x, *([] if mask is None else [mask]))
         return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
 
 class ChannelAttention(nn.Module):
@@ -157,7 +174,8 @@ class HAB(nn.Module):
         else:
             a = self.attn(y, index, None)
         x = x + (drop_path(a, self.p, self.training) + self.conv_block(y))
-        return x + drop_path(self.mlp(self.norm2(x)), self.p, self.training)
+        y = in_parts(lambda x: self.mlp(self.norm2(x)), x.flatten(0, 1)).view_as(x)
+        return x + drop_path(y, self.p, self.training)
 
 def widen(x, dim, window, edge):
     """Gives every window along dim `edge` pixels of each neighbour: n windows of `window` become n of window + 2 edge.
@@ -186,13 +204,13 @@ class OCAB(nn.Module):
         b, h, w, c = x.shape
         t, wide, heads, edge = self.window, self.wide, self.heads, (self.wide - self.window) // 2
         qkv = self.qkv(self.norm1(x))
-        q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) h (i j) d", i=t, j=t, h=heads)
+        q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) (i j) h d", i=t, j=t, h=heads)
         kv = widen(widen(qkv[..., c:], 1, t, edge), 2, t, edge)
-        k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) h (i j) d", two=2, h=heads, i=wide, j=wide)
-        bias = self.relative_position_bias_table.t().contiguous()[None, :, index]     # (1, heads, n, m)
-        a = rearrange(attend(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
-        x = x + self.proj(a)
-        return x + self.mlp(self.norm2(x))
+        k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) (i j) h d", two=2, h=heads, i=wide, j=wide)
+        bias = self.relative_position_bias_table.t().contiguous()[:, index]     # (heads, n, m)
+        a = in_parts(lambda q, k, v: self.proj(attend(q, k, v, bias)), q, k, v)
+        x = x + rearrange(a, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
+        return x + in_parts(lambda x: self.mlp(self.norm2(x)), x.flatten(0, 1)).view_as(x)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the network
