@@ -685,10 +685,13 @@ def test_pages_without_end(make, go, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(board, out, *flags, **how):
+def start(board, out, *flags, preexec_fn=lambda: None):
+    def first():    # a shell that starts the tests in the background makes them, and what they start, deaf to SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        preexec_fn()
     return subprocess.Popen([sys.executable, SCRIPT, "konachan", "--url", board.url, "--pause", "0.002", "-o", out,
                              "--contact", CONTACT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **how)
+                            preexec_fn=first)
 
 
 @pytest.mark.parametrize("with_signal, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
