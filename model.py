@@ -67,7 +67,7 @@ def shift_mask(h, w, window, device):
 def in_parts(f, x, *more):
     """f(x, *more), where f treats every row of its inputs (N, ...) alone. Without gradients on a CPU CHUNK rows at a time:
     what fits the cache is done sooner."""
-    if torch.is_grad_enabled() or x.is_cuda or len(x) <= CHUNK:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= CHUNK:
         return f(x, *more)
     out = None
     for i in range(0, len(x), CHUNK):
