@@ -100,6 +100,8 @@ def parse(argv=None):
     a("--loss", default="pix", help="terms and weights: pix=1,freq=0.3,edge=1,... of " + ", ".join(WEIGHTS) + "; a name alone gets its usual weight")
     a("--eps", type=float, default=0.1, help="of pix (Charbonnier): errors below it count by their square. Near 0 it is L1, "
       "under which a hair of wrong colour in flat areas drowns what lines and texture teach")
+    a("--eps-end", type=float, help="--eps glides to this over the run, by the same factor each step: a fast start and nearly L1 "
+      "for the last tenths of a dB")
     a("--gan-after", type=int, default=0, help="steps before the adversarial term begins")
     a("--gan", choices=GANS, default="ragan", help="kind of adversarial loss")
     a("--lr-d", type=float, default=1e-4, help="learning rate of the discriminator")
@@ -190,7 +192,7 @@ def check(args):
     for names, right, said in (
             (("steps", "batch", "every", "busiest", "accum", "d_features"), lambda n: n >= 1, "at least 1"),
             (("seed", "workers", "patience", "keep", "val_count", "warmup", "gan_after"), lambda n: n >= 0, "0 or more"),
-            (("clip", "eps", "lr"), lambda n: n > 0, "above 0")):
+            (("clip", "eps", "eps_end", "lr"), lambda n: n is None or n > 0, "above 0")):
         for name in names:
             if not right(getattr(args, name)):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not work; use {said}")
@@ -424,6 +426,11 @@ def rate(step, args):
     return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t)))
 
 
+def rounding(step, args):
+    """eps of the pixel loss: from --eps to --eps-end by the same factor each step."""
+    return args.eps * ((args.eps_end or args.eps) / args.eps) ** (step / max(1, args.steps - 1))
+
+
 def memory(kind):
     """Most memory ever used, MiB: of the GPU, or of this process."""
     if kind == "cuda":
@@ -607,6 +614,7 @@ def train(args, rank, ranks, until=None, patches="patches"):
             step, started = now["step"], time.time()
             for g in optimiser.param_groups:
                 g["lr"] = rate(step, args) * g["share"] * now["slow"]
+            loss_fn.pix.eps = rounding(step, args)
             optimiser.zero_grad(set_to_none=True)
             adversarial = critic is not None and step >= args.gan_after
             if adversarial:

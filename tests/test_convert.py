@@ -44,18 +44,19 @@ def test_find_weights(tiny, tmp_path, monkeypatch):
     assert convert.find_weights().name == "web-low.safetensors"
 
 
-def test_command_line(tiny, tmp_path):
+def test_command_line(tiny, tmp_path, monkeypatch, capsys):
     save(tiny, tmp_path / "w.safetensors", dict(stage=1))
-
-    def run(*args):
-        return subprocess.run([sys.executable, "convert.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
-    done = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
+    done = subprocess.run([sys.executable, "convert.py", tmp_path / "w.safetensors", tmp_path / "hat.pth"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout[:done.stdout.rindex("}") + 1])["stage"] == 1
     assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
-    again = run(tmp_path / "w.safetensors", tmp_path / "hat.pth")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
-    for out, reason in ((tmp_path / "w.safetensors", "lose its refiner"), (tmp_path / "hat.onnx", "ends in .pth")):
-        before = (tmp_path / "w.safetensors").read_bytes()
-        refused = run(tmp_path / "w.safetensors", out, "--overwrite")
-        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and reason in refused.stderr
+
+    before = (tmp_path / "w.safetensors").read_bytes()
+    for out, flags, reason in (("hat.pth", [], "--overwrite"), ("w.safetensors", ["--overwrite"], "lose its refiner"),
+                               ("hat.onnx", ["--overwrite"], "ends in .pth")):
+        monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "w.safetensors"), str(tmp_path / out), *flags])
+        with pytest.raises(SystemExit) as refused:
+            convert.main()
+        said = capsys.readouterr().err
+        assert refused.value.code == 2 and said.count("\n") == 1 and reason in said
         assert (tmp_path / "w.safetensors").read_bytes() == before and not (tmp_path / "hat.onnx").exists()
