@@ -660,7 +660,8 @@ def train(args, rank, ranks, until=None, patches="patches"):
             if finite:
                 scaler.step(optimiser)
                 decay = min(args.ema, (step + 1) / (step + 10))        # a short memory while the weights still run
-                torch._foreach_lerp_(averaged, learning, 1 - decay)
+                with torch.no_grad():       # or every step would hang one more node onto the averages' history
+                    torch._foreach_lerp_(averaged, learning, 1 - decay)
                 if not away:
                     now["typical"] = distance if step == 0 else 0.98 * (now["typical"] or distance) + 0.02 * distance
                 for name, value in values.items():
