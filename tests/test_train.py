@@ -410,7 +410,8 @@ def test_a_learning_rate_of_10_rolls_back(drawings, tmp_path, monkeypatch, capsy
 
 def test_a_run_that_nothing_helps_ends(drawings, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, range(1000), float("nan"))
-    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", steps=20, every=20, patch=8, batch=1))
+    args = flags(drawings, tmp_path / "run", steps=20, every=20, patch=8, batch=1)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     assert code == 2 and "nothing helps" in err and not (tmp_path / "run" / "last.safetensors").exists()
 
 
@@ -686,13 +687,13 @@ def torchrun(args, cwd, ranks=2):
 
 
 def test_two_ranks_are_one_with_twice_the_batch(drawings, tmp_path, monkeypatch, capsys):
-    more = dict(steps=8, every=1, val_count=1)
+    more = dict(steps=20, every=4, val_count=1)
     p = torchrun(flags(drawings, tmp_path / "two", batch=2, **more), tmp_path)
     out, err = p.communicate(timeout=120)
     assert p.returncode == 0, err
     assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "one", batch=4, **more))[0] == 0
     one, two = ([float(r["pix"]) for r in rows(tmp_path / name)] for name in ("one", "two"))
-    assert len(one) == 8 and max(abs(a - b) / a for a, b in zip(one, two)) < 1e-4
+    assert len(one) == 5 and max(abs(a - b) / a for a, b in zip(one, two)) < 1e-4
 
 
 def test_a_lost_rank_ends_the_run_and_it_resumes(drawings, tmp_path, monkeypatch, capsys):
