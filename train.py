@@ -56,8 +56,8 @@ STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: 
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
-SERVES = {"adv": ("gan_after", "gan", "lr_d", "d_features", "r1"), "edge": ("edge_kernel",),     # which term a flag is for
-          "perc": ("perceptual", "vgg_weights", "anime_weights")}
+SERVES = {"pix": ("eps", "eps_end"), "adv": ("gan_after", "gan", "lr_d", "d_features", "r1"),     # which term a flag is for
+          "edge": ("edge_kernel",), "perc": ("perceptual", "vgg_weights", "anime_weights")}
 DEMO = Path("demo")
 MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
               "tensorboard", "dry_run", "vgg_weights", "anime_weights", "detector"}   # when a run is resumed

@@ -812,6 +812,9 @@ def test_want_of_memory_is_one_line(drawings, tmp_path, monkeypatch, capsys, err
 def test_flags_without_effect_are_told(drawings, tmp_path, capsys):
     train.parse(flags(drawings, tmp_path, loss="pix,edge", edge_kernel=5, gan_after=5, r1=0))
     assert capsys.readouterr().err == "note: --gan-after does nothing without adv in --loss\n"
+    train.parse(flags(drawings, tmp_path, loss="freq", eps=0.01, eps_end=0.001))
+    said = capsys.readouterr().err
+    assert [f"--{name} does nothing without pix in --loss" in said for name in ("eps", "eps-end")] == [True, True], said
 
 
 def test_help_has_an_example(capsys):
