@@ -498,14 +498,14 @@ def discriminator_loss(d, sr, hr, kind="ragan", r1=0.0):
 
 
 class ArtifactDetector(nn.Module):
-    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 154,072 parameters.
+    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 178,216 parameters.
 
     It sees the steps of R, G and B to the right and down, in 8-bit levels through asinh, which makes a step of one
     level (banding) visible beside a line; no colour, which would say what is drawn rather than how. Two by two pixels
     lie in channels from the start: nothing is thrown away, and no layer pays for the full resolution. The last of
-    `stages` looks 79 pixels wide. `lines` looks along the means of those steps over whole rows and columns, where
-    seams and the grids of codecs stand out however faint they are. The head gets the mean, the deviation and the
-    log-mean-exp (a fault may be rare) of every feature of every stage."""
+    `stages` looks 79 pixels wide. `lines` looks along the means of those steps, and of the first stage's features, over
+    whole rows and whole columns, where seams and the grids of codecs stand out however faint they are; some 50 pixels wide.
+    The head gets the mean, the deviation and the log-mean-exp (a fault may be rare) of every feature."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -518,10 +518,10 @@ class ArtifactDetector(nn.Module):
             nn.Sequential(conv(24, w), conv(w, w)),
             nn.Sequential(conv(w, v, stride=2), conv(v, v)),
             nn.Sequential(conv(v, u, stride=2), conv(u, u), conv(u, u, dilation=2))])
-        self.lines = nn.Sequential(
-            nn.Conv1d(6, w, 9, 1, 4, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1),
-            nn.Conv1d(w, w, 9, 1, 8, 2, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1))
-        n = 3 * (w + v + u + w)
+        self.lines = nn.ModuleList([nn.Sequential(
+            nn.Conv1d(12 + w, w, 9, 1, 4, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1),
+            nn.Conv1d(w, w, 9, 1, 8, 2, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1)) for _ in range(2)])
+        n = 3 * (w + v + u + w + w)
         self.head = nn.Sequential(nn.BatchNorm2d(n, affine=False), nn.Conv2d(n, u, 1), nn.LeakyReLU(0.1),
                                   nn.Conv2d(u, len(CLASSES), 1))
 
@@ -538,17 +538,19 @@ class ArtifactDetector(nn.Module):
             y = stage(y)
             features.append(y)
         with torch.autocast(x.device.type, enabled=False):
-            rows, columns = (self.lines(torch.cat([d.abs().mean(k), d.mean(k)], 1)) for d, k in ((down, 3), (right, 2)))
-            rows, columns = rows[..., None], columns[:, :, None]
+            rows, columns = (line(torch.cat([
+                torch.cat([d.abs().mean(k), d.mean(k)], 1).unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2),
+                full(features[0]).mean(k)], 1)) for line, d, k in zip(self.lines, (down, right), (3, 2)))
+            looked_at = *map(full, features), rows[..., None], columns[:, :, None]
 
             def told(windows):
-                found = [figures(moments(full(z), 4, n), 4) for z, n in zip(features, windows)]
-                found.append(figures((moments(rows, 16, windows[3]) + moments(columns, 16, windows[4])) / 2, 16))
-                return self.head(torch.cat(found, 1))
+                found = [figures(moments(z, sharp, n), sharp) for z, sharp, n in zip(looked_at, (4, 4, 4, 16, 16), windows)]
+                h, w = found[0].shape[2:]
+                return self.head(torch.cat([f.expand(-1, -1, h, w) for f in found], 1))
             logits = told([None] * 5)[..., 0, 0]
             if not everything:
                 return logits
-            return logits, told([(4, 4), (2, 2), (1, 1), (8, 0), (0, 8)]), features
+            return logits, told([(4, 4), (2, 2), (1, 1), (4, 0), (0, 4)]), features
 
 
 def moments(x, sharp, stride=None):
