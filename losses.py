@@ -538,10 +538,12 @@ class ArtifactDetector(nn.Module):
             y = stage(y)
             features.append(y)
         with torch.autocast(x.device.type, enabled=False):
-            rows, columns = (line(torch.cat([
-                torch.cat([d.abs().mean(k), d.mean(k)], 1).unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2),
-                full(features[0]).mean(k)], 1)) for line, d, k in zip(self.lines, (down, right), (3, 2)))
-            looked_at = *map(full, features), rows[..., None], columns[:, :, None]
+            def profile(line, steps, k):
+                z = torch.cat([steps.abs().mean(k), steps.mean(k)], 1)
+                z = z.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)       # two by two here as well
+                return line(torch.cat([z, full(features[0]).mean(k)], 1)).unsqueeze(k)
+            rows, columns = profile(self.lines[0], down, 3), profile(self.lines[1], right, 2)
+            looked_at = *map(full, features), rows, columns
 
             def told(windows):
                 found = [figures(moments(z, sharp, n), sharp) for z, sharp, n in zip(looked_at, (4, 4, 4, 16, 16), windows)]
