@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -51,15 +52,26 @@ JOBS = {
 }
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    """All of them at once: each waits for its own imports."""
+    found = {}
+    for name, job in JOBS.items():
+        folder = tmp_path_factory.mktemp(name)
+        shutil.copy(ROOT / f"{name}.py", folder)
+        job = f"from {name} import *\n" + textwrap.dedent(job)
+        found[name] = subprocess.Popen([sys.executable, "-c", job], cwd=folder, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True)
+    yield found
+    for p in found.values():
+        p.kill()
+        p.wait()
+
+
 @pytest.mark.parametrize("name", JOBS)
-def test_alone(name, tmp_path):
-    if not (ROOT / f"{name}.py").exists():
-        pytest.skip(f"{name}.py is not written yet")
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    import textwrap
-    job = f"import torch\nfrom {name} import *\n" + textwrap.dedent(JOBS[name])
-    done = subprocess.run([sys.executable, "-c", job], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_alone(name, running):
+    out, _ = running[name].communicate()
+    assert running[name].returncode == 0, out
 
 
 def test_nothing_imports_torchvision_at_the_top():
