@@ -944,8 +944,9 @@ def main():
                "exit code: 0 all done, 1 some pictures failed (named), 2 nothing could be done as asked")
     p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of them (trees, mirrored in --out)")
     p.add_argument("-o", "--out", required=True, help="folder for the results; a file name when IN is one picture")
-    p.add_argument("--weights", help="model file; with the package spandrel of any architecture it knows (default: one "
-                                     "of weights/, else the newest runs/*/best.safetensors)")
+    p.add_argument("--weights", help="model file; with the package spandrel of any architecture it knows (default: "
+                                     "weights/web-low, clean-low for pictures in which that finds nothing to repair; "
+                                     "without them the newest runs/*/best.safetensors)")
 
     g = p.add_argument_group("the result")
     g.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size; what is too much is cut off")
@@ -1011,17 +1012,20 @@ def refuse_nonsense(args):
         raise ValueError("--skip-existing and --overwrite exclude each other; give one")
 
 
-def one_picture(network, source, target, args, tiler, device, amp, label):
-    """Reads, upscales, saves -> (a line that says so, pixels made; 0 if it was left out)."""
-    begun, scale = time.time(), network.scale
+def one_picture(fitting, source, target, args, tiler, device, amp, label):
+    """Reads, upscales, saves -> (a line that says so, pixels made; 0 if it was left out). fitting(rgb) -> the network
+    for this picture, and what to say of it."""
+    begun = time.time()
     if os.path.exists(target) and not args.overwrite:  # two names in one on a disk that ignores case, say
         raise PictureError(f"{printable(target)} is there by now; --overwrite replaces it")
     picture = read_picture(source, args.icc == "srgb")
     height, width = picture.rgb.shape[1:]
+    if args.skip_larger and height >= args.fit[0] and width >= args.fit[1]:
+        return f"{printable(source)} is {width}x{height}, skipped", 0
+    network, note = fitting(picture.rgb)
+    scale = network.scale
     size = height * scale, width * scale
     if args.fit:
-        if args.skip_larger and height >= args.fit[0] and width >= args.fit[1]:
-            return f"{printable(source)} is {width}x{height}, skipped", 0
         size, picture = args.fit, cropped(picture, args.fit, args.crop)
     elif args.scale:
         size = max(round(height * args.scale), 1), max(round(width * args.scale), 1)
@@ -1032,8 +1036,8 @@ def one_picture(network, source, target, args, tiler, device, amp, label):
                               low_freq_lock=args.low_freq_lock)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_strips(target, strips, size, picture, args.quality, args.dither)
-    line = f"{printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - begun:.1f} s"
-    return line + (f"  ({picture.note})" if picture.note else ""), size[0] * size[1]
+    line, note = f"{printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - begun:.1f} s", note + picture.note
+    return line + (f"  ({note.removesuffix('; ')})" if note else ""), size[0] * size[1]
 
 
 def on_device(weights, device, error):
@@ -1085,7 +1089,8 @@ def run(args):
         try:
             import convert
             weights = args.weights or convert.find_weights()
-            network = convert.load_any(weights, device)
+            sharper = None if args.weights else convert.find_sharp(weights)
+            network, sharp = convert.load_any(weights, device), sharper and convert.load_any(sharper, device)
         except ModuleNotFoundError as e:
             fail(f"{e}; the command needs model.py and convert.py beside tile.py and the packages of requirements.txt")
         except (ValueError, OSError) as e:  # WeightsError is the first
@@ -1106,15 +1111,20 @@ def run(args):
             fail(on_device(weights, device, e))
         if rank == 0:
             precision = {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[amp]
-            print(f"{printable(weights)}: {network.scale}x on {device}, {precision}, tiles of {tiler.tile_size}",
-                  flush=True)
+            print(f"{printable(weights)}: {network.scale}x on {device}, {precision}, tiles of {tiler.tile_size}"
+                  + (f"; undamaged pictures by {sharper.stem}" if sharp else ""), flush=True)
+
+    def fitting(rgb):
+        found = sharp and convert.undamaged(network, rgb)
+        return (sharp, f"undamaged: {sharper.stem}; ") if found else (network, "")
+
     for number, (source, target) in enumerate(todo, 1):
         label = f"{number}/{len(todo)} {printable(source.name)}" if rank == 0 else None
         smaller = tiler
         while smaller:
             tiler, smaller, problem = smaller, None, None
             try:
-                line, made = one_picture(network, source, target, args, tiler, device, amp, label)
+                line, made = one_picture(fitting, source, target, args, tiler, device, amp, label)
             except PictureError as e:
                 problem = str(e)
             except OSError as e:

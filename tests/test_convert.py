@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import convert
+import degrade
+import demo
 from model import HATRefiner, WeightsError, load, save
 from test_model import same_picture, tiny       # noqa: F401; a fixture
 
@@ -42,6 +45,23 @@ def test_find_weights(tiny, tmp_path, monkeypatch):
     for name in ("clean-low", "web-low"):
         save(tiny, tmp_path / "weights" / f"{name}.safetensors")
     assert convert.find_weights().name == "web-low.safetensors"
+    assert convert.find_sharp(convert.find_weights()).name == "clean-low.safetensors"
+    (tmp_path / "weights" / "clean-low.safetensors").unlink()
+    assert convert.find_sharp(convert.find_weights()) is None
+    assert convert.find_sharp(tmp_path / "runs" / "new" / "best.safetensors") is None
+
+
+def test_undamaged_pictures_are_told_from_damaged_ones():
+    network = convert.load_any(ROOT / "weights" / "web-low.safetensors")
+    for k, scene in enumerate((demo.meadow, demo.portrait)):
+        hr = scene(demo.Canvas(640, 384), np.random.default_rng(k))
+        hr = torch.from_numpy(np.array(hr)).permute(2, 0, 1)[None] / 255
+        lr = degrade.degrade(hr, "bicubic", 2, [0])[0]
+        assert convert.undamaged(network, lr)
+        assert not convert.undamaged(network, degrade.compress(lr, "jpeg", 85))
+        assert not convert.undamaged(network, degrade.to_8_bit(degrade.gaussian_blur(lr, 0.8)))
+    assert not convert.undamaged(network, lr[..., :31])
+    assert not convert.undamaged(network, torch.full((3, 40, 40), 0.5))
 
 
 def test_command_line(tiny, tmp_path, monkeypatch, capsys):

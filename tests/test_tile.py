@@ -753,10 +753,10 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys, weights):
-    """command(*args) -> (exit code, stdout, stderr), in this process."""
-    def call(*args):
+    """command(*args) -> (exit code, stdout, stderr), in this process; weights None names none."""
+    def call(*args, weights=weights):
         monkeypatch.setattr(sys, "argv", ["tile.py", *map(str, args)])
-        if "--weights" not in args:
+        if weights and "--weights" not in args:
             sys.argv += ["--weights", str(weights)]
         sys.argv += ["--device", "cpu"] if "--device" not in args else []
         with pytest.raises(SystemExit) as e:
@@ -956,6 +956,32 @@ def test_every_kind_of_picture(tmp_path, command):
     assert read_picture(tmp_path / "out/turned.png").rgb.shape == (3, 14, 10)
     assert "(first of 2 frames)" in shown and "(CMYK converted to sRGB without profile)" in shown
     assert command(zoo / "wide gamut.png", "-o", tmp_path / "s.png", "--icc", "srgb")[1].count("converted to sRGB") == 1
+
+
+def test_undamaged_pictures_go_to_the_sharp_weights(tmp_path, command, monkeypatch):
+    """Only where no --weights are given: whoever names some gets them."""
+    dark, bright = picture_file(tmp_path / "in/dark.png"), tmp_path / "in/bright.png"
+    Image.fromarray(RNG.integers(225, 246, (14, 20, 3), dtype=np.uint8)).save(bright)
+    shipped = {name: tmp_path / f"weights/{name}-tiny.safetensors" for name in ("web", "clean")}
+    shipped["web"].parent.mkdir()
+    for k, path in enumerate(shipped.values()):
+        torch.manual_seed(k)
+        network = model.HATRefiner.from_preset("tiny", scale=2)
+        network.hat_model.conv_last.weight.data += 0.003 * torch.randn(network.hat_model.conv_last.weight.shape)
+        model.save(network, path, {})
+    monkeypatch.setattr(convert, "find_weights", lambda: shipped["web"])
+    monkeypatch.setattr(convert, "undamaged", lambda network, rgb: rgb.mean() > 0.9)
+    code, shown, err = command(tmp_path / "in", "-o", tmp_path / "out", "--depth", "16", weights=None)
+    assert code == 0 and not err and "undamaged pictures by clean-tiny" in shown
+    told, = [line for line in shown.splitlines() if line.endswith("(undamaged: clean-tiny)")]
+    assert told.startswith(str(tmp_path / "out/bright.png"))
+    for name, path in shipped.items():
+        assert "clean-tiny)" not in command(tmp_path / "in", "-o", tmp_path / name, "--depth", "16", weights=path)[1]
+
+    def result(folder, path):
+        return (tmp_path / folder / path.name).read_bytes()
+    assert result("out", dark) == result("web", dark) != result("clean", dark)
+    assert result("out", bright) == result("clean", bright) != result("web", bright)
 
 
 def test_sizes_depth_and_formats(tmp_path, command):
