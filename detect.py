@@ -21,7 +21,7 @@ import degrade
 from losses import CLASSES, ArtifactDetector, dirt, load_detector, save_detector
 from tile import PictureError, composite, find_pictures, printable, read_picture, replacing
 
-SIDES, VERSIONS, SEEN = (128, 256), 4, 0.3
+SIDES, VERSIONS, SEEN = (128, 256, 512), 4, 0.3
 HARD = [CLASSES.index(kind) for kind in ("banding", "oversharp", "seam")]     # drawn twice as often
 
 
@@ -71,12 +71,15 @@ class Faults(torch.utils.data.Dataset):
 
 
 def varied(x, rng):
-    """Another clean picture of the same lines: colours exchanged, in every other crop with less contrast."""
+    """Another clean picture of the same lines: colours exchanged; in every other crop less contrast; three in ten are
+    sharpened a little, as painters and programs do before they show a picture."""
     x = x[rng.permutation(3)]
     if rng.random() < 0.5:
         grey = rng.random()
-        x = degrade.to_8_bit(grey + (x - grey) * rng.uniform(0.4, 1))
-    return x
+        x = grey + (x - grey) * rng.uniform(0.4, 1)
+    if rng.random() < 0.3:
+        x = degrade.unsharp(x, rng.uniform(0.6, 1.6), rng.uniform(0, 0.5))
+    return degrade.to_8_bit(x)
 
 
 def target(kind, seen):
@@ -154,8 +157,8 @@ def scores(detector, picture):
 
 
 def train_detector(args, files, patch_shares, state):
-    """train.py --detector: learns from patch files, writes into the run folder, goes on from state (None: anew). With
-    args.weights, and in its last third, the batch norms stay as they are: measured is what is learned."""
+    """train.py --detector: learns from patch files, from as large crops as they hold, writes into the run folder, goes on
+    from state (None: anew). With args.weights, and in its last third, the batch norms stay as they are: measured is what is learned."""
     out, began, total = Path(args.out), time.time(), 0.0
     paths = find_pictures([args.val])
     crops = held_out(paths, count=max(1, 24 // len(paths)))
@@ -169,9 +172,11 @@ def train_detector(args, files, patch_shares, state):
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
     first = shown_at = step
-    faults = Faults(data.Batches(files, args.steps, max(1, args.batch // VERSIONS), SIDES, 1, "bicubic", args.seed,
-                                 args.busiest, patch_shares))
-    print(f"{sum(p.numel() for p in detector.parameters()):,} parameters, {len(crops)} held-out crops", flush=True)
+    sides = [side for side in SIDES if side <= min(data.read_header(f)[2] for f in files)]
+    faults = Faults(data.Batches(files, args.steps, max(1, args.batch // VERSIONS), sides or SIDES[:1], 1, "bicubic",
+                                 args.seed, args.busiest, patch_shares))
+    print(f"{sum(p.numel() for p in detector.parameters()):,} parameters, crops of {', '.join(map(str, sides))}, "
+          f"{len(crops)} held-out ones", flush=True)
     for x, targets in data.loader(faults, step, args.workers):
         for group in optimiser.param_groups:
             group["lr"] = args.lr * min((step + 1) / max(1, args.warmup), 0.505 + 0.495 * math.cos(math.pi * step / args.steps))

@@ -83,33 +83,39 @@ def test_visible_is_what_an_eye_would_see(drawn):
 
 
 def recoloured(clean, shown):
-    """-> (the order of clean's channels in shown, the contrast that is left); nothing else may differ."""
+    """-> (the order of clean's channels in shown, the contrast that is left, whether shown is sharper as well)."""
+    def fine(x):
+        return (x - degrade.gaussian_blur(x, 1.2)).square().mean()
+    found = []
     for order in itertools.permutations(range(3)):
-        a, b = clean[list(order)].flatten().double(), shown.flatten().double()
-        contrast = ((a - a.mean()) * (b - b.mean())).mean() / a.var(correction=0)
-        if (b.mean() + contrast * (a - a.mean()) - b).abs().max() < 1 / 255:
-            return order, contrast.item()
-    raise AssertionError("another picture")
+        x = clean[list(order)]
+        a, b = x.double() - x.mean(), shown.double() - shown.mean()
+        contrast = (a * b).mean() / (a * a).mean()
+        found.append(((contrast * a - b).abs().max() < 1 / 255, (a * b).mean() / (a.std() * b.std()), order, contrast.item()))
+    exact, alike, order, contrast = max(found)
+    assert exact or alike > 0.97 and fine(shown) > 1.02 * contrast ** 2 * fine(clean), "another picture"
+    return order, contrast, not exact
 
 
 def test_four_versions_of_every_crop(drawn):
     hr = torch.stack([x[:, 40:136, 40:136] for x in read(drawn / "val")])
-    faults, kinds, orders, contrasts = detect.Faults(Batches(hr)), set(), set(), set()
+    faults, kinds, orders, contrasts, sharpened = detect.Faults(Batches(hr)), set(), set(), set(), 0
     for step in range(6):
         x, targets = faults[step]
         assert x.shape == (12, 3, 96, 96) and targets.shape == (12, 8)
         assert torch.allclose(targets.sum(1), torch.ones(12))
         assert (targets[::4, 0] == 1).all()
         for clean, shown in zip(hr, x[::4]):
-            order, contrast = recoloured(clean, shown)
-            assert 0.39 < contrast < 1.01
-            orders, contrasts = orders | {order}, contrasts | {contrast > 0.999}
+            order, contrast, sharper = recoloured(clean, shown)
+            assert 0.39 < contrast < 1.03
+            orders, contrasts = orders | {order}, contrasts | {contrast > 0.98}
+            sharpened += sharper
         for i in range(0, 12, 4):
             assert targets[i + 1].argmax() in (0, targets[i + 2].argmax()), "less of the same fault"
             weak, strong = ((x[i + k] - x[i]).square().mean() for k in (1, 2))
-            assert strong >= weak or targets[i + 2].argmax() == CLASSES.index("seam")
+            assert strong >= 0.95 * weak or targets[i + 2].argmax() == CLASSES.index("seam")
             kinds |= set(targets[i + 2:i + 4].argmax(1).tolist())
-    assert kinds >= set(range(1, 8)) and len(orders) > 1 and contrasts == {True, False}
+    assert kinds >= set(range(1, 8)) and len(orders) > 1 and contrasts == {True, False} and 2 <= sharpened <= 9
     again, other = detect.Faults(Batches(hr))[5], detect.Faults(Batches(hr, seed=1))[5]
     assert torch.equal(again[0], x) and torch.equal(again[1], targets) and not torch.equal(other[0], x)
     blank = detect.Faults(Batches(torch.full((1, 3, 96, 96), 1.0)))[0]
@@ -174,6 +180,7 @@ def test_it_is_trained_resumed_and_used(drawn, tmp_path, monkeypatch, capsys):
             "--workers", "0", "--amp", "off", "--steps", "4"]
     code, said, err = run(monkeypatch, capsys, train.main, *args, "--out", "once")
     assert code == 0 and "clean recall" in said and "oversharp" in said and "step 4/4" in said, err
+    assert "crops of 128, 256, 3 held-out" in said     # what the patches hold
     table = list(csv.reader(open("once/confusion.csv")))
     assert len(table) == 9 and sum(map(int, table[1][1:])) == 3 and table[1][0] == "clean"
     once = Path("once/detector.safetensors").read_bytes()
