@@ -3,8 +3,8 @@
     python convert.py runs/mine/best.safetensors              # what is in a weights file
     python convert.py runs/mine/best.safetensors hat.pth      # the plain HAT in it, in the official format
 
-Also, as functions: which file to use when none is named, models of other kinds (with the package spandrel), two models
-blended into one. Needs model.py and its packages.
+Also, as functions: which file to use when none is named, and for which picture; models of other kinds (with the package
+spandrel); two models blended into one. Needs model.py and its packages.
 """
 import argparse
 import io
@@ -45,9 +45,9 @@ def undamaged(network, rgb, least=62.0):
     """Whether a model that also repairs, as web-low does, finds nothing to repair in rgb (3, H, W), [0, 1], on the CPU.
 
     What it makes of four windows of the busiest third is reduced again (bicubic, antialiased) and held against them. r
-    is the mean square of what differs, d that of their detail, each pixel less the mean of 3x3. The median of d / r^2, in
-    dB, was 62.7 to 74.4 for 17 drawings of the training set reduced by bicubic; blurred or as JPEG they had 60.8 and less,
-    but for two, on which clean-low did better then too. What has less than 32 pixels a side counts as damaged."""
+    is the mean square of what differs, d that of their detail, each pixel less the mean of 3x3. The median of d / r^2,
+    in dB, was 62.7 to 74.4 for 16 drawings of the training set reduced by bicubic; blurred or as JPEG they had 61.7 and
+    less, but for one, which clean-low did better then too. What has less than 32 pixels a side counts as damaged."""
     side, device = min(96, *rgb.shape[1:]) // 16 * 16, next(network.parameters()).device
     if side < 32:
         return False

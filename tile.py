@@ -1036,8 +1036,9 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
                               low_freq_lock=args.low_freq_lock)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_strips(target, strips, size, picture, args.quality, args.dither)
-    line, note = f"{printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - begun:.1f} s", note + picture.note
-    return line + (f"  ({note.removesuffix('; ')})" if note else ""), size[0] * size[1]
+    line = f"{printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - begun:.1f} s"
+    note = "; ".join(filter(None, (note, picture.note)))
+    return line + (f"  ({note})" if note else ""), size[0] * size[1]
 
 
 def on_device(weights, device, error):
@@ -1116,7 +1117,7 @@ def run(args):
 
     def fitting(rgb):
         found = sharp and convert.undamaged(network, rgb)
-        return (sharp, f"undamaged: {sharper.stem}; ") if found else (network, "")
+        return (sharp, f"undamaged: {sharper.stem}") if found else (network, "")
 
     for number, (source, target) in enumerate(todo, 1):
         label = f"{number}/{len(todo)} {printable(source.name)}" if rank == 0 else None
