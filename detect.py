@@ -158,7 +158,8 @@ def scores(detector, picture):
 
 def train_detector(args, files, patch_shares, state):
     """train.py --detector: learns from patch files, from as large crops as they hold, writes into the run folder, goes on
-    from state (None: anew). With args.weights, and in its last third, the batch norms stay as they are: measured is what is learned."""
+    from state (None: anew). With args.weights, and in its last third, the batch norms stay as they are: measured is what
+    is learned."""
     out, began, total = Path(args.out), time.time(), 0.0
     paths = find_pictures([args.val])
     crops = held_out(paths, count=max(1, 24 // len(paths)))
@@ -172,9 +173,10 @@ def train_detector(args, files, patch_shares, state):
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
     first = shown_at = step
-    sides = [side for side in SIDES if side <= min(data.read_header(f)[2] for f in files)]
-    faults = Faults(data.Batches(files, args.steps, max(1, args.batch // VERSIONS), sides or SIDES[:1], 1, "bicubic",
-                                 args.seed, args.busiest, patch_shares))
+    held = min(data.read_header(f)[2] for f in files)
+    sides = [side for side in SIDES if side <= max(held, SIDES[0])]
+    faults = Faults(data.Batches(files, args.steps, max(1, args.batch // VERSIONS), sides, 1, "bicubic", args.seed,
+                                 args.busiest, patch_shares))
     print(f"{sum(p.numel() for p in detector.parameters()):,} parameters, crops of {', '.join(map(str, sides))}, "
           f"{len(crops)} held-out ones", flush=True)
     for x, targets in data.loader(faults, step, args.workers):

@@ -99,7 +99,7 @@ def recoloured(clean, shown):
 
 def test_four_versions_of_every_crop(drawn):
     hr = torch.stack([x[:, 40:136, 40:136] for x in read(drawn / "val")])
-    faults, kinds, orders, contrasts, sharpened = detect.Faults(Batches(hr)), set(), set(), set(), 0
+    faults, kinds, orders, contrasts, sharpened = detect.Faults(Batches(hr, seed=4)), set(), set(), set(), 0
     for step in range(6):
         x, targets = faults[step]
         assert x.shape == (12, 3, 96, 96) and targets.shape == (12, 8)
@@ -107,16 +107,17 @@ def test_four_versions_of_every_crop(drawn):
         assert (targets[::4, 0] == 1).all()
         for clean, shown in zip(hr, x[::4]):
             order, contrast, sharper = recoloured(clean, shown)
-            assert 0.39 < contrast < 1.03
-            orders, contrasts = orders | {order}, contrasts | {contrast > 0.98}
-            sharpened += sharper
+            assert 0.39 < contrast < (1.03 if sharper else 1.01)
+            orders, sharpened = orders | {order}, sharpened + sharper
+            contrasts |= set() if sharper else {contrast > 0.999}
         for i in range(0, 12, 4):
             assert targets[i + 1].argmax() in (0, targets[i + 2].argmax()), "less of the same fault"
             weak, strong = ((x[i + k] - x[i]).square().mean() for k in (1, 2))
-            assert strong >= 0.95 * weak or targets[i + 2].argmax() == CLASSES.index("seam")
+            # two nearly equal strengths of banding may be the other way round; none of these are
+            assert strong >= weak or targets[i + 2].argmax() == CLASSES.index("seam")
             kinds |= set(targets[i + 2:i + 4].argmax(1).tolist())
     assert kinds >= set(range(1, 8)) and len(orders) > 1 and contrasts == {True, False} and 2 <= sharpened <= 9
-    again, other = detect.Faults(Batches(hr))[5], detect.Faults(Batches(hr, seed=1))[5]
+    again, other = detect.Faults(Batches(hr, seed=4))[5], detect.Faults(Batches(hr, seed=1))[5]
     assert torch.equal(again[0], x) and torch.equal(again[1], targets) and not torch.equal(other[0], x)
     blank = detect.Faults(Batches(torch.full((1, 3, 96, 96), 1.0)))[0]
     unseen = (blank[0] - 1).abs().amax((1, 2, 3)) == 0
