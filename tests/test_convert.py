@@ -1,5 +1,6 @@
 """convert.py: weights files in and out; what becomes of models of other kinds is in test_rivals.py."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,8 +61,23 @@ def test_undamaged_pictures_are_told_from_damaged_ones():
         assert convert.undamaged(network, lr)
         assert not convert.undamaged(network, degrade.compress(lr, "jpeg", 85))
         assert not convert.undamaged(network, degrade.to_8_bit(degrade.gaussian_blur(lr, 0.8)))
+    assert convert.undamaged(network, degrade.compress(lr, "jpeg", 85), least=(math.inf, -math.inf))      # its own threshold
     assert not convert.undamaged(network, lr[..., :31])
     assert not convert.undamaged(network, torch.full((3, 40, 40), 0.5))
+
+
+def test_the_grid_of_jpeg_is_found_wherever_it_lies():
+    for k, scene in enumerate((demo.meadow, demo.portrait)):
+        hr = torch.from_numpy(np.array(scene(demo.Canvas(640, 384), np.random.default_rng(k)))).permute(2, 0, 1) / 255
+        lr = degrade.degrade(hr[None], "bicubic", 2, [0])[0]
+        soft = degrade.to_8_bit(degrade.gaussian_blur(lr, 0.7))
+        tone = degrade.to_8_bit(0.4 + 0.3 * lr)
+        for rgb in (lr, soft, tone, degrade.compress(lr, "webp", 90)):
+            assert not convert.jpeg_grid(rgb[None])
+        for rgb in (degrade.compress(lr, "jpeg", 60), degrade.compress(lr, "jpeg", 95), degrade.compress(soft, "jpeg", 85),
+                    degrade.compress(lr, "jpeg", 90)[:, 3:, 5:]):
+            assert convert.jpeg_grid(rgb[None])
+    assert not convert.jpeg_grid(torch.full((1, 3, 64, 64), 0.5)) and not convert.jpeg_grid(torch.ones(1, 3, 32, 32))
 
 
 def test_command_line(tiny, tmp_path, monkeypatch, capsys):
