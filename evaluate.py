@@ -31,7 +31,7 @@ import degrade
 import losses
 import metrics
 import tile
-from convert import blend, find_weights, load_any
+from convert import blend, find_sharp, find_weights, load_any, undamaged
 from metrics import Metric, psnr, ssim
 from model import save
 from pairs import paired, pairs, pictures, report_skipped, say      # noqa: F401; train.py takes pairs from here
@@ -351,8 +351,8 @@ def main():
         p.add_argument("runs", nargs="*", type=Path, help="training runs to lay side by side, instead of all below")
         p.add_argument("--curves", type=Path, default=Path("curves.png"), help="where their curves go (curves.png)")
         p.add_argument("--weights", nargs="+", metavar="FILE",
-                       help="model files, of any architecture with the package spandrel (default: one of weights/, "
-                            "else the newest runs/*/best.safetensors; beside --sr none)")
+                       help="model files, of any architecture with the package spandrel (default: for each picture the "
+                            "one of weights/ that tile.py chooses, else the newest runs/*/best.safetensors; beside --sr none)")
     measuring_options(p)
     args = p.parse_args(sys.argv[2:] if task else None)
     try:
@@ -478,9 +478,13 @@ def run(args, networks=None, watch=None):
                        args.tile_pad)
     theirs = results_of(args.sr)
     jobs, notes = paired({kind: place for kind, place in {"HR": args.data, "LR": args.lr, **theirs}.items() if place})
+    sharper = None
     if networks is None:
         files = args.weights or ([] if theirs else [find_weights()])
-        networks = dict(zip(labels(files, (*RESERVED, *theirs)), [load_any(f, device) for f in files]))
+        sharp = None if args.weights or theirs else find_sharp(files[0])
+        named = [f"{files[0].stem} or {sharp.stem}"] if sharp else labels(files, (*RESERVED, *theirs))
+        networks = dict(zip(named, [load_any(f, device) for f in files]))
+        sharper = sharp and load_any(sharp, device)
     scale = scale_of(networks, args.scale)
     border = scale if args.border is None else args.border
     recipe = args.recipe or ("bicubic" if networks and args.data and not args.lr else None)
@@ -511,6 +515,8 @@ def run(args, networks=None, watch=None):
         if whole is None:
             whole = args.whole or "seam" not in names and args.tile_size is None and lr[0].numel() <= WHOLE_LIMIT
         tiler = tile.Tiler(max(lr.shape[-2:]), 0, align=1) if whole else tiled
+        if sharper and undamaged(network, lr):
+            network = sharper
         return tile.upscale(network, lr, scale, tiler, device, amp)
 
     def methods(lr, given):

@@ -585,6 +585,27 @@ def test_no_weights_anywhere(hr_folder, tmp_path, monkeypatch, capsys):
     assert code == 0 and re.search("^newest ", out, re.M)
 
 
+def test_without_weights_it_measures_what_tile_chooses(hr_folder, tmp_path, monkeypatch, capsys):
+    files = dict(web=weights(tmp_path / "web-low.safetensors"), clean=weights(tmp_path / "clean-low.safetensors", spoil=0.02))
+    monkeypatch.setattr(evaluate, "find_weights", lambda: files["web"])
+    table = tmp_path / "table.csv"
+
+    def measured(*flags):
+        code, _, _ = command(monkeypatch, capsys, "--data", hr_folder, "--csv", table, "--overwrite", *flags)
+        assert code == 0
+        with open(table, newline="", encoding="utf-8") as file:
+            return {(r["picture"], r["method"]): r["psnr_y"] for r in csv.DictReader(file)}
+    each = measured("--weights", *files.values())
+    assert all(each[name, "web-low"] != each[name, "clean-low"] for name, _ in each)
+    names = sorted({name for name, _ in each})
+    sharp = next(lr for name, lr, _ in evaluate.pairs(hr_folder, "bicubic", 2) if name == names[0])
+    monkeypatch.setattr(evaluate, "undamaged", lambda network, rgb: torch.equal(rgb, sharp))
+    chosen = measured()
+    assert {m for _, m in chosen} == {"bicubic", "lanczos", "web-low or clean-low"}
+    for name in names:
+        assert chosen[name, "web-low or clean-low"] == each[name, "clean-low" if name == names[0] else "web-low"]
+
+
 def test_full_disk_leaves_no_half_table(hr_folder, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
