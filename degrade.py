@@ -47,6 +47,10 @@ WEB = dict(     # what a picture goes through on its way to a gallery site: redu
                   offset=(0, 15)),                              # where the codec's 8 and 16 pixel grid begins
 )
 
+GALLERY = WEB | dict(   # the same, and nobody has cropped it since: the codec's grid begins at the corner
+    compress=WEB["compress"] | dict(offset=(0, 0)),
+)
+
 CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}
 
 JPEG = dict(    # compression and nothing else, from hardly visible to a thumbnail's
@@ -142,7 +146,7 @@ LINE = dict(    # frames of animation, after APISR (Wang et al. 2024): compresse
 )
 
 RECIPES = dict(bicubic=BICUBIC, web=WEB, jpeg=JPEG, light=LIGHT, real=REAL, soft=SOFT, awm2x=AWM2X, awm4x=AWM4X,
-               diffusion=DIFFUSION, line=LINE)
+               diffusion=DIFFUSION, line=LINE, gallery=GALLERY)
 
 # What takes the place of a codec that this machine cannot write, with that one's quality: AVIF needs Pillow 11.3 or
 # newer, the others PyAV.

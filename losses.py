@@ -28,7 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.nn.utils.parametrizations import spectral_norm
 
-WEIGHTS = dict(pix=1.0, freq=0.3, edge=1.0, texture=0.2, lock=0.5, perc=0.5, art_cls=0.1, art_feat=1.0, adv=0.1)
+WEIGHTS = dict(pix=1.0, freq=0.3, edge=1.0, texture=0.2, lock=0.5, perc=0.5, art_cls=0.1, art_feat=1.0, adv=0.1,
+               luma=2.0)
 CLASSES = ("clean", "blocking", "ringing", "banding", "blur", "oversharp", "noise", "seam")
 GANS = ("ragan", "vanilla", "lsgan", "hinge")
 PERCEPTUAL = {  # layers are named by their place in an nn.Sequential; their values are weights
@@ -645,9 +646,10 @@ class SRLoss(nn.Module):
     """The weighted sum of named terms: SRLoss("pix=1,freq=0.3,edge")(sr, hr, lr) -> (total, {name: value}), the values
     without their weights, detached.
 
-    eps is Charbonnier's, highpass Laplacian's, edge_kernel Edge's; perceptual, vgg_weights and anime_weights are
-    Perceptual's; detector is a file for load_detector, gan one of GANS. mask=True lowers edge and adversarial weight
-    where hr is soft. Nothing in it learns. Raises LossError, also where a term is not finite."""
+    pix is Charbonnier with eps, luma the same on luma alone: where a line is weighs more than its colour. highpass is
+    Laplacian's, edge_kernel Edge's; perceptual, vgg_weights and anime_weights are Perceptual's; detector is a file for
+    load_detector, gan one of GANS. mask=True lowers edge and adversarial weight where hr is soft. Nothing in it learns.
+    Raises LossError, also where a term is not finite."""
 
     def __init__(self, weights="pix", eps=1e-3, highpass=False, edge_kernel=3, perceptual="vgg", vgg_weights=None,
                  anime_weights=None, detector=None, gan="ragan", mask=False):
@@ -675,7 +677,8 @@ class SRLoss(nn.Module):
         mask = detail_mask(real) if self.mask else None
         run = dict(pix=lambda: self.pix(sr, hr), freq=lambda: self.freq(sr, hr), edge=lambda: self.edge(sr, hr, mask),
                    texture=lambda: self.texture(sr, hr), lock=lambda: self.lock(sr, lr), perc=lambda: self.perc(sr, hr),
-                   adv=lambda: generator_loss(d, sr, real, self.gan, mask))
+                   adv=lambda: generator_loss(d, sr, real, self.gan, mask),
+                   luma=lambda: self.pix(luma(full(sr)), luma(full(hr))))
         found = {name: run[name]() for name in self.weights if name in run}
         if hasattr(self, "detector"):
             both = dict(zip(("art_cls", "art_feat"), artifact_losses(self.detector, sr, hr)))

@@ -56,8 +56,9 @@ STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: 
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
-SERVES = {"pix": ("eps", "eps_end"), "adv": ("gan_after", "gan", "lr_d", "d_features", "r1"),     # which term a flag is for
-          "edge": ("edge_kernel",), "perc": ("perceptual", "vgg_weights", "anime_weights")}
+SERVES = {("pix", "luma"): ("eps", "eps_end"),           # which terms a flag is for
+          ("adv",): ("gan_after", "gan", "lr_d", "d_features", "r1"),
+          ("edge",): ("edge_kernel",), ("perc",): ("perceptual", "vgg_weights", "anime_weights")}
 DEMO = Path("demo")
 MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
               "tensorboard", "dry_run", "vgg_weights", "anime_weights", "detector"}   # when a run is resumed
@@ -98,8 +99,8 @@ def parse(argv=None):
       default=argparse.SUPPRESS)
     a("--warmup", type=int, default=20, help="steps over which the learning rate rises")
     a("--loss", default="pix", help="terms and weights: pix=1,freq=0.3,edge=1,... of " + ", ".join(WEIGHTS) + "; a name alone gets its usual weight")
-    a("--eps", type=float, default=0.1, help="of pix (Charbonnier): errors below it count by their square. Near 0 it is L1, "
-      "under which a hair of wrong colour in flat areas drowns what lines and texture teach")
+    a("--eps", type=float, default=0.1, help="of pix and luma (Charbonnier): errors below it count by their square. Near 0 "
+      "it is L1, under which a hair of wrong colour in flat areas drowns what lines and texture teach")
     a("--eps-end", type=float, help="--eps glides to this over the run, by the same factor each step: a fast start and nearly L1 "
       "for the last tenths of a dB")
     a("--gan-after", type=int, default=0, help="steps before the adversarial term begins")
@@ -140,11 +141,11 @@ def parse(argv=None):
     a("--device", help="cuda, mps or cpu [the best there is]", default=argparse.SUPPRESS)
     a("--overwrite", action="store_true", help="start anew in a run folder that is there")
     args = p.parse_args(argv)
-    terms = [part.partition("=")[0].strip() for part in args.loss.split(",")]
-    for term, names in SERVES.items() if os.environ.get("RANK", "0") == "0" else ():
-        for name in names if term not in terms else ():
+    given = {part.partition("=")[0].strip() for part in args.loss.split(",")}
+    for terms, names in SERVES.items() if os.environ.get("RANK", "0") == "0" else ():
+        for name in names if not given & {*terms} else ():
             if getattr(args, name, p.get_default(name)) != p.get_default(name):
-                print(f"note: --{name.replace('_', '-')} does nothing without {term} in --loss", file=sys.stderr)
+                print(f"note: --{name.replace('_', '-')} does nothing without {' or '.join(terms)} in --loss", file=sys.stderr)
 
     def default(name, value):
         if not hasattr(args, name):

@@ -19,7 +19,7 @@ import losses as L
 from losses import (CLASSES, ArtifactDetector, Charbonnier, Edge, FrequencyLock, Laplacian, LossError,
                     MultiScaleDiscriminator, Perceptual, SRLoss, Texture, UNetDiscriminator)
 
-ALL = "pix,freq,edge,texture,lock,perc,art_cls,art_feat,adv"
+ALL = "pix,freq,edge,texture,lock,perc,art_cls,art_feat,adv,luma"
 
 
 def picture(*shape, seed=0, dtype=torch.float32):
@@ -100,6 +100,7 @@ TERMS = {
     "highpass": lambda: Laplacian(highpass=True), "texture": lambda: Texture(), "edge": lambda: Edge(),
     "edge1": lambda: Edge(1), "edge5": lambda: Edge(5), "sobel": lambda: Edge(3, 1, 0, 0),
     "canny": lambda: Edge(3, 0, 1, 0), "colour": lambda: Edge(3, 0, 0, 1),
+    "luma": lambda: lambda sr, hr: SRLoss("luma").terms(sr, hr)["luma"],
 }
 
 
@@ -670,7 +671,7 @@ def test_sum_and_gradient_norms(small_sum, files, both, d):
     cls, feat = L.artifact_losses(files["detector"], x, hr)
     alone = dict(pix=Charbonnier(0.1)(x, hr), freq=Laplacian(highpass=True)(x, hr), edge=Edge(5)(x, hr),
                  texture=Texture()(x, hr), lock=FrequencyLock()(x, lr), perc=both(x, hr), art_cls=cls, art_feat=feat,
-                 adv=L.generator_loss(d, x, hr, "lsgan"))
+                 adv=L.generator_loss(d, x, hr, "lsgan"), luma=Charbonnier(0.1)(L.luma(x), L.luma(hr)))
     for name, value in alone.items():
         assert torch.allclose(values[name], value) and not values[name].requires_grad, name
     assert torch.allclose(total, sum(weights[k] * v for k, v in alone.items()))
@@ -742,7 +743,7 @@ def test_bf16_under_autocast(small_sum, d):
         total, values = loss(x, hr, lr, d)
         report = L.discriminator_loss(d.train(), x, hr, r1=1.0)[1]
         half, _ = loss(sr.bfloat16(), hr, lr, d)
-    for name in ("pix", "freq", "edge", "texture", "lock"):
+    for name in ("pix", "freq", "edge", "texture", "lock", "luma"):
         assert values[name] == exact[name] and values[name].dtype == torch.float32, name
     for name in ("perc", "art_cls", "art_feat", "adv"):
         assert torch.allclose(values[name], exact[name], rtol=0.05) and values[name].dtype == torch.float32, name

@@ -814,7 +814,9 @@ def test_flags_without_effect_are_told(drawings, tmp_path, capsys):
     assert capsys.readouterr().err == "note: --gan-after does nothing without adv in --loss\n"
     train.parse(flags(drawings, tmp_path, loss="freq", eps=0.01, eps_end=0.001))
     said = capsys.readouterr().err
-    assert all(f"--{name} does nothing without pix in --loss" in said for name in ("eps", "eps-end")), said
+    assert all(f"--{name} does nothing without pix or luma in --loss" in said for name in ("eps", "eps-end")), said
+    train.parse(flags(drawings, tmp_path, loss="luma=0.5", eps=0.01, eps_end=0.001))
+    assert not capsys.readouterr().err
 
 
 def test_help_has_an_example(capsys):
