@@ -39,8 +39,15 @@ JOBS = {
         assert len(list(Path("drawn").glob("*/*.png"))) == 2
     """,
     "metrics": """
-        hr = torch.rand(3, 40, 40)
-        assert psnr(hr, hr) == float("inf") and ssim((hr + 0.1).clamp(0, 1), hr) < 1
+        hr = torch.rand(3, 200, 200)
+        assert psnr(hr, hr) == math.inf and ms_ssim(hr, hr) > 0.99 and ssim((hr + 0.1).clamp(0, 1), hr) < 1
+        try:
+            METRICS["niqe"].run(hr, None, None, 2, 0)
+            raise SystemExit("a NIQE model out of nowhere")
+        except ValueError as e:
+            assert "no NIQE model" in str(e)
+        save_niqe(fit_niqe([torch.rand(3, 672, 672)]), "m.safetensors")
+        assert niqe(hr, load_niqe("m.safetensors")) < 20
     """,
     "report": """
         import numpy as np

@@ -6,8 +6,6 @@ stays put for the faithful picture; golden figures; NIQE's model fitted, saved, 
 import io
 import json
 import math
-import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -589,23 +587,6 @@ def test_command(tmp_path, monkeypatch, capsys):
         command(monkeypatch, tmp_path / "nowhere", "-o", tmp_path / "y.safetensors")
     assert e.value.code == 2 and "nowhere: no such file or folder" in capsys.readouterr().err
     command(monkeypatch, *folders, "-o", out, "--overwrite")
-
-
-def test_works_alone(tmp_path):
-    shutil.copy(metrics.__file__, tmp_path)
-    job = """
-from metrics import *
-x = torch.rand(3, 200, 200)
-assert psnr(x, x) == math.inf and ms_ssim(x, x) > 0.99
-try:
-    METRICS["niqe"].run(x, None, None, 2, 0)
-except ValueError as e:
-    assert "no NIQE model" in str(e)
-save_niqe(fit_niqe([torch.rand(3, 672, 672)]), "m.safetensors")
-assert niqe(x, load_niqe("m.safetensors")) < 20
-"""
-    done = subprocess.run([sys.executable, "-c", job], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":
