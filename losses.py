@@ -586,6 +586,15 @@ def artifact_losses(detector, sr, hr):
     return F.cross_entropy(logits, clean), sum(distance(full(x), full(y)) for x, y in zip(a, b)) / len(a)
 
 
+def no_harder(value, x, sr, most):
+    """A value computed from x, a detached copy of sr (B, ...), as one whose gradient reaches sr: picture by picture it
+    keeps its direction, and is shortened where it is longer than most (B,)."""
+    g, = torch.autograd.grad(value, x, retain_graph=True)
+    length = g.flatten(1).norm(dim=1).clamp_min(torch.finfo(g.dtype).tiny)
+    g = g * (most / length).clamp(max=1).view(-1, 1, 1, 1)
+    return value.detach() + (g * (full(sr) - full(sr.detach()))).sum()
+
+
 def save_detector(detector, path, header=None):
     """One .safetensors, whole or not at all, classes and `header` as JSON in its metadata. Raises OSError."""
     state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
@@ -649,7 +658,11 @@ class SRLoss(nn.Module):
     pix is Charbonnier with eps, luma the same on luma alone: where a line is weighs more than its colour. highpass is
     Laplacian's, edge_kernel Edge's; perceptual, vgg_weights and anime_weights are Perceptual's; detector is a file for
     load_detector, gan one of GANS. mask=True lowers edge and adversarial weight where hr is soft. Nothing in it learns.
-    Raises LossError, also where a term is not finite."""
+    Raises LossError, also where a term is not finite.
+
+    A detector that is sure of itself has gradients a thousand times those of pix. So those of art_cls and art_feat are
+    cut, picture by picture and before their weights, to the length of pix's: they tip the balance, and leave alone a
+    picture that equals hr."""
 
     def __init__(self, weights="pix", eps=1e-3, highpass=False, edge_kernel=3, perceptual="vgg", vgg_weights=None,
                  anime_weights=None, detector=None, gan="ragan", mask=False):
@@ -681,8 +694,11 @@ class SRLoss(nn.Module):
                    luma=lambda: self.pix(luma(full(sr)), luma(full(hr))))
         found = {name: run[name]() for name in self.weights if name in run}
         if hasattr(self, "detector"):
-            both = dict(zip(("art_cls", "art_feat"), artifact_losses(self.detector, sr, hr)))
-            found.update({name: value for name, value in both.items() if name in self.weights})
+            x = full(sr.detach()).requires_grad_(True)
+            with torch.enable_grad():
+                both = dict(zip(("art_cls", "art_feat"), artifact_losses(self.detector, x, hr)))
+                most = torch.autograd.grad(self.pix(x, hr), x)[0].flatten(1).norm(dim=1)
+            found.update({name: no_harder(value, x, sr, most) for name, value in both.items() if name in self.weights})
         return found
 
     def forward(self, sr, hr, lr=None, d=None, real=None):

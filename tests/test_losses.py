@@ -677,12 +677,41 @@ def test_sum_and_gradient_norms(small_sum, files, both, d):
     assert torch.allclose(total, sum(weights[k] * v for k, v in alone.items()))
     norms = loss.gradient_norms(x, hr, lr, d)
     for name, value in alone.items():
-        want = weights[name] * torch.autograd.grad(value, x, retain_graph=True)[0].norm().item()
+        counted = alone["pix"] if name.startswith("art") else value         # both are cut to it here
+        want = weights[name] * torch.autograd.grad(counted, x, retain_graph=True)[0].norm().item()
         assert 0 < norms[name] == pytest.approx(want, rel=1e-3), name
     total.backward()            # gradient_norms left the graph whole
     assert x.grad.norm() > 0
     with torch.no_grad():       # and works in the middle of a report
         assert loss.gradient_norms(sr, hr, lr, d)["pix"] == pytest.approx(norms["pix"])
+
+
+@pytest.mark.parametrize("kind", (0, 1))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_detector_does_no_more_than_tip_the_balance(small_sum, files, kind, dtype):
+    """Its gradient is as it is, or turned down to that of pix; a picture that is right already is left alone."""
+    name, hr = ("art_cls", "art_feat")[kind], picture(3, 3, 32, 32)
+    sr = torch.cat([picture(1, 3, 32, 32, seed=1), hr[1:2] + 0.1 * (picture(1, 3, 32, 32, seed=2) - 0.5), hr[2:]]).to(dtype)
+    x = sr.detach().float().requires_grad_(True)
+    value = L.artifact_losses(files["detector"], x, hr)[kind]
+    own, = torch.autograd.grad(value, x)
+    pix, = torch.autograd.grad(Charbonnier()(x, hr), x)
+    shorter = [(g.norm() / max(1.0, g.norm() / p.norm())).item() for g, p in zip(own[:2], pix)]
+    loss = small_sum(f"{name}=0.5")
+    for weak in (False, True):
+        if weak:        # so that nothing needs to be cut
+            loss.pix.forward = lambda a, b: 1e6 * (a - b).abs().mean()
+            shorter = [g.norm().item() for g in own[:2]]
+        y = sr.detach().requires_grad_(True)
+        found = loss.terms(y, hr)[name]
+        g, = torch.autograd.grad(3 * found, y)          # as a GradScaler would have it
+        near = 1e-4 if dtype == torch.float32 else 1e-2
+        assert torch.allclose(found, value, rtol=near)
+        for i in (0, 1):
+            assert g[i].float().norm().item() == pytest.approx(3 * shorter[i], rel=near)
+            assert F.cosine_similarity(g[i].float().flatten(), own[i].flatten(), dim=0) > 1 - near
+        assert dtype != torch.float32 or not g[2].any()
+    assert shorter[0] > pix[0].norm()
 
 
 def test_the_discriminator_sees_the_original(d):
