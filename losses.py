@@ -660,7 +660,7 @@ class SRLoss(nn.Module):
     load_detector, gan one of GANS. mask=True lowers edge and adversarial weight where hr is soft. Nothing in it learns.
     Raises LossError, also where a term is not finite.
 
-    A detector that is sure of itself has gradients a thousand times those of pix. So those of art_cls and art_feat are
+    A detector that is sure of itself has gradients thousands of times those of pix. So those of art_cls and art_feat are
     cut, picture by picture and before their weights, to the length of pix's: they tip the balance, and leave alone a
     picture that equals hr."""
 
