@@ -515,7 +515,7 @@ def run(args, networks=None, watch=None):
         if whole is None:
             whole = args.whole or "seam" not in names and args.tile_size is None and lr[0].numel() <= WHOLE_LIMIT
         tiler = tile.Tiler(max(lr.shape[-2:]), 0, align=1) if whole else tiled
-        if sharper and undamaged(network, lr):
+        if sharper and undamaged(network, sharper, lr):
             network = sharper
         return tile.upscale(network, lr, scale, tiler, device, amp)
 

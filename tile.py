@@ -1116,7 +1116,7 @@ def run(args):
                   + (f"; undamaged pictures by {sharper.stem}" if sharp else ""), flush=True)
 
     def fitting(rgb):
-        found = sharp and convert.undamaged(network, rgb)
+        found = sharp and convert.undamaged(network, sharp, rgb)
         return (sharp, f"undamaged: {sharper.stem}") if found else (network, "")
 
     for number, (source, target) in enumerate(todo, 1):

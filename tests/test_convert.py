@@ -53,17 +53,21 @@ def test_find_weights(tiny, tmp_path, monkeypatch):
 
 
 def test_undamaged_pictures_are_told_from_damaged_ones():
-    network = convert.load_any(ROOT / "weights" / "web-low.safetensors")
+    both = [convert.load_any(ROOT / "weights" / f"{name}-low.safetensors") for name in ("web", "clean")]
     for k, scene in enumerate((demo.meadow, demo.portrait)):
         hr = scene(demo.Canvas(640, 384), np.random.default_rng(k))
         hr = torch.from_numpy(np.array(hr)).permute(2, 0, 1)[None] / 255
         lr = degrade.degrade(hr, "bicubic", 2, [0])[0]
-        assert convert.undamaged(network, lr)
-        assert not convert.undamaged(network, degrade.compress(lr, "jpeg", 85))
-        assert not convert.undamaged(network, degrade.to_8_bit(degrade.gaussian_blur(lr, 0.8)))
-    assert convert.undamaged(network, degrade.compress(lr, "jpeg", 85), least=(math.inf, -math.inf))      # its own threshold
-    assert not convert.undamaged(network, lr[..., :31])
-    assert not convert.undamaged(network, torch.full((3, 40, 40), 0.5))
+        assert convert.undamaged(*both, lr)
+        assert not convert.undamaged(*both, degrade.compress(lr, "jpeg", 85))
+        assert not convert.undamaged(*both, degrade.to_8_bit(degrade.gaussian_blur(lr, 0.8)))
+    assert convert.undamaged(*both, degrade.compress(lr, "jpeg", 85), least=(math.inf, -math.inf))      # its own threshold
+    soft = degrade.to_8_bit(degrade.gaussian_blur(lr, 0.6))
+    anything = -math.inf, -math.inf
+    assert not convert.undamaged(*both, soft, least=anything)           # by the detail that web-low gives back
+    assert convert.undamaged(*both, soft, least=anything, most=math.inf)
+    assert not convert.undamaged(*both, lr[..., :31])
+    assert not convert.undamaged(*both, torch.full((3, 40, 40), 0.5))
 
 
 def test_the_grid_of_jpeg_is_found_wherever_it_lies():

@@ -599,7 +599,7 @@ def test_without_weights_it_measures_what_tile_chooses(hr_folder, tmp_path, monk
     assert all(each[name, "web-low"] != each[name, "clean-low"] for name, _ in each)
     names = sorted({name for name, _ in each})
     sharp = next(lr for name, lr, _ in evaluate.pairs(hr_folder, "bicubic", 2) if name == names[0])
-    monkeypatch.setattr(evaluate, "undamaged", lambda network, rgb: torch.equal(rgb, sharp))
+    monkeypatch.setattr(evaluate, "undamaged", lambda network, plain, rgb: torch.equal(rgb, sharp))
     chosen = measured()
     assert {m for _, m in chosen} == {"bicubic", "lanczos", "web-low or clean-low"}
     for name in names:

@@ -970,7 +970,7 @@ def test_undamaged_pictures_go_to_the_sharp_weights(tmp_path, command, monkeypat
         network.hat_model.conv_last.weight.data += 0.003 * torch.randn(network.hat_model.conv_last.weight.shape)
         model.save(network, path, {})
     monkeypatch.setattr(convert, "find_weights", lambda: shipped["web"])
-    monkeypatch.setattr(convert, "undamaged", lambda network, rgb: rgb.mean() > 0.9)
+    monkeypatch.setattr(convert, "undamaged", lambda network, plain, rgb: rgb.mean() > 0.9)
     code, shown, err = command(tmp_path / "in", "-o", tmp_path / "out", "--depth", "16", weights=None)
     assert code == 0 and not err and "undamaged pictures by clean-tiny" in shown
     told, = [line for line in shown.splitlines() if line.endswith("(undamaged: clean-tiny)")]
