@@ -37,7 +37,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)   # of DIV2K
 CONV_SCALE = 0.01                     # weight of the convolutional branch; not stored in official files, so fixed
 OVERLAP = 0.5                         # overlapping windows are this much wider than plain ones
 FEATURES = 64                         # channels of the upsampler
-CHUNK = 16                            # windows at a time without gradients, on a CPU
+CHUNK = 16                            # windows, or rows, that a thread takes at a time without gradients, on a CPU
 
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message is one line and says why."""
@@ -65,30 +65,49 @@ def shift_mask(h, w, window, device):
     return (r[..., :, None] != r[..., None, :]) * -100.0
 
 def in_parts(f, x, *more):
-    """f(x, *more), where f treats every row of its inputs (N, ...) alone. Without gradients on a CPU CHUNK rows at a time:
+    """f(x, *more), where f treats every row of its inputs (N, ...) alone. Without gradients on a CPU some rows at a time:
     what fits the cache is done sooner."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= CHUNK:
+    n = CHUNK * torch.get_num_threads()
+    if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= n:
         return f(x, *more)
     out = None
-    for i in range(0, len(x), CHUNK):
-        y = f(*(z[i:i + CHUNK] for z in (x, *more)))
+    for i in range(0, len(x), n):
+        y = f(*(z[i:i + n] for z in (x, *more)))
         if out is None:
             out = y.new_empty(len(x), *y.shape[1:])
-        out[i:i + CHUNK] = y
+        out[i:i + n] = y
     return out
 
-def attend(q, k, v, bias, mask=None):
-    """softmax(q k^T / sqrt(d) + bias + mask) v, with q (N, n, heads, d), k and v (N, m, heads, d), bias (heads, n, m),
-    mask (windows, n, m) or None; N is a multiple of windows. Returns (N, n, heads * d)."""
+def plus_in_parts(x, f):
+    """x + f(x), where f treats every pixel of x (B, H, W, C) alone. Without gradients x itself becomes it, on a CPU some
+    rows at a time."""
+    if torch.is_grad_enabled():
+        return x + f(x)
+    x = x.contiguous()
+    rows = x.view(-1, *x.shape[2:])
+    for some in rows.split(CHUNK * torch.get_num_threads() if x.device.type == "cpu" else len(rows)):
+        some += f(some)
+    return x
+
+def wide_heads(p, heads, dim=0):
+    """A parameter whose dimension dim runs over heads, each filled up with zeros to a multiple of 8 channels: with 30 some
+    products take nearly twice as long as with 32."""
+    p = p.unflatten(dim, (heads, -1))
+    return F.pad(p, (0, 0) * (p.dim() - dim - 2) + (0, -p.shape[dim + 1] % 8)).flatten(dim, dim + 1)
+
+def attend(q, k, v, bias, mask=None, scale=None):
+    """softmax(scale q k^T + bias + mask) v, with q (N, n, heads, d), k and v (N, m, heads, d), bias (heads, n, m),
+    mask (windows, n, m) or None; N is a multiple of windows. scale: 1 / sqrt(d) if None. Returns (N, n, heads * d)."""
+    scale = scale or q.shape[-1] ** -0.5
     if q.is_cuda:
         bias = bias[None] if mask is None else (bias + mask[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale,
                                              attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
         return out.transpose(1, 2).flatten(2)
     # there plain products, head by head, beat it at these sizes: nothing is copied, and the bias gets its gradient
     out = []
     for q, k, v, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.to(q.dtype)):
-        a = torch.baddbmm(b.expand(len(q), -1, -1), q, k.mT, alpha=q.shape[-1] ** -0.5)
+        a = torch.baddbmm(b.expand(len(q), -1, -1), q, k.mT, alpha=scale)
         if mask is not None:
             a.unflatten(0, (-1, len(mask))).add_(mask)
         out.append(a.softmax(-1) @ v)
@@ -104,25 +123,35 @@ def mlp(dim):
     return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 2 * dim), act=nn.GELU(), fc2=nn.Linear(2 * dim, dim)))
 
 class WindowAttention(nn.Module):
-    def __init__(self, dim, window, heads):
+    """Queries of a window look at keys and values of a window `wide` >= window pixels wide around it."""
+    def __init__(self, dim, window, wide, heads):
         super().__init__()
         self.window, self.heads = window, heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((window + wide - 1) ** 2, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+
+    def prepared(self, index):
+        """Two functions that work on any part of the picture: qkv(x), (..., C) -> (..., 3 * heads * d), and attention(q, k,
+        v, mask) as attend() has it, but projected: (N, n, C). d is the width of a head, or a little more."""
+        h, scale = self.heads, (self.qkv.in_features // self.heads) ** -0.5
+        weight, offset = (wide_heads(p, 3 * h) for p in (self.qkv.weight, self.qkv.bias))
+        proj = wide_heads(self.proj.weight, h, 1)
+        bias = self.relative_position_bias_table.t().contiguous()[:, index]     # (heads, n, m)
+        return (lambda x: F.linear(x, weight, offset),
+                lambda q, k, v, mask=None: F.linear(attend(q, k, v, bias, mask, scale), proj, self.proj.bias))
 
     def forward(self, x, index, mask):
         (b, h, w, _), t = x.shape, self.window
         x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
-        bias = self.relative_position_bias_table.t().contiguous()[:, index]     # (heads, n, m)
+        qkv, attention = self.prepared(index)
 
         def inside(x, mask=None):
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-            return self.proj(attend(q, k, v, bias, mask))
+            return attention(*qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2), mask)
         if mask is not None and len(mask) < len(x) and not torch.is_grad_enabled():
             mask = mask.repeat(b, 1, 1)
         x = in_parts(inside, x, *([] if mask is None else [mask]))
-        return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
+        return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t)
 
 class ChannelAttention(nn.Module):
     """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input. Where that is only a tile,
@@ -162,7 +191,7 @@ class HAB(nn.Module):
         super().__init__()
         self.shift, self.p = shift, p
         self.norm1 = LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, heads)
+        self.attn = WindowAttention(dim, window, window, heads)
         self.conv_block = CAB(dim, compress, squeeze)
         self.norm2 = LayerNorm(dim)
         self.mlp = mlp(dim)
@@ -174,8 +203,9 @@ class HAB(nn.Module):
         else:
             a = self.attn(y, index, None)
         x = x + (drop_path(a, self.p, self.training) + self.conv_block(y))
-        y = in_parts(lambda x: self.mlp(self.norm2(x)), x.flatten(0, 1)).view_as(x)
-        return x + drop_path(y, self.p, self.training)
+        if self.p and self.training:
+            return x + drop_path(self.mlp(self.norm2(x)), self.p, True)
+        return plus_in_parts(x, lambda x: self.mlp(self.norm2(x)))
 
 def widen(x, dim, window, edge):
     """Gives every window along dim `edge` pixels of each neighbour: n windows of `window` become n of window + 2 edge.
@@ -188,29 +218,25 @@ def widen(x, dim, window, edge):
     after = torch.cat([x.narrow(dim, 1, n - 1).narrow(dim + 1, 0, edge), none], dim)
     return torch.cat([before, x, after], dim + 1).flatten(dim, dim + 1)
 
-class OCAB(nn.Module):
+class OCAB(WindowAttention):
     """Overlapping cross-attention block: queries look into a window wider than their own."""
     def __init__(self, dim, window, heads):
-        super().__init__()
-        self.window, self.heads, self.wide = window, heads, window + int(window * OVERLAP)
+        super().__init__(dim, window, window + int(window * OVERLAP), heads)
+        self.edge = int(window * OVERLAP) // 2
         self.norm1 = LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((window + self.wide - 1) ** 2, heads))
-        self.proj = nn.Linear(dim, dim)
         self.norm2 = LayerNorm(dim)
         self.mlp = mlp(dim)
 
     def forward(self, x, index):
-        b, h, w, c = x.shape
-        t, wide, heads, edge = self.window, self.wide, self.heads, (self.wide - self.window) // 2
-        qkv = self.qkv(self.norm1(x))
-        q = rearrange(qkv[..., :c], "b (y i) (x j) (h d) -> (b y x) (i j) h d", i=t, j=t, h=heads)
-        kv = widen(widen(qkv[..., c:], 1, t, edge), 2, t, edge)
-        k, v = rearrange(kv, "b (y i) (x j) (two h d) -> two (b y x) (i j) h d", two=2, h=heads, i=wide, j=wide)
-        bias = self.relative_position_bias_table.t().contiguous()[:, index]     # (heads, n, m)
-        a = in_parts(lambda q, k, v: self.proj(attend(q, k, v, bias)), q, k, v)
-        x = x + rearrange(a, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t, j=t)
-        return x + in_parts(lambda x: self.mlp(self.norm2(x)), x.flatten(0, 1)).view_as(x)
+        (b, h, w, _), t, wide = x.shape, self.window, self.window + 2 * self.edge
+        qkv, attention = self.prepared(index)
+        q, kv = qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).tensor_split((1,), 3)
+        q = rearrange(q, "b (y i) (x j) 1 h d -> (b y x) (i j) h d", i=t, j=t)
+        kv = widen(widen(kv, 1, t, self.edge), 2, t, self.edge)
+        k, v = rearrange(kv, "b (y i) (x j) two h d -> two (b y x) (i j) h d", i=wide, j=wide)
+        a = in_parts(attention, q, k, v)
+        x = x + rearrange(a, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t)
+        return plus_in_parts(x, lambda x: self.mlp(self.norm2(x)))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the network
@@ -321,10 +347,34 @@ class HAT(nn.Module):
         for layer in self.layers:
             y = layer(y, *index, mask, run)
         x = x + self.conv_after_body(self.norm(y).permute(0, 3, 1, 2))
-        x = self.upsample(self.conv_before_upsample(x))
-        with torch.autocast(x.device.type, enabled=False):      # bf16 has only 8 bits: the picture itself stays fp32
-            x = self.conv_last(x.to(self.conv_last.weight.dtype)) + self.mean
+        x = self.conv_before_upsample(x)
+        small = x[:, 0].numel() < 64 * 64
+        x = (self.enlarged if small or torch.is_grad_enabled() else self.enlarged_at_once)(x) + self.mean
         return x[..., :h * self.scale, :w * self.scale]
+
+    def enlarged(self, x):
+        """The last layers, from features (B, FEATURES, H, W) to the picture less its mean."""
+        x = self.upsample(x)
+        with torch.autocast(x.device.type, enabled=False):      # bf16 has only 8 bits: the picture itself stays fp32
+            return self.conv_last(x.to(self.conv_last.weight.dtype))
+
+    def enlarged_at_once(self, x):
+        """enlarged() by a single convolution, which is all that its layers are together, and an eighth of the work: no
+        activation lies between them. Its weights are their answers to single pixels, two pixels wide each way. Along the
+        border, where the layers meet zeros one by one, they are asked themselves."""
+        r, n, dtype = self.scale, FEATURES, self.conv_last.weight.dtype
+        single = torch.zeros(n + 1, n, 5, 5, device=x.device, dtype=dtype)
+        single[range(n), range(n), 2, 2] = 1        # and one picture without any, for the bias
+        with torch.autocast(x.device.type, enabled=False):
+            *kernel, bias = F.pixel_unshuffle(self.enlarged(single), r)
+            kernel = torch.stack(kernel, 1) - bias[:, None]
+            y = F.pixel_shuffle(F.conv2d(x.to(dtype), kernel.flip(2, 3), bias[:, 2, 2].contiguous(), padding=2), r)
+        for dim in (2, 3):
+            side = min(3, x.shape[dim])
+            for start, at in (0, 0), (x.shape[dim] - side, x.shape[dim] - 1):
+                strip = self.enlarged(x.narrow(dim, start, side)).narrow(dim, (at - start) * r, r)
+                y.narrow(dim, at * r, r).copy_(strip)
+        return y
 
 class HATRefiner(nn.Module):
     """HAT (`hat_model`), then a small residual network over the whole SR picture (`residual_block`, `out_conv`) that

@@ -131,6 +131,42 @@ def test_warm_start_leaves_a_gradient_everywhere_after_one_step():
     assert [n for n, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
 
 
+@pytest.mark.parametrize("scale", (2, 3, 4))
+@pytest.mark.parametrize("shape", ((1, 1, 1), (2, 2, 7), (1, 3, 4), (1, 9, 6)))
+def test_the_last_layers_at_once_are_the_layers(scale, shape):
+    """The border too, where each layer has its own zeros; in float64, so that nothing hides."""
+    torch.manual_seed(scale)
+    net = shake(HAT(scale, **sizes_of("tiny"))).double()
+    x = torch.randn(shape[0], M.FEATURES, *shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        want = net.enlarged(x)
+        assert want.std() > 0.1 and torch.allclose(net.enlarged_at_once(x), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("amp", (False, True))
+def test_without_gradients_the_picture_is_the_same(tiny, amp):
+    """Large enough for what is done otherwise there: windows and rows in parts, the last layers at once."""
+    x, calls = torch.rand(1, 3, 70, 90), []
+    layers = tiny.hat_model.enlarged_at_once
+    tiny.hat_model.enlarged_at_once = lambda x: calls.append(x.shape) or layers(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        want = tiny(x)
+        with torch.inference_mode():
+            got = tiny(x)
+    assert calls == [(1, M.FEATURES, 72, 92)] and got.dtype == torch.float32
+    assert (got - want).abs().max() < (0.05 if amp else 1e-4) * want.abs().max()
+
+
+def test_heads_are_filled_up_to_multiples_of_8(tiny):
+    p = torch.randn(12, 30, 5)
+    wide = M.wide_heads(p.flatten(0, 1), 12)
+    assert wide.shape == (12 * 32, 5)
+    assert torch.equal(wide.view(12, 32, 5)[:, :30], p) and not wide.view(12, 32, 5)[:, 30:].any()
+    assert torch.equal(M.wide_heads(p.permute(2, 0, 1).flatten(1), 12, 1), wide.T)
+    assert torch.equal(M.wide_heads(p[0, :, 0], 1), F.pad(p[0, :, 0], (0, 2)))
+    assert torch.equal(M.wide_heads(p[:, :8].flatten(0, 1), 12), p[:, :8].flatten(0, 1))
+
+
 def test_the_whole_network_is_seen_by_gradients(tiny):
     """Finite differences along a random direction agree with autograd, in float64."""
     net = tiny.hat_model.double()
