@@ -4,8 +4,9 @@
     python tests/bench.py step infer --presets low --rounds 5
     python tests/bench.py --device cuda            # one call for a GPU machine
 
-Parts: peak (matrix products), step (forward, L1, backward, Adam), infer, picture (1920x1080 by two through the tiler,
-beside plain hard-cropped tiles), memory (1 to 32 megapixels in), loader (patches from a patch file, recipe web).
+Parts: peak (matrix products), step (forward, L1, backward, Adam), infer, cunet (beside a network with the layers of
+waifu2x's CUNet), picture (1920x1080 by two through the tiler, beside plain hard-cropped tiles), memory (1 to 32 megapixels
+in), loader (patches from a patch file, recipe web).
 Needs spandrel 0.4 or newer for the comparison; without it only our own figures are printed. Prints Markdown.
 """
 import argparse
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -26,7 +29,7 @@ import demo                                                            # noqa: E
 import tile                                                            # noqa: E402
 from model import HAT, PRESETS, HATRefiner                              # noqa: E402
 
-PARTS = ("peak", "step", "infer", "picture", "memory", "loader")
+PARTS = ("peak", "step", "infer", "cunet", "picture", "memory", "loader")
 WORK = {   # device: {preset: (batch, LR side)}
     "cpu": {"low": (4, 64), "mid": (1, 64), "hat": (1, 32)},
     "cuda": {"low": (8, 48), "mid": (8, 64), "hat": (8, 64)},
@@ -145,6 +148,65 @@ def compare(args, training):
                 print(f"  {preset} {kind}: peak {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
 
 
+class CUNet(nn.Module):
+    """Layers and sizes of waifu2x's CUNet for 2x, two U-Nets of which the first doubles the picture and the second corrects
+    it, with random weights (1,284,598): for its time only."""
+    def __init__(self):
+        super().__init__()
+
+        def pair(into, middle, out, squeeze=True):
+            convs = nn.Conv2d(into, middle, 3), nn.LeakyReLU(0.1), nn.Conv2d(middle, out, 3), nn.LeakyReLU(0.1)
+            gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(out, out // 8, 1), nn.ReLU(), nn.Conv2d(out // 8, out, 1), nn.Sigmoid()
+            return nn.ModuleList([nn.Sequential(*convs), nn.Sequential(*gate) if squeeze else None])
+
+        def down(n):
+            return nn.Sequential(nn.Conv2d(n, n, 2, 2), nn.LeakyReLU(0.1))
+
+        def up(n):
+            return nn.Sequential(nn.ConvTranspose2d(n, n, 2, 2), nn.LeakyReLU(0.1))
+
+        def last(layer):
+            return nn.Sequential(nn.Conv2d(64, 64, 3), nn.LeakyReLU(0.1), layer)
+        self.one = nn.ModuleList([pair(3, 32, 64, False), down(64), pair(64, 128, 64), up(64),
+                                  last(nn.ConvTranspose2d(64, 3, 4, 2, 3))])
+        self.two = nn.ModuleList([pair(3, 32, 64, False), down(64), pair(64, 64, 128), down(128), pair(128, 256, 128), up(128),
+                                  pair(128, 64, 64), up(64), last(nn.Conv2d(64, 3, 3))])
+
+    def forward(self, x):
+        def run(pair, x):
+            y = pair[0](x)
+            return y * pair[1](y) if pair[1] else y
+
+        def inner(x, n):
+            return x[..., n:-n, n:-n]
+        first, down, deep, up, last = self.one
+        x = run(first, F.pad(x, (18, 18, 18, 18), mode="reflect"))
+        small = last(inner(x, 4) + up(run(deep, down(x))))
+        first, down, deep, further, deepest, up, back, out, last = self.two
+        x = run(first, small)
+        y = run(deep, down(x))
+        y = out(run(back, inner(y, 4) + up(run(deepest, further(y)))))
+        return last(inner(x, 16) + y) + inner(small, 20)
+
+
+def cunet(args):
+    """`low` beside CUNet on one picture of 256x256, untiled."""
+    low, x = HAT(2, **{k: v for k, v in PRESETS["low"].items() if k != "refiner_dim"}), torch.rand(1, 3, 256, 256)
+    theirs, low = (net.eval().to(args.device, memory_format=torch.channels_last) for net in (CUNet(), low))
+    x, jobs = x.to(args.device), {}
+    for name, net, amp in (("CUNet fp32", theirs, False), ("low fp32", low, False),
+                           ("CUNet bf16", theirs, True), ("low bf16", low, True)):
+        def job(net=net, amp=amp):
+            with torch.inference_mode(), torch.autocast(args.device, torch.bfloat16, enabled=amp):
+                net(x)
+        if args.bf16 or not amp:
+            jobs[name] = job
+    t = in_turn(jobs, args.rounds, args.device)
+    print("\n| 256x256 by two | seconds per megapixel out | over CUNet fp32 |\n|---|---|---|")
+    for name, seconds in t.items():
+        print(f"| {name} | {seconds / (4 * 256 ** 2 / 1e6):.2f} | {seconds / t['CUNet fp32']:.2f} |", flush=True)
+
+
 def hard_tiles(net, x, side=128, pad=32):
     """Tiles cut out with a pad and put side by side, as HAT's own code does it."""
     out = x.new_empty(1, 3, 2 * x.shape[2], 2 * x.shape[3])
@@ -152,7 +214,7 @@ def hard_tiles(net, x, side=128, pad=32):
         for left in range(0, x.shape[3], side):
             t, le = max(top - pad, 0), max(left - pad, 0)
             b, r = min(top + side + pad, x.shape[2]), min(left + side + pad, x.shape[3])
-            piece = torch.nn.functional.pad(x[..., t:b, le:r], (0, -(r - le) % 16, 0, -(b - t) % 16), mode="reflect")
+            piece = F.pad(x[..., t:b, le:r], (0, -(r - le) % 16, 0, -(b - t) % 16), mode="reflect")
             y = net(piece)[..., 2 * (top - t):2 * (min(top + side, x.shape[2]) - t),
                            2 * (left - le):2 * (min(left + side, x.shape[3]) - le)]
             out[..., 2 * top:2 * top + y.shape[2], 2 * left:2 * left + y.shape[3]] = y
@@ -233,7 +295,7 @@ def main():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     print(f"{machine(args.device)}, torch {torch.__version__}, medians of {args.rounds}\n", flush=True)
     for part in args.parts or PARTS:
-        {"peak": peak, "step": lambda a: compare(a, True), "infer": lambda a: compare(a, False), "picture": picture,
+        {"peak": peak, "step": lambda a: compare(a, True), "infer": lambda a: compare(a, False), "cunet": cunet, "picture": picture,
          "memory": memory, "loader": loader}[part](args)
     print(f"\npeak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10:.0f} MiB", flush=True)
 
