@@ -212,6 +212,17 @@ def read_picture(path, srgb=False):
     return Picture(rgb, alpha, grey, depth, icc, exif, "; ".join(notes))
 
 
+def size_of(path):
+    """(height, width) of a picture, its orientation applied, from its header alone; (0, 0) where that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as im:
+                return im.size if exif_of(im)[0] > 4 else im.size[::-1]
+    except Exception:  # read_picture will say what is wrong
+        return 0, 0
+
+
 def composite(picture, ground):
     """Picture over a ground: a number, an (r, g, b), or a (3, H, W) tensor, in [0, 1] -> (3, H, W)."""
     if picture.alpha is None:
@@ -1018,10 +1029,12 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
     begun = time.time()
     if os.path.exists(target) and not args.overwrite:  # two names in one on a disk that ignores case, say
         raise PictureError(f"{printable(target)} is there by now; --overwrite replaces it")
+    if args.skip_larger:
+        height, width = size_of(source)
+        if height >= args.fit[0] and width >= args.fit[1]:
+            return f"{printable(source)} is {width}x{height}, skipped", 0
     picture = read_picture(source, args.icc == "srgb")
     height, width = picture.rgb.shape[1:]
-    if args.skip_larger and height >= args.fit[0] and width >= args.fit[1]:
-        return f"{printable(source)} is {width}x{height}, skipped", 0
     network, note = fitting(picture.rgb)
     scale = network.scale
     size = height * scale, width * scale

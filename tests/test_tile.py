@@ -1008,6 +1008,22 @@ def test_sizes_depth_and_formats(tmp_path, command):
     assert sizes[0] < sizes[1] / 2
 
 
+def test_what_is_large_already_is_not_decoded(tmp_path, command):
+    """Its header tells, with its orientation; what cannot be read there is an error as without --skip-larger."""
+    turned = Image.new("RGB", (27, 48))
+    turned.getexif()[tile.ORIENTATION] = 6
+    (tmp_path / "in").mkdir()
+    turned.save(tmp_path / "in/a.jpg", exif=turned.getexif())
+    picture_file(tmp_path / "in/b.png", (60, 60))
+    cut = (tmp_path / "in/b.png").read_bytes()
+    (tmp_path / "in/b.png").write_bytes(cut[:len(cut) // 2])
+    (tmp_path / "in/c.png").write_bytes(b"nothing")
+    assert [tile.size_of(tmp_path / "in" / n) for n in ("a.jpg", "b.png", "c.png", "d.png")] == [(27, 48), (60, 60), (0, 0), (0, 0)]
+    code, shown, err = command(tmp_path / "in", "-o", tmp_path / "out", "--fit", "48x27", "--skip-larger")
+    assert code == 1 and "a.jpg is 48x27, skipped" in shown and "b.png is 60x60, skipped" in shown
+    assert "c.png: not a picture" in err and "2 skipped, 1 failed" in shown
+
+
 class Faulty(torch.nn.Module):
     """Doubles pixels, but for what `fault` makes of some tiles."""
     scale = 2
