@@ -39,6 +39,7 @@ READS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".t
 WRITES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
 LONGEST_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "AVIF": 32768}
 ORIENTATION = 0x0112  # the EXIF tag
+TIFF_TAGS = {270, 305, 306, 315, 33432}  # kept of a TIFF's: description, software, date, artist, copyright
 
 
 # ------------------------------------------------------------------ pictures in and out
@@ -96,6 +97,8 @@ def samples(im, path):
     tile = im.tile[0] if im.format == "PNG" and im.tile else (None,) * 4
     im.load()
     see_through = "transparency" in im.info
+    if see_through and tile[3] in ("L;2", "L;4"):  # Pillow stretches the pixels to 8 bits, but not this
+        im.info["transparency"] *= 85 if tile[3] == "L;2" else 17
     if tile[3] in ("RGB;16B", "RGBA;16B", "LA;16B"):
         # Pillow keeps the high bytes only. Read once more, telling it to unpack the low ones (big-endian samples
         # taken for little-endian), or for grey and alpha all four bytes of a pixel.
@@ -106,6 +109,8 @@ def samples(im, path):
             return low[..., 0::2] << 8 | low[..., 1::2]
         pixels = np.asarray(im).astype(np.uint16) << 8 | low
     elif im.mode[0] == "I":  # I;16 and its byte orders; I in older Pillows
+        if im.mode == "I" and im.getextrema()[1] > 65535:
+            raise ValueError("32-bit samples have no agreed range; save it as 8 or 16 bit")
         pixels = np.asarray(im).clip(0, 65535).astype(np.uint16)[..., None]
     elif im.mode == "F":
         raise ValueError("floating-point samples have no agreed range; save it as 8 or 16 bit")
@@ -124,10 +129,15 @@ def samples(im, path):
 
 
 def exif_of(im):
-    """-> (orientation 1..8, EXIF bytes with the orientation reset, or None). EXIF that makes no sense is dropped."""
+    """-> (orientation 1..8, EXIF bytes with the orientation reset, or None). EXIF that makes no sense is dropped, of
+    a TIFF's all but TIFF_TAGS."""
     try:
         tags, exif = im.getexif(), im.info.get("exif")
         orientation = tags.get(ORIENTATION, 1)
+        if im.format == "TIFF":  # most of its tags say how its pixels lie
+            kept = Image.Exif()
+            kept.update({tag: tags[tag] for tag in TIFF_TAGS & tags.keys()})
+            return orientation, kept.tobytes() if kept else None
         if orientation != 1 and exif:
             tags[ORIENTATION] = 1
             exif = tags.tobytes()
@@ -146,7 +156,7 @@ def turned(pixels, orientation):
 
 
 def to_srgb(im, icc):
-    """An 8-bit image in RGB or CMYK and its profile -> (the image in sRGB, the profile's name), or None where the
+    """An 8-bit image, grey, RGB or CMYK, and its profile -> (the image in sRGB, the profile's name), or None where the
     profile makes no sense or this Pillow cannot convert."""
     try:
         from PIL import ImageCms
@@ -187,12 +197,12 @@ def read_picture(path, srgb=False):
         raise PictureError(f"{printable(path)}: {reason}") from e
     if cmyk:
         notes.append(f"CMYK converted to sRGB {f'by its profile {by_profile[1]}' if by_profile else 'without profile'}")
-    elif srgb and icc and pixels.shape[2] < 3:
-        notes.append("profile kept, grey")
     elif srgb and icc:
-        by_profile = pixels.dtype == np.uint8 and to_srgb(Image.fromarray(np.ascontiguousarray(pixels[..., :3])), icc)
+        n = 1 if pixels.shape[2] < 3 else 3     # without alpha
+        colours = np.ascontiguousarray(pixels[..., :n]).squeeze(-1) if n == 1 else np.ascontiguousarray(pixels[..., :n])
+        by_profile = pixels.dtype == np.uint8 and to_srgb(Image.fromarray(colours), icc)
         if by_profile:
-            pixels, icc = np.concatenate([np.asarray(by_profile[0]), pixels[..., 3:]], -1), b""
+            pixels, icc = np.concatenate([np.asarray(by_profile[0])[..., :n], pixels[..., n:]], -1), b""
             notes.append(f"{by_profile[1]} converted to sRGB")
         else:
             notes.append("profile kept, " + ("it makes no sense" if pixels.dtype == np.uint8 else "16 bit"))
@@ -214,11 +224,14 @@ def read_picture(path, srgb=False):
 
 def size_of(path):
     """(height, width) of a picture, its orientation applied, from its header alone; (0, 0) where that cannot be read."""
+    if not os.path.isfile(path):
+        return 0, 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as im:
-                return im.size if exif_of(im)[0] > 4 else im.size[::-1]
+                orientation = Image.Image.getexif(im).get(ORIENTATION, 1)  # PNG's own getexif decodes the picture
+                return im.size if orientation > 4 and im.format != "TIFF" else im.size[::-1]  # Pillow has turned TIFF's
     except Exception:  # read_picture will say what is wrong
         return 0, 0
 
@@ -1034,6 +1047,10 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
         if height >= args.fit[0] and width >= args.fit[1]:
             return f"{printable(source)} is {width}x{height}, skipped", 0
     picture = read_picture(source, args.icc == "srgb")
+    if picture.grey and picture.icc and target.suffix.lower() in (".webp", ".avif"):  # they hold neither
+        picture = read_picture(source, srgb=True)
+        if picture.icc:
+            picture.icc, picture.note = None, "grey profile left behind"
     height, width = picture.rgb.shape[1:]
     network, note = fitting(picture.rgb)
     scale = network.scale

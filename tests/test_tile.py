@@ -92,6 +92,35 @@ def test_one_transparent_colour(tmp_path):
     assert alpha[3, 4] == 0 and (alpha == 65535).sum() == alpha.size - 1
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_one_transparent_level_of_few(tmp_path, bits):
+    """Pillow stretches pixels of 2 and 4 bits to 8; the transparent level, here the brightest, is one of the file's."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    most = 2**bits - 1
+    row = sum(v << 8 - bits * (i + 1) for i, v in enumerate((0, most)))  # two pixels, black and white
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0))
+                                     + chunk(b"tRNS", struct.pack(">H", most)) + chunk(b"IDAT", zlib.compress(bytes([0, row])))
+                                     + chunk(b"IEND", b""))
+    assert pixels(read_picture(tmp_path / "a.png")).tolist() == [[[0, 255], [255, 0]]]
+
+
+def test_32_bits_are_refused(tmp_path):
+    """They have no agreed white: taken for 16 bits they were white all over."""
+    Image.fromarray(np.int32([[0, 70000], [2**30, 5]])).save(tmp_path / "a.tif")
+    with pytest.raises(PictureError, match="a.tif: 32-bit samples"):
+        read_picture(tmp_path / "a.tif")
+
+
+def test_who_drew_a_tiff_is_kept(tmp_path):
+    tags = Image.Exif()
+    tags[315], tags[33432], tags[tile.ORIENTATION] = "somebody", "CC0", 6
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.tif", exif=tags)
+    save_picture(tmp_path / "b.png", read_picture(tmp_path / "a.tif"))
+    with Image.open(tmp_path / "b.png") as im:
+        assert dict(im.getexif()) == {315: "somebody", 33432: "CC0"} and im.size == (6, 8)
+
+
 def test_cmyk(tmp_path):
     flat = np.zeros((8, 8, 4), np.uint8)
     flat[..., 0] = 255  # all cyan
@@ -219,6 +248,33 @@ def test_conversion_to_srgb(tmp_path):
     save_picture(tmp_path / "deep.png", Picture(torch.rand(3, 4, 4), depth=16, icc=display_p3()))
     deep = read_picture(tmp_path / "deep.png", srgb=True)
     assert deep.icc == display_p3() and deep.note == "profile kept, 16 bit"
+
+
+def linear_grey():
+    """An ICC profile for grey whose levels are linear light."""
+    profile = bytearray(display_p3())
+    profile[16:20] = b"GRAY"
+    return bytes(profile).replace(b"rTRC", b"kTRC").replace(struct.pack(">IH", 1, round(2.2 * 256)), struct.pack(">IH", 1, 256))
+
+
+def test_grey_profiles(tmp_path, command):
+    """Converted as those of colours, and where a format holds no grey, and so no profile of grey, without being asked."""
+    grey = np.uint8([[0, 100], [180, 255]])
+    expected = [[0, 168], [218, 255]]     # 255 * (1.055 * (x / 255)**(1 / 2.4) - 0.055)
+    Image.fromarray(grey).resize((8, 8), 0).save(tmp_path / "a.png", icc_profile=linear_grey())
+    kept, converted = read_picture(tmp_path / "a.png"), read_picture(tmp_path / "a.png", srgb=True)
+    assert kept.icc == linear_grey() and (pixels(kept)[::4, ::4, 0] == grey).all()
+    assert converted.icc is None and converted.grey and converted.note == "Display P3 converted to sRGB"
+    assert abs(pixels(converted)[::4, ::4, 0].astype(int) - expected).max() < 2
+    for name, profile in (("b.png", linear_grey()), ("b.webp", None)):
+        code, shown, _ = command(tmp_path / "a.png", "-o", tmp_path / name, "--strength", "0")
+        assert code == 0 and ("converted to sRGB" in shown) == (profile is None)
+        made = read_picture(tmp_path / name)
+        assert made.icc == profile and abs(pixels(made)[2, -2, 0].astype(int) - (168 if profile is None else 100)) < 4
+    deep = np.uint16([[0, 65535], [30000, 5]])
+    save_picture(tmp_path / "deep.png", Picture(torch.from_numpy(deep / 65535).float().expand(3, 2, 2), grey=True, depth=16,
+                                                icc=linear_grey()))
+    assert "grey profile left behind" in command(tmp_path / "deep.png", "-o", tmp_path / "deep.webp")[1]
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
@@ -1008,8 +1064,20 @@ def test_sizes_depth_and_formats(tmp_path, command):
     assert sizes[0] < sizes[1] / 2
 
 
-def test_what_is_large_already_is_not_decoded(tmp_path, command):
+def test_what_is_large_already_is_not_decoded(tmp_path, command, monkeypatch):
     """Its header tells, with its orientation; what cannot be read there is an error as without --skip-larger."""
+    for kind in ("jpg", "png", "tif", "webp"):
+        for orientation in (1, 3, 6):
+            exif = Image.Exif()
+            exif[tile.ORIENTATION] = orientation
+            Image.new("RGB", (40, 20)).save(tmp_path / f"x.{kind}", exif=exif)
+            assert tile.size_of(tmp_path / f"x.{kind}") == read_picture(tmp_path / f"x.{kind}").rgb.shape[1:]
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
+        Image.new("RGB", (40, 20)).save(tmp_path / "x.png")
+        assert tile.size_of(tmp_path / "x.png") == (20, 40)
+    os.mkfifo(tmp_path / "x.png.pipe")
+    assert tile.size_of(tmp_path / "x.png.pipe") == (0, 0)
     turned = Image.new("RGB", (27, 48))
     turned.getexif()[tile.ORIENTATION] = 6
     (tmp_path / "in").mkdir()
