@@ -61,10 +61,7 @@ def score(sr, hr, border):
 def chosen(text, hr, lr, timed):
     """'psnr_y,niqe' -> the names of COLUMNS that can be measured where there are HR and LR pictures or not; a line on
     stderr for each that cannot. None takes the usual ones. Raises ValueError that lists the names there are."""
-    names = list(dict.fromkeys(filter(None, (s.strip() for s in (text or (WITH_HR if hr else WITHOUT_HR)).split(",")))))
-    odd = [name for name in names if name not in COLUMNS]
-    if odd or not names:
-        raise ValueError(f"no metric {', '.join(map(repr, odd)) or 'named'}; there are {', '.join(COLUMNS)}")
+    names = metrics.chosen(text or (WITH_HR if hr else WITHOUT_HR), COLUMNS)
     for name in list(names):
         needs = COLUMNS[name].needs
         if needs == "hr" and not hr or needs == "lr" and not lr or name in ("seconds", "seam") and not timed:
@@ -126,9 +123,14 @@ def make_row(label, row, width, names, best=()):
     return line
 
 
+def middle(name):
+    """How a figure of all pictures is made of theirs: the mean, of times the median, which a slow start does not move."""
+    return statistics.median if name == "seconds" else statistics.fmean
+
+
 def mean_rows(results, names):
     """[(picture, method, row)] -> {method: row of means}, nan where nothing was measured. A mean goes over the pictures
-    that have the figure for every method that has it at all; the time is a median, which a slow start does not move."""
+    that have the figure for every method that has it at all."""
     rows = {method: {} for _, method, _ in results}
     for name in names:
         found = {method: {} for method in rows}
@@ -137,8 +139,7 @@ def mean_rows(results, names):
                 found[method][picture] = row[name]
         common = set.intersection(*(set(own) for own in found.values() if own), {picture for picture, *_ in results})
         for method, own in found.items():
-            mean = statistics.median if name == "seconds" else statistics.fmean
-            rows[method][name] = mean(own[p] for p in common) if own and common else math.nan
+            rows[method][name] = middle(name)(own[p] for p in common) if own and common else math.nan
     return rows
 
 
@@ -361,6 +362,7 @@ def main():
         elif args.runs or task == "compare":
             if args.data or not args.runs:
                 raise ValueError("give training runs to compare, or --data to measure models on, one of them")
+            refuse_measuring(args, "has no effect beside training runs; measure models in a command of its own")
             compare(args.runs, args.curves, args.overwrite)
         else:
             run(args)
@@ -379,8 +381,8 @@ def run_blend(args):
     ending = ".png" if args.sweep else ".safetensors"
     if (args.alpha is None) == (not args.sweep):
         raise ValueError("give --alpha or --sweep, one of them")
-    if args.alpha is not None and args.data:
-        raise ValueError("--data goes with --sweep; measure the blend in a second step")
+    if args.alpha is not None:
+        refuse_measuring(args, "goes with --sweep; measure the blend in a second step")
     try:
         alphas = [args.alpha] if args.alpha is not None else sorted({float(s) for s in args.sweep.split(",")})
     except ValueError:
@@ -402,6 +404,13 @@ def run_blend(args):
     with tile.replacing(args.out) as part:
         strip.draw().save(part, "PNG")
     print(f"strip: {args.out}")
+
+
+def refuse_measuring(args, why):
+    """Raises ValueError, "--csv" and why, for flags that would have no effect."""
+    for name in "data", "lr", "sr", "recipe", "metrics", "csv", "json", "report":
+        if getattr(args, name):
+            raise ValueError(f"--{name} {why}")
 
 
 def writable(path, overwrite):
@@ -508,7 +517,7 @@ def run(args, networks=None, watch=None):
     where = f"recipe {recipe}, {scale}x" if recipe else f"LR from {args.lr}, {scale}x" if args.lr else "no LR"
     where = tile.printable(where) + ("" if args.data else ", no HR")
     page = args.report and Report(
-        args.report, where, [Column(n, *COLUMNS[n][:3]) for n in names],
+        args.report, where, [Column(n, *COLUMNS[n][:3], middle(n)) for n in names],
         "; ".join([f"border {border}", *notes]), overwrite=args.overwrite)
 
     def upscale(network, lr, whole=None):
@@ -556,7 +565,7 @@ def run(args, networks=None, watch=None):
     shown = begun
     try:
         for name, lr, hr, given in pictures(jobs, scale, recipe, args.seed, args.limit, args.crop, skipped):
-            rows, made, heat = {}, {}, {}
+            rows, made, heat, method = {}, {}, {}, "LR"
             try:
                 for method, sr in methods(lr, given):
                     started, timed = time.perf_counter(), callable(sr)
@@ -575,11 +584,11 @@ def run(args, networks=None, watch=None):
             except ValueError as e:         # too small for the window of SSIM
                 report_skipped(name, e, skipped)
                 continue
-            except RuntimeError as e:
+            except (RuntimeError, MemoryError) as e:
                 if not tile.out_of_memory(e):
                     raise
-                raise ValueError(f"out of memory on {tile.printable(name)}, {lr.shape[-1]}x{lr.shape[-2]}; give "
-                                 "--tile-size 64 or another --device") from None
+                way = "give --tile-size 64 or another --device" if method in networks else "leave it out, or try with --limit"
+                raise ValueError(f"out of memory at {tile.printable(method)} on {tile.printable(name)}; {way}") from None
             if watch:
                 watch(hr, made)
             if page:

@@ -28,6 +28,7 @@ from safetensors.torch import save as to_safetensors
 
 LINE = 12       # levels per pixel: a gradient of Y above it belongs to a line or an edge
 FLAT = 2        # levels: where no channel varies by more than that, a drawing is flat
+NIQE_BLOCK = 96     # pixels a side
 
 
 class MissingPackage(ValueError):
@@ -340,9 +341,9 @@ def _halved(x):
 
 def niqe_features(y):
     """Y (H, W) in [0, 1] -> features (blocks, 36) and sharpness (blocks,), float64, of the blocks of 96x96."""
-    h, w = (side // 96 * 96 for side in y.shape)
+    h, w = (side // NIQE_BLOCK * NIQE_BLOCK for side in y.shape)
     if min(h, w) == 0:
-        raise ValueError(f"NIQE needs 96 pixels a side, not {y.shape[1]}x{y.shape[0]}")
+        raise ValueError(f"NIQE needs {NIQE_BLOCK} pixels a side, not {y.shape[1]}x{y.shape[0]}")
     x = y[:h, :w].cpu().double().mul(255).round()
     g = [math.exp(-0.5 * ((i - 3) / (7 / 6)) ** 2) for i in range(7)]
     g = [v / sum(g) for v in g]
@@ -353,7 +354,7 @@ def niqe_features(y):
         return sum(v * x[:, i:x.shape[1] - 6 + i] for i, v in enumerate(g))
 
     features, sharpness = [], None
-    for side in (96, 48):
+    for side in (NIQE_BLOCK, NIQE_BLOCK // 2):
         mean = window_mean(x)
         deviation = (window_mean(x * x) - mean * mean).abs().sqrt()
         normal = (x - mean) / (deviation + 1)
@@ -394,7 +395,7 @@ def fit_niqe(*groups, sharpness=0.75):
     for pictures in groups:
         counts = []
         for x in pictures:
-            if min(x.shape[-2:]) >= 96:
+            if min(x.shape[-2:]) >= NIQE_BLOCK:
                 features, sharp = niqe_features(_prepare(x, x, 0, True)[0][0, 0])
                 found.append(features[(sharp > sharpness * sharp.max()) & ~features.isnan().any(1)])
                 counts += [len(found[-1])] if len(found[-1]) else []
@@ -499,12 +500,12 @@ METRICS = dict(
 )
 
 
-def chosen(text):
+def chosen(text, known=METRICS):
     """'psnr_y,ssim_y' -> ['psnr_y', 'ssim_y']. Raises ValueError that lists the names there are."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    odd = [name for name in names if name not in METRICS]
+    odd = [name for name in names if name not in known]
     if odd or not names:
-        raise ValueError(f"no metric {', '.join(map(repr, odd)) or 'named'}; there are {', '.join(METRICS)}")
+        raise ValueError(f"no metric {', '.join(map(repr, odd)) or 'named'}; there are {', '.join(known)}")
     return names
 
 
@@ -531,6 +532,9 @@ def main():
             except (ValueError, OSError) as e:
                 print(f"skipped: {e}", file=sys.stderr)
                 continue
+            if min(x.shape[-2:]) < NIQE_BLOCK:
+                print(f"skipped: {tile.printable(path)} is smaller than {NIQE_BLOCK}x{NIQE_BLOCK}", file=sys.stderr)
+                continue
             used.append(path)
             yield x
     try:
@@ -538,11 +542,17 @@ def main():
             raise ValueError(f"a NIQE model's name ends in .safetensors, which {tile.printable(args.out)} does not")
         if args.out.exists() and not args.overwrite:
             raise ValueError(f"{tile.printable(args.out)} exists already; choose another name, or give --overwrite")
+        if not os.access(args.out.parent, os.W_OK):     # now, not after minutes
+            raise ValueError(f"cannot write to {tile.printable(args.out.parent)}: no such file or directory, or not yours; "
+                             "choose another --out")
         model = fit_niqe(*map(read, args.data))
         save_niqe(model, args.out, dict(pictures=len(used), folders=len(args.data), note=args.note))
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
     print(f"{tile.printable(args.out)}: {len(used)} pictures")
 
 

@@ -14,6 +14,8 @@ import json
 import math
 import os
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +29,13 @@ HEAT_SIDE = 1024            # heat maps are at most so large, and at most half o
 
 
 class Column(NamedTuple):
-    """A figure of the tables: its key in add's figures, its head with the unit, which way is good, decimals shown."""
+    """A figure of the tables: its key in add's figures, its head with the unit, which way is good, decimals shown, and
+    how one is made of those of all pictures."""
     key: str
     head: str
     better: str = ""        # "higher", "lower" or "" for neither
     digits: int = 2
+    mean: Callable = statistics.fmean
 
 
 class Report:
@@ -123,8 +127,7 @@ class Report:
             figures = self.figures(column)
             measured = [values for values in figures.values() if not all(map(math.isnan, values))]
             common = [i for i in range(total) if measured and not any(math.isnan(values[i]) for values in measured)]
-            means = [sum(values[i] for i in common) / len(common) if common else math.nan
-                     for values in figures.values()]
+            means = [column.mean([values[i] for i in common]) if common else math.nan for values in figures.values()]
             few = f" ({len(common)} of {total} pictures)" if measured and len(common) < total else ""
             heads.append((column.head + few, column.better))
             for label, cell in zip(figures, cells(means, column)):

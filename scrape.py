@@ -213,10 +213,13 @@ class Client:
 
     def refusal(self, response):
         """-> what to say, if another try may help (421 is Moebooru's "user throttled"); otherwise raises Failed, or
-        Stop at a challenge."""
+        Stop at a challenge, and where Cloudflare bars us (in plain text, "error code: 1020")."""
         body, headers, status = response.read1(4096), response.headers, response.status
         page = "html" in headers.get("Content-Type", "").lower() or body.lstrip()[:1] == b"<"
         cloudflare = "cloudflare" in headers.get("Server", "").lower()
+        if status == 403 and body.startswith(b"error code:"):
+            raise Stop(f"the board bars us ({status}, {clean(body.decode('ascii', 'replace'))[:40]}); look at it in a browser, "
+                       "and come back later")
         if headers.get("cf-mitigated") or (page and (status == 403 or status == 503 and cloudflare)):
             raise Stop(f"a challenge page ({status}) came where JSON or a picture was due; look at the board in a "
                        "browser, and come back later")

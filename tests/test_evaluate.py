@@ -575,6 +575,22 @@ def test_users_mistakes(hr_folder, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and "--device quantum" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ("the network", "a metric"))
+def test_out_of_memory_is_one_line(hr_folder, tmp_path, monkeypatch, capsys, what):
+    """Without LR pictures too, and with numpy's error as with torch's."""
+    def full(*_, **__):
+        raise MemoryError if what == "a metric" else RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    if what == "a metric":
+        monkeypatch.setattr(evaluate, "COLUMNS", evaluate.COLUMNS | {"psnr_y": evaluate.COLUMNS["psnr_y"]._replace(run=full)})
+        args, says = ("--sr", f"theirs={hr_folder}"), "at theirs"
+    else:
+        monkeypatch.setattr(model.HAT, "forward", full)
+        args, says = ("--weights", weights(tmp_path / "w.safetensors")), "--tile-size 64"
+    code, _, err = command(monkeypatch, capsys, "--data", hr_folder, "--metrics", "psnr_y", *args)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: out of memory") and says in last
+
+
 def test_no_weights_anywhere(hr_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert, "__file__", str(tmp_path / "convert.py"))
     monkeypatch.chdir(tmp_path)
@@ -647,6 +663,10 @@ def test_runs_are_laid_side_by_side(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", str(a), str(b), "--curves", str(tmp_path / "d.png")])
     evaluate.main()
     assert capsys.readouterr().out == said.replace("c.png", "d.png")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", str(a), str(b), "--csv", str(tmp_path / "t.csv")])
+    with pytest.raises(SystemExit) as e:
+        evaluate.main()
+    assert e.value.code == 2 and "--csv has no effect beside training runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", (None, "step,psnr_y,seconds\n", "step,psnr_y,seconds\n1,x,2\n", "a,b\n1,2\n"))
@@ -738,6 +758,7 @@ def test_mistakes_in_blending(tmp_path, monkeypatch, capsys):
                        ((a, a, "--sweep", "0", "-o", tmp_path / "s.png"), "two or more"),
                        ((a, a, "--sweep", "0,1", "-o", tmp_path / "s.png"), "--data is missing"),
                        ((a, a, "--alpha", "0.5", "--data", tmp_path, "-o", out), "--data goes with --sweep"),
+                       ((a, a, "--alpha", "0.5", "--csv", tmp_path / "t.csv", "-o", out), "--csv goes with --sweep"),
                        ((a, a, "--alpha", "0.5", "-o", tmp_path / "x.png"), "must end in .safetensors"),
                        ((a, a, "--alpha", "0.5", "-o", a), "exists already"),
                        ((a, a, "--alpha", "0.5", "-o", tmp_path / "no" / "x.safetensors"), "cannot write")):

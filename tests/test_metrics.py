@@ -570,23 +570,32 @@ def test_command(tmp_path, monkeypatch, capsys):
         pixels = textured(480, 576, k).mul(255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folders[k] / "a b.png")
     (folders[0] / "broken.png").write_bytes(b"x" * 30)
+    Image.new("RGB", (95, 200)).save(folders[0] / "small.png")
     out = tmp_path / "model.safetensors"
     command(monkeypatch, *folders, "-o", out, "--note", "mine")
     said = capsys.readouterr()
-    assert "2 pictures" in said.out and "skipped: " in said.err and "broken.png" in said.err
+    assert "2 pictures" in said.out and "skipped: " in said.err and "broken.png" in said.err and "small.png" in said.err
     wanted = metrics.fit_niqe([textured(480, 576, 0)], [textured(480, 576, 1)])
     assert torch.allclose(metrics.load_niqe(out).mean, wanted.mean, atol=1e-6)
     for args, line in ((["-o", out], "exists already; choose another name, or give --overwrite"),
                        (["-o", tmp_path / "x.pth"], "ends in .safetensors"),
-                       (["-o", tmp_path / "absent" / "x.safetensors"], "No such file or directory")):
-        with pytest.raises(SystemExit) as e:
-            command(monkeypatch, *folders, *args)
+                       (["-o", tmp_path / "absent" / "x.safetensors"], "absent: no such file or directory")):
+        with pytest.raises(SystemExit) as e, monkeypatch.context() as patch:
+            patch.setattr(metrics, "fit_niqe", None)    # known before anything is read
+            command(patch, *folders, *args)
         said = capsys.readouterr().err.splitlines()
         assert e.value.code == 2 and said[-1].startswith("error: ") and line in said[-1]
     with pytest.raises(SystemExit) as e:
         command(monkeypatch, tmp_path / "nowhere", "-o", tmp_path / "y.safetensors")
     assert e.value.code == 2 and "nowhere: no such file or folder" in capsys.readouterr().err
     command(monkeypatch, *folders, "-o", out, "--overwrite")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(metrics, "fit_niqe", interrupted)
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, *folders, "-o", tmp_path / "z.safetensors")
+    assert e.value.code == 130 and not (tmp_path / "z.safetensors").exists()
 
 
 if __name__ == "__main__":

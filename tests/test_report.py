@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 
 import numpy as np
 import pytest
@@ -123,6 +124,13 @@ def test_best_and_missing_figures(tmp_path):
     assert niqe[1:] == [[["0", None], ["5.000", None], ["4.000", "best"], ["–", None]],
                         [["1", None], ["3.000", "best"], ["4.000", None], ["–", None]]]
     assert [cell[1] for row in seconds for cell in row] == [None] * 12
+
+
+def test_a_column_may_be_a_median(tmp_path):
+    page = Report(tmp_path / "p", "t", [Column("s", "s/MP", "", 2, statistics.median), Column("s", "mean", "", 2)])
+    for i, seconds in enumerate((10, 1, 1)):
+        page.add(str(i), {"a": picture(40, 50)}, {"a": {"s": seconds}})
+    assert [cell[0] for cell in tables(page)[0][1]] == ["a", "1.00", "4.00"]
 
 
 def test_worst_places_are_where_the_errors_are(tmp_path):

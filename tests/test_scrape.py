@@ -345,6 +345,21 @@ def test_a_challenge_page_ends_the_run_at_once(make, go, tmp_path, challenge, wh
     assert board.asked()[-1] == where and in_order(tmp_path / "out", [1] if "image" in where else [])
 
 
+@pytest.mark.parametrize("where", ["/post.json", "/image/2.png"])
+def test_a_board_that_bars_us_is_not_asked_again(make, go, tmp_path, where):
+    board = make(post(1), post(2), post(3))
+    board.always = {where: lambda h: h.send(403, b"error code: 1020", Content_Type="text/plain", Server="cloudflare")}
+    code, _, said = go(board)
+    assert code == 2 and "bars us (403, error code: 1020)" in one_error(said) and board.asked()[-1] == where
+    assert board.asked().count(where) == 1 and in_order(tmp_path / "out", [1] if "image" in where else [])
+
+
+def test_one_forbidden_picture_does_not_end_the_run(make, go, tmp_path):
+    board = make(post(1), post(2), post(3))
+    board.always = {"/image/2.png": lambda h: h.send(403, b"not this one", Content_Type="text/plain", Server="cloudflare")}
+    assert go(board)[0] == 1 and in_order(tmp_path / "out", [1, 3])
+
+
 def test_an_overloaded_server_is_no_challenge(make, go, tmp_path):
     board = make(post(1))
     board.once = {"/post.json": [lambda h: h.send(503, HTML, Content_Type="text/html")]}
