@@ -449,7 +449,8 @@ class Batches(torch.utils.data.Dataset):
 
     patch_files: one path or several. patch: side p of the LR crop, or several, of which every step draws one; B is
     batch for the smallest and less for larger ones, in proportion to their area. recipe: a name or mix that
-    degrade.degrade knows. Every patch is seen once an epoch, in an order of its own (with shares: each file's share of
+    degrade.degrade knows. Every patch has its turn once an epoch, in an order of its own (a step of larger crops, which are
+    fewer, passes the rest of its turns over; with shares: each file's share of
     the places, its patches at random); of each a random crop, flipped and turned one of 8 ways. busiest n: each place
     of the batch goes to the one of n crops (of n patches) that has the most detail. Of files that hold pairs the LR
     is theirs, cut out where it belongs, whatever the recipe; they mix with others.
@@ -533,6 +534,7 @@ def loader(batches, start, workers):
     """Batches from step start on, in order, read and degraded by that many worker processes (0: in this one)."""
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)),
                                        num_workers=workers, worker_init_fn=quiet_worker,
+                                       generator=torch.Generator(),     # not the global one: it is the network's
                                        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
                                        pin_memory=torch.cuda.is_available())
 

@@ -22,6 +22,7 @@ from losses import CLASSES, ArtifactDetector, dirt, load_detector, save_detector
 from tile import PictureError, composite, find_pictures, printable, read_picture, replacing
 
 SIDES, VERSIONS, SEEN = (128, 256, 512), 4, 0.3
+LEAST = 32      # pixels a side, of a picture to have faults drawn into it
 HARD = [CLASSES.index(kind) for kind in ("banding", "oversharp", "seam")]     # drawn twice as often
 
 
@@ -117,7 +118,7 @@ def held_out(paths, side=128, count=4, seed=1):
                     (rng.random((8, 2)) * (np.array(rgb.shape[1:]) - side + 1)).astype(int)]
             crops.append(max(some, key=lambda c: data.detail((c * 255).byte().permute(1, 2, 0).numpy())).clone())
     if not crops:
-        raise ValueError(f"no validation picture has {side} pixels a side; name larger ones with --val")
+        raise ValueError(f"no picture to measure on has {side} pixels a side; name larger ones")
     return crops
 
 
@@ -156,13 +157,13 @@ def scores(detector, picture):
     return {kind: [dirt(detector(x[None].to(device))).item() for x in some] for kind, some in worse.items()}
 
 
-def train_detector(args, files, patch_shares, state):
+def train_detector(args, files, patch_shares, state, anew):
     """train.py --detector: learns from patch files, from as large crops as they hold, writes into the run folder, goes on
-    from state (None: anew). With args.weights, and in its last third, the batch norms stay as they are: measured is what
+    from state (None: anew, which anew() prepares the folder for). With args.weights, and in its last third, the batch norms stay as they are: measured is what
     is learned."""
     out, began, total = Path(args.out), time.time(), 0.0
     paths = find_pictures([args.val])
-    crops = held_out(paths, count=max(1, 24 // len(paths)))
+    crops = held_out(paths, count=max(1, 24 // max(1, len(paths))))
     torch.manual_seed(args.seed)
     detector = load_detector(args.weights) if args.weights else ArtifactDetector()
     detector = detector.requires_grad_(True).to(args.device, memory_format=torch.channels_last)
@@ -172,6 +173,8 @@ def train_detector(args, files, patch_shares, state):
         detector.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
+    else:
+        anew()
     first = shown_at = step
     held = min(data.read_header(f)[2] for f in files)
     sides = [side for side in SIDES if side <= max(held, SIDES[0])]
@@ -227,6 +230,9 @@ def main():
         crops, whole = held_out(paths), torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.long)
         wrong, judged = dict(jpeg=[], blur=[]), 0
         for k, path, rgb in readable(paths):
+            if min(rgb.shape[1:]) < LEAST:
+                print(f"skipped: {printable(path)} is smaller than {LEAST}x{LEAST}", file=sys.stderr)
+                continue
             table = confusion(detector, [rgb], args.strength, args.seed + k)
             whole, judged = whole + table, judged + 1
             found = scores(detector, rgb)

@@ -695,7 +695,7 @@ class SRLoss(nn.Module):
         found = {name: run[name]() for name in self.weights if name in run}
         if hasattr(self, "detector"):
             x = full(sr.detach()).requires_grad_(True)
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):     # in fp16 its gradients come to nothing
                 both = dict(zip(("art_cls", "art_feat"), artifact_losses(self.detector, x, hr)))
                 most = torch.autograd.grad(self.pix(x, hr), x)[0].flatten(1).norm(dim=1)
             found.update({name: no_harder(value, x, sr, most) for name, value in both.items() if name in self.weights})

@@ -56,8 +56,9 @@ STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: 
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
-SERVES = {("pix", "luma"): ("eps", "eps_end"),           # which terms a flag is for
-          ("adv",): ("gan_after", "gan", "lr_d", "d_features", "r1"),
+SERVES = {("pix", "luma", "art_cls", "art_feat"): ("eps", "eps_end"),           # which terms a flag is for
+          ("adv",): ("gan_after", "gan", "lr_d", "d_features", "r1"), ("edge", "adv"): ("mask",),
+          ("art_cls", "art_feat"): ("detector",),
           ("edge",): ("edge_kernel",), ("perc",): ("perceptual", "vgg_weights", "anime_weights")}
 DEMO = Path("demo")
 MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
@@ -139,12 +140,12 @@ def parse(argv=None):
     a("--out", help="run folder [runs/stageN-PRESET-SCALEx]", default=argparse.SUPPRESS)
     a("--seed", type=int, default=0, help="of weights, patches, crops and degradations")
     a("--device", help="cuda, mps or cpu [the best there is]", default=argparse.SUPPRESS)
-    a("--overwrite", action="store_true", help="start anew in a run folder that is there")
+    a("--overwrite", action="store_true", help="start anew in a run folder that is there; without it the same command goes on")
     args = p.parse_args(argv)
     given = {part.partition("=")[0].strip() for part in args.loss.split(",")}
     for terms, names in SERVES.items() if os.environ.get("RANK", "0") == "0" else ():
         for name in names if not given & {*terms} else ():
-            if getattr(args, name, p.get_default(name)) != p.get_default(name):
+            if getattr(args, name, p.get_default(name)) not in (p.get_default(name), "train"):     # --detector alone
                 print(f"note: --{name.replace('_', '-')} does nothing without {' or '.join(terms)} in --loss", file=sys.stderr)
 
     def default(name, value):
@@ -279,15 +280,24 @@ def refine(model):
 # the run folder
 
 
+def begun(args):
+    """The settings of the run in --out that this command goes on with; {} where it has not come to its first state, and
+    with --overwrite."""
+    out = Path(args.out)
+    if args.overwrite or not (out / "state.pt").exists() or not (out / "args.json").exists():
+        return {}
+    return json.loads((out / "args.json").read_text())
+
+
 def open_run(args, rank, ranks):
-    """Makes or reopens the run folder (rank 0 of ranks). Returns what state.pt holds, or None for a fresh run."""
+    """Makes or reopens the run folder (rank 0 of ranks). Returns what state.pt holds, or None for a fresh run, for which
+    an older one is left as it is: see start_anew."""
     if rank:
         dist.barrier()
-        return read_state(Path(args.out))
-    out = Path(args.out)
+        return None if args.overwrite else read_state(Path(args.out))
+    out, was = Path(args.out), begun(args)
     asked = {**vars(args), "ranks": ranks}
-    if (out / "args.json").exists() and not args.overwrite:
-        was = json.loads((out / "args.json").read_text())
+    if was:
         changed = [k for k in asked if asked[k] != was.get(k) and k not in MAY_CHANGE]
         if was.get("ranks", 1) != ranks:
             print(f"{out} was made by {was.get('ranks', 1)} processes and goes on with {ranks}: the batch is {ranks} x "
@@ -295,16 +305,27 @@ def open_run(args, rank, ranks):
         if changed:
             raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
                             "name another folder with --out, or start anew in it with --overwrite")
-    elif out.exists() and args.overwrite:
-        old = "state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png"
-        for path in [path for pattern in old for path in out.glob(pattern)]:
-            path.unlink()
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "args.json", json.dumps(asked, indent=1).encode())
-    state = read_state(out)
+    state = None if args.overwrite else read_state(out)
+    if state:
+        write_atomic(out / "args.json", json.dumps(asked, indent=1).encode())
     if ranks > 1:
         dist.barrier()
     return state
+
+
+def start_anew(args, ranks):
+    """The folder of a fresh run, all it needs found and read: what an older run left goes, the settings come."""
+    out = Path(args.out)
+    old = "state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png", "tensorboard/events.*"
+    for path in [path for pattern in old for path in out.glob(pattern)]:
+        path.unlink()
+    write_atomic(out / "args.json", json.dumps({**vars(args), "ranks": ranks}, indent=1).encode())
+
+
+def without(args):
+    """What belongs behind "the same command" where it goes on."""
+    return ", without --overwrite," if args.overwrite else ""
 
 
 def read_state(out):
@@ -359,7 +380,10 @@ class Validation:
         self.ranks, self.scale, self.device, self.pictures, bicubic = ranks, args.scale, args.device, [], []
         for name, lr, hr, _ in pairs.pictures(jobs[rank::ranks], args.scale, args.recipe, args.seed):
             try:
-                bicubic.append(self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr))
+                score = self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr)
+                if not all(map(math.isfinite, score.values())):     # one would make every mean infinite
+                    raise ValueError("bicubic alone makes just this picture: nothing to measure")
+                bicubic.append(score)
                 self.pictures.append((name, lr, hr))
             except ValueError as e:     # too small
                 pairs.report_skipped(name, e, None)
@@ -502,9 +526,7 @@ def train(args, rank, ranks, until=None, patches="patches"):
     """Trains to the end, or to step `until`; packs into the folder patches. Returns what a dry run wants to know."""
     say = print if rank == 0 else lambda *a, **k: None
     if args.stage > 1 and not args.weights:
-        had = Path(args.out) / "args.json"
-        args.weights = json.loads(had.read_text()).get("weights") if had.exists() and not args.overwrite else None
-        args.weights = args.weights or stage_before(args)
+        args.weights = begun(args).get("weights") or stage_before(args)
         say(f"stage {args.stage} starts from {args.weights}")
     state = open_run(args, rank, ranks)
     out = Path(args.out)
@@ -581,12 +603,8 @@ def train(args, rank, ranks, until=None, patches="patches"):
         share = partial(torch.nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         net, judge = (share(m) if ranks > 1 and m else m for m in (model, critic))
     tiler = Tiler(args.tile_size, args.tile_pad, align=PRESETS[args.preset]["window"]) if args.use_tiling else None
-    header = dict(recipe=args.recipe, stage=args.stage, data=[Path(f).name for f, _ in folders_and_shares(args.data or ["demo"])],
+    header = dict(preset=args.preset, recipe=args.recipe, stage=args.stage, data=[Path(f).name for f, _ in folders_and_shares(args.data or ["demo"])],
                   seed=args.seed)
-    board = None
-    if args.tensorboard and rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(str(out / "tensorboard"))
     batches = data.Batches(files, args.steps * args.accum, args.batch, [int(p) for p in args.patch.split(",")], args.scale,
                            args.recipe, args.seed, args.busiest, shares, rank, ranks)
     stop = []
@@ -596,7 +614,7 @@ def train(args, rank, ranks, until=None, patches="patches"):
         f"pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB"
         + (f", going on at step {now['step']}" if now["step"] else ""), flush=True)
     began = last = time.time()
-    first, patches, bad, live, took = now["step"], 0, 0, sys.stderr.isatty() and not rank, []
+    first, patches, bad, live, took, judged = now["step"], 0, 0, sys.stderr.isatty() and not rank, [], 0.0
     end = min(args.steps, until or args.steps)
 
     def flat():
@@ -608,11 +626,18 @@ def train(args, rank, ranks, until=None, patches="patches"):
     if flat():
         end = now["step"]
     if not state:
+        if rank == 0:
+            start_anew(args, ranks)
         keep()              # something to roll back to, and a full disk shows itself now
+    board = None
+    if args.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(str(out / "tensorboard"))
     while now["step"] < end:
         # a roll-back comes through here again: its batches begin anew too
+        started = time.time()       # the time a step takes is from the end of the one before: its batch has to come, too
         for group in groups(data.loader(batches, now["step"] * args.accum, args.workers), args.accum):
-            step, started = now["step"], time.time()
+            step = now["step"]
             for g in optimiser.param_groups:
                 g["lr"] = rate(step, args) * g["share"] * now["slow"]
             loss_fn.pix.eps = rounding(step, args)
@@ -634,7 +659,9 @@ def train(args, rank, ranks, until=None, patches="patches"):
                         sr = net(lr, tiler)
                         terms = loss_fn.terms(sr, target, lr, critic if adversarial else None, hr)
                     if report and together:
+                        aside = time.time()
                         grads = loss_fn.gradient_norms(sr, target, lr, critic if adversarial else None, hr)
+                        started += time.time() - aside
                     scaler.scale(sum(loss_fn.weights[k] * v for k, v in terms.items()) / len(group)).backward()
                     terms = {k: v.detach() for k, v in terms.items()}
                 if adversarial:
@@ -702,7 +729,9 @@ def train(args, rank, ranks, until=None, patches="patches"):
                 print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
                 last = time.time()
             if report:
+                judged = time.time()
                 scores, strip = validation.run(ema, amp, tiler)
+                judged = time.time() - judged
                 better = scores["psnr_y"] > now["best"] or adversarial      # under a GAN PSNR falls while pictures gain
                 now["flat"], now["best"] = (0, scores["psnr_y"]) if better else (now["flat"] + 1, now["best"])
                 gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
@@ -734,17 +763,20 @@ def train(args, rank, ranks, until=None, patches="patches"):
                 print(f"{chr(13) if live else ''}{line}  validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), "
                       f"SSIM {scores['ssim_y']:.4f}" + (f"  {now['skipped']} steps skipped" if now["skipped"] else ""), flush=True)
             if stopping:
-                say(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
+                say(f"\nstopped at step {step}; the same command{without(args)} goes on from there", file=sys.stderr)
                 sys.exit(130)
             if report and flat():
                 end = step
             if step >= end:
                 break
+            started = time.time()
     for s, handler in signals.items():
         signal.signal(s, handler)
+    if board:
+        board.close()
     if until:
         return dict(seconds=min(took, default=0.0), learning=sum(p.numel() for p in learning), memory=memory(kind),
-                    parameters=sum(p.numel() for p in model.parameters()), pictures=validation.count, took=time.time() - began - sum(took))
+                    parameters=sum(p.numel() for p in model.parameters()), pictures=validation.count, judged=judged)
     best, bicubic = now["best"], validation.bicubic["psnr_y"]
     file, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
     say(f"\ndone in {clock(now['spent'] + time.time() - began)}: {file}, validation {best:.2f} dB PSNR-Y, "
@@ -789,9 +821,9 @@ def dry_run(args, rank, ranks):
         args.gan_after = 0      # with all that will take time and memory
         once = train(args, rank, ranks, until=min(2, args.steps), patches=f"{folder}/patches")
         found = train(args, rank, ranks, until=min(3, args.steps), patches=f"{folder}/patches")
-        found["seconds"] = found["seconds"] or once["seconds"]      # a run of two steps has no third
+        found["seconds"] = once["seconds"]      # the third step waits for new workers
         size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file()) / 2 ** 20
-    val_seconds = found["took"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
+    val_seconds = found["judged"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
     total = real.steps * found["seconds"] + real.steps / real.every * val_seconds
     print(f"\nit works, resumed after 2 steps ({clock(time.time() - begun)} for all this)\n"
           f"{found['parameters']:,} parameters, {found['learning']:,} of them learn; {found['memory']:.0f} MiB at most; "
@@ -805,8 +837,7 @@ def main():
     try:
         check(args)
         args.held_out = []
-        had = Path(args.out) / "args.json"
-        was = json.loads(had.read_text()) if had.exists() and not args.overwrite else {}
+        was = begun(args)
         if not args.val and was.get("held_out") and was.get("data") == args.data and Path(was["val"]).is_dir():
             args.val, args.held_out = was["val"], was["held_out"]       # set aside when the run began
         elif args.data and not args.val:
@@ -814,11 +845,16 @@ def main():
             args.val, args.held_out = str(val), [str(p) for p in held]
             if os.environ.get("RANK", "0") == "0":
                 print(f"no --val: {len(held)} pictures of --data are set aside, the busiest parts are in {val}")
+        elif args.data and Path(args.val).is_dir():     # it may lie inside --data
+            folders = {Path(f).resolve() for f, _ in folders_and_shares(args.data)}
+            args.held_out = [str(p) for p in find_pictures([args.val]) if folders & {*p.resolve().parents}]
+            if args.held_out and os.environ.get("RANK", "0") == "0":
+                print(f"{len(args.held_out)} pictures of --val lie in --data too; they are not trained on")
         if args.detector == "train":
             state = open_run(args, 0, 1)
             files, shares = patch_files(args, print)
             args.val = args.val or str(DEMO / "val")
-            detect.train_detector(args, files, shares, state)
+            detect.train_detector(args, files, shares, state, partial(start_anew, args, 1))
         elif args.dry_run:
             dry_run(args, *ranks_here(args))
         else:
@@ -839,11 +875,11 @@ def main():
             os._exit(2)     # other processes of this run may wait for this one
         if not dist.is_initialized() or not any(w in str(e) for w in ("gloo", "NCCL", "Connection", "connection")):
             raise
-        print(f"error: another process of this run is gone ({str(e).splitlines()[0][:200]}); start the same command again "
-              "to go on from the last report", file=sys.stderr)
+        print(f"error: another process of this run is gone ({str(e).splitlines()[0][:200]}); start the same command again"
+              f"{without(args)} to go on from the last report", file=sys.stderr)
         os._exit(2)     # the communication library may hang in its own clean-up
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last report, if there was one", file=sys.stderr)
+        print(f"\nstopped; the same command{without(args)} goes on from the last report, if there was one", file=sys.stderr)
         sys.exit(130)
 
 

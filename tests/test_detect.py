@@ -2,6 +2,7 @@
 import csv
 import itertools
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,21 @@ def test_it_is_trained_resumed_and_used(drawn, tmp_path, monkeypatch, capsys):
     row = list(csv.DictReader(open("sr/log.csv")))[-1]
     assert float(row["art_cls_grad"]) > 0 and float(row["art_feat_grad"]) > 0
     assert Path("once/detector.safetensors").read_bytes() == once
+
+
+def test_no_picture_to_measure_on_is_one_line(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, _, err = run(monkeypatch, capsys, train.main, "--detector", "--data", drawn / "train", "--val", "empty")
+    assert code == 2 and "no picture to measure on" in err.splitlines()[-1]
+
+
+def test_a_small_picture_is_left_out(drawn, tmp_path, monkeypatch, capsys):
+    shutil.copytree(drawn / "val", tmp_path / "val")
+    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "icon.png")
+    save_detector(ArtifactDetector(2).eval(), tmp_path / "d.safetensors")
+    code, said, err = run(monkeypatch, capsys, detect.main, tmp_path / "val", "--detector", tmp_path / "d.safetensors")
+    assert code == 0 and " of 3 pictures" in said and "icon.png is smaller than 32x32" in err
 
 
 def test_command(drawn, tmp_path, monkeypatch, capsys):

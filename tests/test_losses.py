@@ -772,9 +772,9 @@ def test_bf16_under_autocast(small_sum, d):
         total, values = loss(x, hr, lr, d)
         report = L.discriminator_loss(d.train(), x, hr, r1=1.0)[1]
         half, _ = loss(sr.bfloat16(), hr, lr, d)
-    for name in ("pix", "freq", "edge", "texture", "lock", "luma"):
+    for name in ("pix", "freq", "edge", "texture", "lock", "luma", "art_cls", "art_feat"):  # in fp16 the last two had no gradient
         assert values[name] == exact[name] and values[name].dtype == torch.float32, name
-    for name in ("perc", "art_cls", "art_feat", "adv"):
+    for name in ("perc", "adv"):
         assert torch.allclose(values[name], exact[name], rtol=0.05) and values[name].dtype == torch.float32, name
     assert total.dtype == torch.float32 and half.isfinite() and all(v.isfinite() for v in report.values())
     total.backward()

@@ -2,8 +2,10 @@ import csv
 import json
 import os
 import random
+import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,6 +199,84 @@ def test_other_settings_are_refused_and_overwrite_starts_anew(whole, drawings, t
     # of the old run nothing stays, whose step 4 would count as the newest
     assert sorted(p.name for p in (tmp_path / "run").glob("step_*")) == ["step_000002.safetensors", "step_000003.safetensors"]
     assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == [f"step_00000{k}.png" for k in (1, 2, 3)]
+
+
+def test_a_run_may_start_anew_from_its_own_weights(whole, drawings, tmp_path, monkeypatch, capsys):
+    """The old ones were gone before they were read; and a mistake cost the old run, too."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "run", out)
+    best, old = (out / "best.safetensors").read_bytes(), sorted(p.name for p in out.iterdir())
+    args = [*flags(drawings, out, weights=out / "best.safetensors"), "--overwrite"]
+    for wrong in ["--train", "hat_modle"], ["--val", "nowhere"], ["--weights", "none"]:
+        assert run_here(monkeypatch, capsys, tmp_path, [*args, *wrong])[0] == 2
+        assert sorted(p.name for p in out.iterdir()) == old and (out / "best.safetensors").read_bytes() == best
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
+    assert len(rows(out)) == 4 and (out / "best.safetensors").read_bytes() != best
+
+
+def test_a_mistake_at_the_start_does_not_bind(drawings, tmp_path, monkeypatch, capsys):
+    args = flags(drawings, tmp_path / "run")
+    assert run_here(monkeypatch, capsys, tmp_path, [*args, "--train", "hat_modle"])[0] == 2
+    code, _, err = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0, err
+
+
+def test_how_to_go_on_after_overwrite(drawings, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "rate", stop)
+    for more, words in ([], "the same command goes on"), (["--overwrite"], "the same command, without --overwrite, goes on"):
+        code, _, err = run_here(monkeypatch, capsys, tmp_path, [*flags(drawings, tmp_path / "run"), *more])
+        assert code == 130 and words in err
+
+
+def test_val_inside_data_is_not_trained_on(drawings, tmp_path, monkeypatch, capsys):
+    inside = tmp_path / "all"
+    shutil.copytree(drawings / "train", inside)
+    shutil.copytree(drawings / "val", inside / "held")
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", data=inside, val=inside / "held"))
+    assert code == 0 and "of --val lie in --data too" in out, err
+    packed, = (tmp_path / "patches").glob("all-*.safetensors")
+    names = str(train.data.read_header(packed))
+    assert "held" not in names and run_here(monkeypatch, capsys, tmp_path, flags(
+        drawings, tmp_path / "run", data=inside, val=inside / "held"))[0] == 0      # goes on
+
+
+def test_a_blank_validation_picture_is_left_out(drawings, tmp_path, monkeypatch, capsys):
+    """Bicubic meets it exactly: one infinite PSNR hid all others."""
+    shutil.copytree(drawings / "val", tmp_path / "val")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "val" / "blank.png")
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", val=tmp_path / "val"))
+    assert code == 0 and "blank.png" in err and "inf" not in out
+    assert float(rows(tmp_path / "run")[-1]["psnr_y"]) < 60
+
+
+def test_drop_path_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
+    """A new loader draws a seed: from the generator that draws drop-path's masks, if it is not given one."""
+    args = dict(drop_path=0.5, steps=4, every=2)
+    assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "once", **args))[0] == 0
+    reports, log = [], train.write_log
+
+    def killed(*a):
+        reports.append(1)
+        if len(reports) == 2:
+            raise KeyboardInterrupt
+        log(*a)
+    with monkeypatch.context() as m:
+        m.setattr(train, "write_log", killed)
+        assert run_here(m, capsys, tmp_path, flags(drawings, tmp_path / "twice", **args))[0] == 130
+    assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "twice", **args))[0] == 0
+    assert (tmp_path / "once/last.safetensors").read_bytes() == (tmp_path / "twice/last.safetensors").read_bytes()
+
+
+def test_a_preset_keeps_its_name(drawings, tmp_path, monkeypatch, capsys):
+    """hat and high are of one size; what was trained as hat has to be found as hat."""
+    monkeypatch.setitem(train.PRESETS, "alias", train.PRESETS["tiny"])
+    args = train.parse(flags(drawings, tmp_path / "run"))
+    args.preset = "alias"
+    monkeypatch.setattr(train, "parse", lambda: args)
+    assert run_here(monkeypatch, capsys, tmp_path, [])[0] == 0
+    assert train.read_weights(tmp_path / "run" / "best.safetensors", header_only=True)[1]["preset"] == "alias"
 
 
 def test_stages_2_and_3(whole, drawings, tmp_path, monkeypatch, capsys):
@@ -587,6 +667,17 @@ def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "runs").iterdir()) == [] and not (tmp_path / "patches").exists()
 
 
+def test_a_dry_run_counts_the_wait_for_batches(drawings, tmp_path, monkeypatch, capsys):
+    batch = train.data.Batches.__getitem__
+
+    def slow(self, step):
+        time.sleep(0.3)
+        return batch(self, step)
+    monkeypatch.setattr(train.data.Batches, "__getitem__", slow)
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, [*flags(drawings, tmp_path / "run", workers=0), "--dry-run"])
+    assert code == 0 and float(re.search(r"([\d.]+) s a step", out)[1]) >= 0.3, err
+
+
 def test_a_dry_run_takes_pictures_that_are_large_enough(tmp_path, monkeypatch, capsys):
     """Where few are: it took a spread of any and refused a folder that training accepts."""
     folder = tmp_path / "data"
@@ -814,8 +905,14 @@ def test_flags_without_effect_are_told(drawings, tmp_path, capsys):
     assert capsys.readouterr().err == "note: --gan-after does nothing without adv in --loss\n"
     train.parse(flags(drawings, tmp_path, loss="freq", eps=0.01, eps_end=0.001))
     said = capsys.readouterr().err
-    assert all(f"--{name} does nothing without pix or luma in --loss" in said for name in ("eps", "eps-end")), said
-    train.parse(flags(drawings, tmp_path, loss="luma=0.5", eps=0.01, eps_end=0.001))
+    assert all(f"--{name} does nothing without pix or luma or art_cls or art_feat in --loss" in said for name in ("eps", "eps-end")), said
+    for terms in "luma=0.5", "freq,art_cls":    # art_* is cut to the length of pix, whose eps it is
+        train.parse(flags(drawings, tmp_path, loss=terms, eps=0.01, eps_end=0.001))
+        assert not capsys.readouterr().err
+    train.parse([*flags(drawings, tmp_path, loss="pix", detector="mine"), "--mask"])
+    said = capsys.readouterr().err
+    assert "--mask does nothing without edge or adv" in said and "--detector does nothing without art_cls or art_feat" in said
+    train.parse(["--detector", "--data", str(drawings)])
     assert not capsys.readouterr().err
 
 
