@@ -306,6 +306,8 @@ def open_run(args, rank, ranks):
             raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
                             "name another folder with --out, or start anew in it with --overwrite")
     (out / "samples").mkdir(parents=True, exist_ok=True)
+    for path in out.glob(".*.tmp"):     # of a save that was killed
+        path.unlink(missing_ok=True)
     state = None if args.overwrite else read_state(out)
     if state:
         write_atomic(out / "args.json", json.dumps(asked, indent=1).encode())

@@ -160,6 +160,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(whole, drawings, tmp_path, mo
     time.sleep(random.uniform(0, 0.5))
     p.kill()
     p.communicate()
+    (run / ".log.csv.1.tmp").write_text("a save may have been killed, too")
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     assert code == 0, err
     same_run(run, whole[1])
