@@ -159,7 +159,7 @@ def test_crops_are_busy_and_known_by_their_seed(drawn):
     assert all(torch.equal(a, b) for a, b in zip(crops, detect.held_out(paths, 64, 2)))
     plain = np.mean([data.detail((x[:, :64, :64] * 255).byte().permute(1, 2, 0).numpy()) for x in read(drawn / "val")])
     assert np.mean([data.detail((c * 255).byte().permute(1, 2, 0).numpy()) for c in crops]) > plain
-    with pytest.raises(ValueError, match="no validation picture has 999"):
+    with pytest.raises(ValueError, match="no picture to measure on has 999"):
         detect.held_out(paths, 999)
 
 
