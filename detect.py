@@ -159,8 +159,8 @@ def scores(detector, picture):
 
 def train_detector(args, files, patch_shares, state, anew):
     """train.py --detector: learns from patch files, from as large crops as they hold, writes into the run folder, goes on
-    from state (None: anew, which anew() prepares the folder for). With args.weights, and in its last third, the batch norms stay as they are: measured is what
-    is learned."""
+    from state (None: anew, which anew() prepares the folder for). With args.weights, and in its last third, the batch norms
+    stay as they are: measured is what is learned."""
     out, began, total = Path(args.out), time.time(), 0.0
     paths = find_pictures([args.val])
     crops = held_out(paths, count=max(1, 24 // max(1, len(paths))))

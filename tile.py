@@ -199,7 +199,7 @@ def read_picture(path, srgb=False):
         notes.append(f"CMYK converted to sRGB {f'by its profile {by_profile[1]}' if by_profile else 'without profile'}")
     elif srgb and icc:
         n = 1 if pixels.shape[2] < 3 else 3     # without alpha
-        colours = np.ascontiguousarray(pixels[..., :n]).squeeze(-1) if n == 1 else np.ascontiguousarray(pixels[..., :n])
+        colours = np.ascontiguousarray(pixels[..., 0] if n == 1 else pixels[..., :3])
         by_profile = pixels.dtype == np.uint8 and to_srgb(Image.fromarray(colours), icc)
         if by_profile:
             pixels, icc = np.concatenate([np.asarray(by_profile[0])[..., :n], pixels[..., n:]], -1), b""

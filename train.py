@@ -317,10 +317,11 @@ def open_run(args, rank, ranks):
 
 
 def start_anew(args, ranks):
-    """The folder of a fresh run, all it needs found and read: what an older run left goes, the settings come."""
+    """The folder of a fresh run, all it needs found and read: with --overwrite what an older run left goes, the settings
+    come."""
     out = Path(args.out)
     old = "state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png", "tensorboard/events.*"
-    for path in [path for pattern in old for path in out.glob(pattern)]:
+    for path in [path for pattern in old for path in out.glob(pattern)] if args.overwrite else ():
         path.unlink()
     write_atomic(out / "args.json", json.dumps({**vars(args), "ranks": ranks}, indent=1).encode())
 
@@ -605,8 +606,8 @@ def train(args, rank, ranks, until=None, patches="patches"):
         share = partial(torch.nn.parallel.DistributedDataParallel, broadcast_buffers=False)
         net, judge = (share(m) if ranks > 1 and m else m for m in (model, critic))
     tiler = Tiler(args.tile_size, args.tile_pad, align=PRESETS[args.preset]["window"]) if args.use_tiling else None
-    header = dict(preset=args.preset, recipe=args.recipe, stage=args.stage, data=[Path(f).name for f, _ in folders_and_shares(args.data or ["demo"])],
-                  seed=args.seed)
+    header = dict(preset=args.preset, recipe=args.recipe, stage=args.stage, seed=args.seed,
+                  data=[Path(f).name for f, _ in folders_and_shares(args.data or ["demo"])])
     batches = data.Batches(files, args.steps * args.accum, args.batch, [int(p) for p in args.patch.split(",")], args.scale,
                            args.recipe, args.seed, args.busiest, shares, rank, ranks)
     stop = []

@@ -216,10 +216,13 @@ def test_a_run_may_start_anew_from_its_own_weights(whole, drawings, tmp_path, mo
 
 
 def test_a_mistake_at_the_start_does_not_bind(drawings, tmp_path, monkeypatch, capsys):
+    """And without --overwrite nothing goes that was in the folder."""
     args = flags(drawings, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.safetensors").write_text("somebody's")
     assert run_here(monkeypatch, capsys, tmp_path, [*args, "--train", "hat_modle"])[0] == 2
     code, _, err = run_here(monkeypatch, capsys, tmp_path, args)
-    assert code == 0, err
+    assert code == 0 and (tmp_path / "run" / "mine.safetensors").read_text() == "somebody's", err
 
 
 def test_how_to_go_on_after_overwrite(drawings, tmp_path, monkeypatch, capsys):
