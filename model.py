@@ -90,8 +90,8 @@ def plus_in_parts(x, f):
     return x
 
 def wide_heads(p, heads, dim=0):
-    """A parameter whose dimension dim runs over heads, each filled up with zeros to a multiple of 8 channels: with 30 some
-    products take nearly twice as long as with 32."""
+    """A parameter whose dimension dim runs over heads, each filled up with zeros to a multiple of 8 channels: with 30 the
+    product with v takes 1.7 times as long as with 32 (AVX2, fp32)."""
     p = p.unflatten(dim, (heads, -1))
     return F.pad(p, (0, 0) * (p.dim() - dim - 2) + (0, -p.shape[dim + 1] % 8)).flatten(dim, dim + 1)
 
