@@ -400,6 +400,58 @@ def test_every_stage_resumes_to_the_bit(whole, drawings, tmp_path, monkeypatch, 
         same_run(tmp_path / "undisturbed", tmp_path / where)
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (16, 40), (8, 4, 3, 3)])
+def test_muon_makes_steps_orthogonal(shape):
+    """Momentum of two steps, looked ahead, its singular values brought near 1; and like PyTorch's own, which works in bf16."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(2)]
+    ours = [torch.nn.Parameter(start.clone()) for _ in range(2)]        # two of one shape go through together
+    muon = train.Muon([dict(params=ours, share=1.0)], lr=0.01)
+    for grad in grads:
+        before = ours[0].detach().clone()
+        ours[0].grad, ours[1].grad = grad.clone(), -grad
+        muon.step()
+    average = 0.95 * 0.05 * grads[0] + 0.05 * grads[1]
+    ahead = (0.05 * grads[1] + 0.95 * average).flatten(1)
+    u, _, v = torch.linalg.svd(ahead, full_matrices=False)
+    step = (before - ours[0].detach()).flatten(1) / (0.002 * max(ahead.shape) ** 0.5)
+    values = torch.linalg.svdvals(step)
+    assert 0.6 < values.min() and values.max() < 1.3
+    assert torch.allclose(u.T @ step @ v.T, torch.diag(torch.diag(u.T @ step @ v.T)), atol=2e-3)      # the same directions
+    assert torch.allclose(ours[1] - start, start - ours[0], atol=1e-6)
+    if len(shape) == 2 and hasattr(torch.optim, "Muon"):
+        theirs = torch.nn.Parameter(start.clone())
+        other = torch.optim.Muon([theirs], 0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        for grad in grads:
+            theirs.grad = grad.clone()
+            other.step()
+        assert (theirs - ours[0]).norm() < 0.05 * (start - ours[0]).norm()
+
+
+def test_a_muon_run_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
+    args = [flags(drawings, tmp_path / name, optimiser="muon", **ODD) for name in ("a", "b")]
+    assert run_here(monkeypatch, capsys, tmp_path, args[0])[0] == 0
+    killed_and_resumed(monkeypatch, capsys, tmp_path, args[1], 5)
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_muon_takes_the_matrices_alone(whole, drawings, tmp_path, monkeypatch, capsys):
+    """And Adam all the others; where no matrix learns it says that it does nothing."""
+    seen = {}
+    real = train.Muon.__init__
+    monkeypatch.setattr(train.Muon, "__init__", lambda self, groups, lr: (seen.update(groups[0]), real(self, groups, lr))[1])
+    start = whole[1] / "last.safetensors"
+    args = flags(drawings, tmp_path / "run", optimiser="muon", lr=1e-3, ema=0.0, weights=start)
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
+    assert {p.ndim for p in seen["params"]} == {2} and min(min(p.shape) for p in seen["params"]) >= 16
+    before, after = load_file(start), load_file(tmp_path / "run" / "last.safetensors")
+    assert any(n.endswith("qkv.weight") for n in after)
+    assert not [n for n in after if n.startswith("hat_model.") and n.endswith("weight") and torch.equal(before[n], after[n])]
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(
+        drawings, tmp_path / "refiner", optimiser="muon", stage=3, tile_size=8, tile_pad=4, weights=start))
+    assert code == 0 and "--optimiser muon does nothing here" in out + err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # steps that go wrong
 
