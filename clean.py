@@ -405,9 +405,11 @@ def decide(rows, naming="hash", min_side=256, max_mp=None, min_sharpness=SHARPNE
 
 
 def rows_of(file, fields):
-    """An open CSV of ours -> its rows; a last line cut short by a kill, or a file with other fields, is cut off."""
+    """An open CSV of ours -> its rows; a last line cut short by a kill, or a file with fields of an older version, is cut off.
+    ValueError: it is not ours."""
     file.seek(0)
     content = file.read()
+    ours(file.name, content, fields)
     whole = content[:content.rfind(b"\n") + 1]
     rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"), newline="")))
     if not rows or tuple(rows[0]) != fields:
@@ -417,6 +419,13 @@ def rows_of(file, fields):
     if not rows:
         file.write(lines([fields]))
     return [dict(zip(fields, row)) for row in rows[1:] if len(row) == len(fields)]
+
+
+def ours(path, content, fields):
+    """ValueError where the CSV path, with these bytes, does not begin as ours do."""
+    first, header = content.split(b"\n")[0] + b",", ",".join(fields).encode() + b","
+    if content and not header.startswith(first[:-1]) and not first.startswith(header[:header.index(b",") + 1]):
+        raise ValueError(f"{tile.printable(path)} is not from here; choose an empty --out")
 
 
 def lines(rows):
@@ -490,20 +499,28 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
                 row["kept_as"] = f"pictures/{row['kept_as']}{KINDS.get(formats[row['name']], path.suffix.lower())}"
             elif row["verdict"] == "broken":
                 row["kept_as"] = f"quarantine/{zlib.crc32(row['name'].encode()):08x} {tile.printable(path.name)[-50:]}"
-        report = out / "report.csv"
-        before = set()
+        report, fields = out / "report.csv", ("name", "verdict", "why", "kept_as")
+        before = {}
         if report.exists():
-            with open(report, "rb") as old:
-                before = {row["kept_as"] for row in csv.DictReader(io.StringIO(old.read().decode(errors="replace")))
-                          if re.fullmatch("(pictures|quarantine)/[^/]+", row.get("kept_as") or "")}
+            content = report.read_bytes()
+            ours(report, content, fields)
+            before = {row["kept_as"]: row["name"] for row in csv.DictReader(io.StringIO(content.decode(errors="replace")))
+                      if re.fullmatch("(pictures|quarantine)/[^/]+", row.get("kept_as") or "")}
         targets = {row["kept_as"]: paths[row["name"]] for row in decisions if row["kept_as"]}
         strange = [t for t in targets if t not in before and os.path.lexists(out / t)]
         if strange:
             raise ValueError(f"{tile.printable(out / strange[0])} is not from here; choose an empty --out")
+        going = [t for t in before if t not in targets]
+        copies = [t for t in going if t.startswith("pictures") and before[t] not in paths and not os.path.islink(out / t)
+                  and os.path.exists(out / t)]
+        if copies:
+            raise ValueError(f"{tile.printable(out / copies[0])} is a copy of a picture that is not given this time, perhaps the "
+                             "last; choose an empty --out")
+        if going:
+            log(f"{len(going)} pictures of an earlier run go from {tile.printable(out)}")
         # In this order whatever lies in pictures/ is named in the report at any time, so the next run knows it as ours.
-        for target in before - targets.keys():
+        for target in going:
             (out / target).unlink(missing_ok=True)
-        fields = ("name", "verdict", "why", "kept_as")
         with replacing(report) as part:
             part.write_bytes(lines([fields, *([row[f] for f in fields] for row in decisions)]))
         start = time.time()

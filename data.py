@@ -223,11 +223,18 @@ def partners(names, lr):
     return found, scale
 
 
+def place_of(path):
+    """Where a file lies, however its folder is spelled; a link itself, not what it leads to."""
+    path = Path(path)
+    return path.parent.resolve() / path.name
+
+
 def planned(folders, size, seed, min_side, lr, per_picture, soft, without):
     """What pack will do -> (jobs for patches_of, scale of pairs or 1, names without a partner, fingerprint)."""
     if not 1 <= min_side <= size:
         raise ValueError(f"pictures of side {min_side} do not fit patches of size {size}; raise the size")
-    names = {path: name for path, name in listing(folders).items() if path not in without}
+    without = {place_of(path) for path in without}
+    names = {path: name for path, name in listing(folders).items() if not without or place_of(path) not in without}
     found, scale = partners(names, lr) if lr else (dict.fromkeys(names), 1)
     if size % scale:
         raise ValueError(f"patches of size {size} cannot be had {scale} times smaller; use a multiple of {scale}")
@@ -259,7 +266,7 @@ def hold_out(folders, place, count=8, side=512):
         rgb = p.rgb if p.alpha is None else tile.composite(p, ground(names[path], *p.rgb.shape[1:]))
         held[path] = max(cut(rgb, min(side, *rgb.shape[1:])), key=detail)
     if not held:
-        raise ValueError("too few pictures to set some aside for validation; name a folder of others with --val")
+        raise ValueError("too few pictures to set some aside for validation; name a folder of others with --val, or give 10")
     code = zlib.crc32(b"".join(square.tobytes() for square in held.values()))
     folder = Path(place) / f"val-{code:08x}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -287,7 +294,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
     if len(folders) == 1 and folders[0].suffix == ".safetensors" and folders[0].is_file():
         log(f"{folders[0]}: {read_header(folders[0])[1]} patches, taken as they are")
         return folders[0]
-    jobs, scale, single, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft, set(without))
+    jobs, scale, single, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft, without)
     if packed_before(out, fingerprint, overwrite, log):
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -381,6 +388,8 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
                          "are shares, from 0 to 1, the third a whole number")
     files = [f for f in inputs if f.suffix == ".safetensors"]
     folders = [f for f in inputs if f.suffix != ".safetensors"]
+    if out.resolve() in [f.resolve() for f in files]:
+        raise ValueError(f"{out} is what the patches are taken from; choose another --out")
     origins = [read_header(f)[0]["fingerprint"] for f in files]
     kinds = {(read_header(f)[2], int(read_header(f)[0].get("scale", 0))) for f in files}
     if folders:
@@ -574,7 +583,7 @@ def glance(path, whole):
         return None
 
 
-def stats(inputs, sheet=None, sample=192, log=print, workers=0):
+def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
     """Says how many, how large and how detailed pictures (in folders) and patches (in patch files) are; figures as
     least, 5%, median, 95% and largest. sheet: a PNG to draw 48 of each on, from calm to busy. The heads of all pictures
     are read, and `sample` of them whole. ValueError: no picture, not a patch file. OSError: cannot write the sheet."""
@@ -584,6 +593,8 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0):
     def some(n, count):
         return np.linspace(0, n - 1, min(n, count)).astype(int)
 
+    if sheet and not overwrite and Path(sheet).exists():
+        raise ValueError(f"{tile.printable(sheet)} is there already; --overwrite replaces it")
     inputs, cells = [Path(f) for f in ([inputs] if isinstance(inputs, (str, Path)) else inputs)], []
     for file in (f for f in inputs if f.suffix == ".safetensors"):
         meta, n, size, _ = read_header(file)
@@ -653,7 +664,8 @@ def main():
 
     add = command("clean", "sort out broken, small, JPEG-damaged, upscaled and doubled pictures, leaving IN as it is",
                   "downloads -o set --max-mp 25.6", "folders of pictures")
-    add("-o", "--out", required=True, help="folder for pictures/, quarantine/, report.csv and scan.csv")
+    add("-o", "--out", required=True, help="folder for pictures/, quarantine/, report.csv and scan.csv; what an earlier run put "
+        "there and this one does not keep goes")
     add("--name", default="hash", choices=("hash", "id"),
         help="what stays is named by its pixels, or by the number its file name begins with (default: hash)")
     add("--copy", action="store_true", help="copy pictures into OUT (default: link them)")
@@ -675,7 +687,7 @@ def main():
                               ("mine", "the patches with most detail, in a file as pack makes it",
                                "folders of pictures, or patch files")):
         add = command(name, what, "set/pictures set/smaller -o patches/w.safetensors", reads)
-        add("-o", "--out", required=True, help="the patch file; reused if its pictures have not changed")
+        add("-o", "--out", required=True, help="the patch file; reused if pictures and settings have not changed, else made again")
         add("--size", type=int, default=256, help="side of a patch in pixels (default: 256)")
         add("--min-side", type=int, default=128, help="skip pictures with a smaller side (default: 128)")
         add("--lr", nargs="+", metavar="DIR", help="the same pictures smaller, under the same names: packs pairs")
@@ -688,11 +700,15 @@ def main():
     add = command("stats", "how many, how large, how detailed", "set/pictures patches/w.safetensors --sheet sheet.png",
                   "folders of pictures, or patch files")
     add("--sheet", help="a PNG to draw 48 of each on, from calm to busy")
+    add("--overwrite", action="store_true", help="replace the sheet if it is there")
     args = parser.parse_args()
     given = {k: v for k, v in vars(args).items() if k not in ("command", "data")}
     try:
         if min(given.get("seed", 0), given.get("workers", 0)) < 0:
             raise ValueError("--seed and --workers must not be negative")
+        for name in ("train", "val", "size", "min_side", "max_mp", "per_picture"):
+            if given.get(name) is not None and not given[name] >= (0 if name in ("train", "val") else 1e-9):
+                raise ValueError(f"--{name.replace('_', '-')} {given[name]} does not work; use more")
         if args.command == "demo":
             draw_demo(args.out, args.seed, args.train, args.val, progress)
             print(f"{args.train} + {args.val} pictures in {args.out}")
@@ -708,7 +724,9 @@ def main():
         hint = "" if args.command == "demo" else "; the same command then goes on from here"
         tile.fail(f"cannot write {getattr(args, 'out', None) or args.sheet}: {error.strerror or error}; free some "
                   f"space or choose another place{hint}")
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or tile.out_of_memory(error):
+            tile.fail("not enough memory for this; take fewer --workers or a smaller --size")
         if "DataLoader worker" not in str(error):
             raise
         tile.fail("a worker process was killed, most likely for want of memory; give the command again, --workers 1")

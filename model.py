@@ -499,7 +499,10 @@ def write_atomic(path, data):
     """Bytes into a file that is there whole or not at all."""
     tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
-        tmp.write_bytes(data)
+        with open(tmp, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())     # or a power cut may leave the new name with nothing behind it
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)

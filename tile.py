@@ -883,8 +883,8 @@ def plan(inputs, out, suffix):
         return Path(os.path.realpath(path))  # Path.resolve raises where links go in circles
 
     inputs, out = [Path(p) for p in inputs], Path(out)
-    to_file = (len(inputs) == 1 and not os.path.isdir(inputs[0]) and not os.path.isdir(out)
-               and out.suffix.lower() in READS)
+    single = len(inputs) == 1 and not os.path.isdir(inputs[0]) and not os.path.isdir(out)
+    to_file = single and out.suffix.lower() in {*READS, ".jxl", ".heic", ".heif", *Image.registered_extensions()}
     if not to_file and out.suffix.lower() in READS and not os.path.isdir(out):
         raise PictureError(f"{printable(out)} is the name of a file; for more than one picture give a folder")
     if to_file and out.suffix.lower() not in WRITES:
@@ -1051,6 +1051,10 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
         picture = read_picture(source, srgb=True)
         if picture.icc:
             picture.icc, picture.note = None, "grey profile left behind"
+    if target.suffix.lower() in (".jpg", ".jpeg") and picture.alpha is not None:
+        picture.note = "; ".join(filter(None, (picture.note, "transparency laid on white")))
+    if picture.depth == 16 and args.depth != 8 and target.suffix.lower() != ".png":
+        picture.note = "; ".join(filter(None, (picture.note, "16 bit became 8")))
     height, width = picture.rgb.shape[1:]
     network, note = fitting(picture.rgb)
     scale = network.scale

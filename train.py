@@ -196,12 +196,12 @@ def check(args):
     for names, right, said in (
             (("steps", "batch", "every", "busiest", "accum", "d_features"), lambda n: n >= 1, "at least 1"),
             (("seed", "workers", "patience", "keep", "val_count", "warmup", "gan_after"), lambda n: n >= 0, "0 or more"),
-            (("clip", "eps", "eps_end", "lr"), lambda n: n is None or n > 0, "above 0")):
+            (("clip", "eps", "eps_end", "lr", "conv_lr", "lr_d"), lambda n: n is None or 0 < n < math.inf, "above 0, and finite"),
+            (("ema", "drop_path"), lambda n: 0 <= n < 1, "0 or more, below 1"), (("seed",), lambda n: n < 2 ** 63, "less"),
+            (("r1",), lambda n: 0 <= n < math.inf, "0 or more"), (("sharpen_until",), lambda n: 0 <= n <= 1, "0 to 1")):
         for name in names:
             if not right(getattr(args, name)):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not work; use {said}")
-    if not 0 <= args.drop_path < 1:
-        raise UserError(f"--drop-path {args.drop_path} does not work; use 0 or more, below 1")
     if not args.val and any(is_patch_file(f) for f, _ in folders_and_shares(args.data or [])):
         raise UserError("a patch file without --val: name a folder of pictures that are not in it")
     for folder in [*(f for f, _ in folders_and_shares(args.data or [])), *([args.val] if args.val else [])]:
@@ -288,7 +288,11 @@ def begun(args):
     out = Path(args.out)
     if args.overwrite or not (out / "state.pt").exists() or not (out / "args.json").exists():
         return {}
-    return json.loads((out / "args.json").read_text())
+    try:
+        return dict(json.loads((out / "args.json").read_text()))
+    except ValueError:
+        raise UserError(f"{out / 'args.json'} is no list of settings any more; name another folder with --out, and go on from "
+                        f"{out / 'best.safetensors'} with --weights") from None
 
 
 def open_run(args, rank, ranks):
@@ -307,6 +311,10 @@ def open_run(args, rank, ranks):
         if changed:
             raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
                             "name another folder with --out, or start anew in it with --overwrite")
+    for name in ("best.safetensors", "last.safetensors", "log.csv") if not (args.overwrite or (out / "state.pt").exists()) else ():
+        if (out / name).exists():
+            raise UserError(f"{out} holds a {name} but no state.pt to go on from; name another folder with --out, or replace "
+                            "what it holds with --overwrite")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for path in out.glob(".*.tmp"):     # of a save that was killed
         path.unlink(missing_ok=True)
@@ -339,7 +347,8 @@ def read_state(out):
     try:
         return torch.load(out / "state.pt", map_location="cpu", weights_only=True)
     except Exception as e:
-        raise UserError(f"{out / 'state.pt'} cannot be read ({type(e).__name__}); --overwrite starts anew") from None
+        raise UserError(f"{out / 'state.pt'} cannot be read ({type(e).__name__}); go on from its best.safetensors with --weights "
+                        "and another --out, or start anew with --overwrite, which deletes both") from None
 
 
 def checkpoint_bytes(parts):
@@ -898,7 +907,8 @@ def main():
                 print(f"no --val: {len(held)} pictures of --data are set aside, the busiest parts are in {val}")
         elif args.data and Path(args.val).is_dir():     # it may lie inside --data
             folders = {Path(f).resolve() for f, _ in folders_and_shares(args.data)}
-            args.held_out = [str(p) for p in find_pictures([args.val]) if folders & {*p.resolve().parents}]
+            inside = [data.place_of(p) for p in find_pictures([args.val])]
+            args.held_out = [str(p) for p in inside if folders & {*p.parents}]
             if args.held_out and os.environ.get("RANK", "0") == "0":
                 print(f"{len(args.held_out)} pictures of --val lie in --data too; they are not trained on")
         if args.detector == "train":

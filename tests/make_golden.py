@@ -3,6 +3,7 @@ of it, so that test_model.py can compare where spandrel is not installed. Needs 
 
     python tests/make_golden.py
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from test_model import official_hat, shake                # noqa: E402
 SIZES = dict(embed_dim=12, depths=(2, 2), heads=3, window=4, compress=3, squeeze=2)
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python tests/make_golden.py").parse_args()
     torch.manual_seed(7)
     ours = shake(HAT(scale=2, **SIZES))
     ours.load_state_dict({k: v.bfloat16().float() if v.is_floating_point() else v for k, v in ours.state_dict().items()})

@@ -410,6 +410,30 @@ def test_changes_are_followed_and_strangers_left_alone(tmp_path):
     assert (out / "pictures/5.png").read_text() == "years of work"
 
 
+def test_copies_of_what_is_not_given_again_stay(tmp_path):
+    """They may be the last; links go, as what they led to is elsewhere."""
+    for i in range(2):
+        save(tmp_path / f"in{i}" / f"{i}.png", painting(i))
+    said = []
+    clean([tmp_path / "in0"], tmp_path / "links", naming="id", log=said.append)
+    clean([tmp_path / "in1"], tmp_path / "links", naming="id", log=said.append)
+    assert [p.name for p in (tmp_path / "links/pictures").iterdir()] == ["1.png"] and "1 pictures of an earlier run go" in str(said)
+    clean([tmp_path / "in0"], tmp_path / "copies", naming="id", copy=True, log=said.append)
+    with pytest.raises(ValueError, match="0.png is a copy of a picture that is not given this time"):
+        clean([tmp_path / "in1"], tmp_path / "copies", naming="id", copy=True, log=said.append)
+    assert [p.name for p in (tmp_path / "copies/pictures").iterdir()] == ["0.png"]
+
+
+@pytest.mark.parametrize("name", ("scan.csv", "report.csv"))
+def test_a_strangers_table_is_left_alone(tmp_path, name):
+    save(tmp_path / "in/a.png", painting())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("my,own,file\n1,2,3\n")
+    with pytest.raises(ValueError, match=f"{name} is not from here"):
+        clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
+    assert (tmp_path / "out" / name).read_text() == "my,own,file\n1,2,3\n"
+
+
 def test_users_mistakes(tmp_path, monkeypatch):
     save(tmp_path / "in/a.png", painting())
     (tmp_path / "none").mkdir()

@@ -725,6 +725,29 @@ def test_stats_say_what_is_there(zoo, skies, packed, tmp_path, capsys):
         data.stats([tmp_path / "absent.safetensors"])
 
 
+def test_nothing_is_written_over_unasked(skies, packed, tmp_path, monkeypatch, capsys):
+    precious = tmp_path / "precious.png"
+    precious.write_text("years of work")
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, "stats", skies, "--workers", 0, "--sheet", precious)
+    assert e.value.code == 2 and "--overwrite" in capsys.readouterr().err and precious.read_text() == "years of work"
+    run(monkeypatch, "stats", skies, "--workers", 0, "--sheet", precious, "--overwrite")
+    assert Image.open(precious).format == "PNG"
+    before = packed[0].read_bytes()
+    with pytest.raises(ValueError, match="what the patches are taken from"):
+        data.mine([packed[0]], packed[0])
+    assert packed[0].read_bytes() == before
+
+
+@pytest.mark.parametrize("args", (("demo", "x", "--train", -3), ("clean", "in", "-o", "x", "--max-mp", -1), ("clean", "in", "-o", "x",
+                                  "--max-mp", "nan"), ("multiscale", "in", "-o", "x", "--min-side", -5)))
+def test_counts_below_nothing(skies, tmp_path, monkeypatch, capsys, args):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        run(monkeypatch, *(skies if a == "in" else a for a in args))
+    assert e.value.code == 2 and "does not work" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_every_command_by_its_words(skies, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "clean", skies, "-o", tmp_path / "set", "--workers", 0, "--min-sharpness=-inf", "--name", "id",
         "--distance", -1, "--max-blocks", "inf")

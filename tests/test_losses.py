@@ -885,10 +885,14 @@ def test_command(files, tmp_path, monkeypatch, capsys):
     for args, said in ((("壁 紙.png", "--detector", detector), "--overwrite"),
                        (("none.png", "--detector", detector), "none.png"),
                        (("壁 紙.png", "--detector", "none.safetensors"), "python train.py --detector --data DIR"),
+                       (("壁 紙.png", "--detector", detector, "-o", "壁 紙.png", "--overwrite"), "is the picture itself"),
+                       (("壁 紙.png", "--detector", detector, "-o", "a.xyz"), "cannot save so"),
+                       (("壁 紙.png", "--detector", detector, "-o", "absent/a.png"), "no folder absent"),
                        (("壁 紙.png", "--detector", detector, "--overwrite", "--device", "gpu9"), "gpu9")):
         code, out, err = command(monkeypatch, capsys, *args)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
     assert command(monkeypatch, capsys, "壁 紙.png", "--detector", detector, "-o", "here.png")[0] == 0
+    assert (np.asarray(Image.open("壁 紙.png")) == pixels).all()
 
 
 def test_inspection_covers_the_picture(files):

@@ -827,6 +827,21 @@ def picture_file(path, size=(20, 14), mode="RGB"):
     return path
 
 
+def test_what_jpeg_cannot_hold_is_said(tmp_path, command):
+    source = picture_file(tmp_path / "a.png", mode="RGBA")
+    assert "transparency laid on white" in command(source, "-o", tmp_path / "a.jpg")[1]
+    assert "laid on white" not in command(source, "-o", tmp_path / "b.webp")[1]
+    save_picture(tmp_path / "deep.png", Picture(torch.rand(3, 8, 8), depth=16))
+    assert "16 bit became 8" in command(tmp_path / "deep.png", "-o", tmp_path / "d.jpg")[1]
+    assert "became" not in command(tmp_path / "deep.png", "-o", tmp_path / "d.png")[1]
+
+
+@pytest.mark.parametrize("suffix", (".jxl", ".heic", ".jp2", ".bmp"))
+def test_a_format_that_cannot_be_written_is_no_folder(tmp_path, command, suffix):
+    code, _, err = command(picture_file(tmp_path / "a.png"), "-o", tmp_path / f"x{suffix}")
+    assert code == 2 and "cannot save as" in err and not (tmp_path / f"x{suffix}").exists()
+
+
 def test_folder_tree(tmp_path, command):
     picture_file(tmp_path / "in/a b.jpg")
     picture_file(tmp_path / "in/deep/壁紙.png", mode="LA")

@@ -246,6 +246,51 @@ def test_val_inside_data_is_not_trained_on(drawings, tmp_path, monkeypatch, caps
         drawings, tmp_path / "run", data=inside, val=inside / "held"))[0] == 0      # goes on
 
 
+@pytest.mark.parametrize("spelled", ("otherwise", "through links"))
+def test_val_inside_data_under_another_name(drawings, tmp_path, monkeypatch, capsys, spelled):
+    """It was found there, but trained on: names were compared as they were typed, and links as what they lead to."""
+    inside = tmp_path / "all"
+    for name in ("train", "val"):
+        (inside / name).mkdir(parents=True)
+        for picture in (drawings / name).iterdir():
+            if spelled == "otherwise":
+                shutil.copy(picture, inside / name)
+            else:
+                (inside / name / picture.name).symlink_to(picture)
+    where = dict(data=inside, val=inside / "val") if spelled == "through links" else dict(data="all", val=inside / "val")
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **where))
+    assert code == 0 and "2 pictures of --val lie in --data too" in out, err
+    packed, = (tmp_path / "patches").glob("all-*.safetensors")
+    names = train.data.read_tensor(packed, "names").tobytes().decode().split()
+    assert names and not [n for n in names if "val" in n]
+
+
+def test_a_folder_with_weights_but_no_state_is_not_written_over(whole, drawings, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0] / "run", out)
+    (out / "state.pt").unlink()         # the largest, so it is deleted first
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    code, _, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, out))
+    assert code == 2 and "no state.pt to go on from" in err and err.count("\n") == 1
+    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert run_here(monkeypatch, capsys, tmp_path, [*flags(drawings, out, lr=0.01), "--overwrite"])[0] == 0
+
+
+@pytest.mark.parametrize("flag, value", (("ema", "nan"), ("ema", 5), ("conv_lr", "nan"), ("conv_lr", -1), ("lr", "inf"), ("r1", -1),
+                                         ("sharpen_until", 5), ("seed", 99999999999999999999)))
+def test_figures_that_make_no_sense(drawings, tmp_path, monkeypatch, capsys, flag, value):
+    code, _, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **{flag: value}))
+    assert code == 2 and f"--{flag.replace('_', '-')}" in err and err.count("\n") <= 2 and not (tmp_path / "patches").exists()
+
+
+def test_settings_that_cannot_be_read(whole, drawings, tmp_path, monkeypatch, capsys):
+    for content in (b"", b"[]x"):
+        shutil.copytree(whole[0] / "run", tmp_path / "run", dirs_exist_ok=True)
+        (tmp_path / "run/args.json").write_bytes(content)
+        code, _, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run"))
+        assert code == 2 and "args.json" in err and err.count("\n") == 1
+
+
 def test_a_blank_validation_picture_is_left_out(drawings, tmp_path, monkeypatch, capsys):
     """Bicubic meets it exactly: one infinite PSNR hid all others."""
     shutil.copytree(drawings / "val", tmp_path / "val")
