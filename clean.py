@@ -11,11 +11,13 @@ Needs torch, numpy, Pillow, and tile.py beside it.
 """
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import io
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -71,6 +73,17 @@ def quiet_worker(_):
     threading.Thread(target=orphaned, daemon=True).start()
 
 
+class Failed:
+    """What a job raised, on its way out of a worker; raised there it would keep the other workers alive for ever."""
+
+    def __init__(self, error):
+        try:
+            pickle.loads(pickle.dumps(error))
+            self.error = error
+        except Exception:
+            self.error = RuntimeError(f"{type(error).__name__}: {error}")
+
+
 class Jobs(torch.utils.data.Dataset):
     def __init__(self, function, jobs):
         self.function, self.jobs = function, jobs
@@ -79,7 +92,10 @@ class Jobs(torch.utils.data.Dataset):
         return len(self.jobs)
 
     def __getitem__(self, i):
-        return self.function(self.jobs[i])
+        try:
+            return self.function(self.jobs[i])
+        except Exception as e:
+            return Failed(e)
 
 
 def as_it_is(result):
@@ -94,6 +110,9 @@ def in_parallel(function, jobs, workers, what):
         worker_init_fn=quiet_worker)
     for i, (job, result) in enumerate(zip(jobs, loader)):
         progress(what, i, len(jobs), start)
+        if isinstance(result, Failed):
+            loader, error = None, result.error
+            raise error
         yield job, result
     tile.Progress.clear()
 
@@ -101,7 +120,7 @@ def in_parallel(function, jobs, workers, what):
 @contextlib.contextmanager
 def alone(path):
     """path, made if need be, open for reading and appending in one process at a time: others wait for it to close, or
-    for the process to end, however it ends. (Not on Windows, which has no fcntl: there nobody waits.)"""
+    for the process to end, however it ends. (On Windows, which has no fcntl, and on disks without locks nobody waits.)"""
     while True:
         file = open(path, "a+b")
         with contextlib.suppress(ImportError):
@@ -111,6 +130,9 @@ def alone(path):
             except (BlockingIOError, PermissionError):
                 print(f"{tile.printable(path)}: another process is at work here, waiting for it", file=sys.stderr)
                 fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError as e:        # some network file systems have no locks
+                if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
@@ -511,11 +533,12 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
         if strange:
             raise ValueError(f"{tile.printable(out / strange[0])} is not from here; choose an empty --out")
         going = [t for t in before if t not in targets]
-        copies = [t for t in going if t.startswith("pictures") and before[t] not in paths and not os.path.islink(out / t)
-                  and os.path.exists(out / t)]
-        if copies:
-            raise ValueError(f"{tile.printable(out / copies[0])} is a copy of a picture that is not given this time, perhaps the "
-                             "last; choose an empty --out")
+        for target in going:
+            copy_of, there = paths.get(before[target]), out / target
+            if target.startswith("pictures") and there.is_file() and not there.is_symlink() and not (
+                    copy_of and stamp(copy_of) == stamp(there)):
+                raise ValueError(f"{tile.printable(there)} is a copy of a picture that is not given this time, perhaps the "
+                                 "last; choose an empty --out")
         if going:
             log(f"{len(going)} pictures of an earlier run go from {tile.printable(out)}")
         # In this order whatever lies in pictures/ is named in the report at any time, so the next run knows it as ours.

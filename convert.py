@@ -94,12 +94,13 @@ def undamaged(repairing, plain, rgb, least=(51.0, 62.0), most=1.5):
     some = sorted({k * len(cells) // 12 for k in range(4)})
     x = torch.stack([rgb[:, y:y + side, i:i + side] for _, y, i in (cells[k] for k in some)])
     least, x = least[jpeg_grid(x)], x.to(device)
-    fixed = repairing(x).float().clamp(0, 1)
+    fixed = repairing(x).float().clamp(0, 1).cpu()      # older versions have no antialiased bicubic for Apple's GPUs
     again = F.interpolate(fixed, size=side, mode="bicubic", antialias=True)
+    small, x = x, x.cpu()
     r = (again - x)[..., 4:-4, 4:-4].square().mean((1, 2, 3)).clamp_min(1e-7)
     if 10 * median(torch.log10(detail(x).mean((1, 2, 3)) / r ** 2).tolist()) <= least:
         return False
-    finer = detail(fixed).mean((1, 2, 3)) / detail(plain(x).float().clamp(0, 1)).mean((1, 2, 3)).clamp_min(1e-9)
+    finer = detail(fixed).mean((1, 2, 3)) / detail(plain(small).float().clamp(0, 1).cpu()).mean((1, 2, 3)).clamp_min(1e-9)
     return 10 * median(torch.log10(finer).tolist()) < most
 
 
@@ -193,6 +194,8 @@ def export_hat(model, path):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     p = argparse.ArgumentParser(description="Says what is in a weights file; with OUT, exports its plain HAT.",
                                 epilog="example: python convert.py runs/mine/best.safetensors hat.pth")
     p.add_argument("weights", metavar="FILE", help="one of our .safetensors, or an official .pth")

@@ -442,9 +442,12 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
                 file.write(source[place])
         tile.Progress.clear()
         seal(opened, size, meta, [names[u] for u in used], picture, ranks[chosen])
+    count = sum(len(w[0]) for w in whole)
     if folders:
-        candidates.unlink()
-    log(f"{out}: {len(chosen)} of {sum(len(w[0]) for w in whole)} patches, from {len(used)} pictures")
+        del whole, patches, details, picture        # Windows removes nothing that is mapped
+        with contextlib.suppress(OSError):
+            candidates.unlink()
+    log(f"{out}: {len(chosen)} of {count} patches, from {len(used)} pictures")
     return out
 
 
@@ -638,6 +641,8 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description="From folders of pictures to the one file that training reads.",
         epilog="examples, in their order:\n  python data.py clean downloads -o set\n"

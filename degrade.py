@@ -776,6 +776,8 @@ def fail(message):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description="Write the LR picture of every HR picture in a folder, under the same relative names, as PNG.",
         epilog="recipes: " + ", ".join(RECIPES) + ", or a mix such as soft:0.5,light:0.3,bicubic:0.2\n\n"

@@ -214,6 +214,8 @@ def train_detector(args, files, patch_shares, state, anew):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     p = argparse.ArgumentParser(
         description="Measures the artifact detector on clean pictures it did not learn from: what it says of them and "
         "of faults drawn into them, whole and in crops of 128x128; and whether more of a fault gets a higher score.",

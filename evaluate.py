@@ -328,6 +328,8 @@ def measuring_options(p):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     task = sys.argv[1] if sys.argv[1:2] in (["blend"], ["compare"]) else None
     p = argparse.ArgumentParser(
         prog=f"evaluate.py {task}" if task else None,

@@ -796,6 +796,8 @@ def inspect(detector, rgb, patch=128, progress=None):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     p = argparse.ArgumentParser(description="Which artifacts are in a picture; writes a heat map of where.",
                                 epilog="example: python losses.py picture.png --out where.png")
     p.add_argument("picture", metavar="PICTURE", help="the picture to look at; it is not changed")

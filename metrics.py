@@ -270,7 +270,7 @@ def seam(sr, whole, step, offset=0):
             on.append(jump[there])
             off.append(jump[~there])
         ratios.append((torch.cat(on).mean() / (torch.cat(off).mean() + 1e-12)).item())
-    return ratios[0] / ratios[1] if ratios[1] else math.nan
+    return ratios[0] / ratios[1] if ratios[1] else 1.0 if ratios[0] == 0 else math.nan
 
 
 def highlight_recall(sr, hr, border=0):
@@ -515,6 +515,8 @@ def chosen(text, known=METRICS):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     p = argparse.ArgumentParser(description="Fits NIQE's model of what clean pictures look like.")
     p.add_argument("what", choices=["fit-niqe"])
     p.add_argument("data", nargs="+", help="folders of clean pictures; each counts the same, so give one per artist")

@@ -100,9 +100,9 @@ def attend(q, k, v, bias, mask=None, scale=None):
     mask (windows, n, m) or None; N is a multiple of windows. scale: 1 / sqrt(d) if None. Returns (N, n, heads * d)."""
     scale = scale or q.shape[-1] ** -0.5
     if q.is_cuda:
-        bias = bias[None] if mask is None else (bias + mask[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale,
-                                             attn_mask=bias.expand(len(q), -1, -1, -1).to(q.dtype))
+        bias = (bias[None] if mask is None else bias + mask[:, None]).to(q.dtype)       # before it is one for each window
+        bias = bias.expand(len(q), -1, -1, -1) if mask is None else bias.repeat(len(q) // len(mask), 1, 1, 1)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale, attn_mask=bias)
         return out.transpose(1, 2).flatten(2)
     # there plain products, head by head, beat it at these sizes: nothing is copied, and the bias gets its gradient
     out = []
@@ -429,7 +429,7 @@ def sizes(state):
             scale=4 if hat + "upsample.2.weight" in state else math.isqrt(len(state[hat + "upsample.0.weight"]) // FEATURES))
         if "residual_block.0.weight" in state:
             found["refiner_dim"] = len(state["residual_block.0.weight"])
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, TypeError):
         raise WeightsError("this is no HAT: its layers have other names") from None
     return found
 
@@ -446,7 +446,7 @@ def read_weights(path, header_only=False):
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
-                header = json.loads((f.metadata() or {}).get("kabegami", "{}"))
+                header = dict(json.loads((f.metadata() or {}).get("kabegami", "{}")) or {})
                 state = {k: f.get_tensor(k) for k in ([] if header_only else f.keys())}
         else:
             state = {} if header_only else torch.load(path, map_location="cpu", weights_only=True)

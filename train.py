@@ -892,6 +892,8 @@ def dry_run(args, rank, ranks):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parse()
     keep_freed_memory()
     try:

@@ -422,6 +422,44 @@ def test_copies_of_what_is_not_given_again_stay(tmp_path):
     with pytest.raises(ValueError, match="0.png is a copy of a picture that is not given this time"):
         clean([tmp_path / "in1"], tmp_path / "copies", naming="id", copy=True, log=said.append)
     assert [p.name for p in (tmp_path / "copies/pictures").iterdir()] == ["0.png"]
+    for i in range(2):          # under one name
+        save(tmp_path / f"same{i}" / "a.png", painting(i))
+    clean([tmp_path / "same0"], tmp_path / "hashed", copy=True, log=said.append)
+    only, = (tmp_path / "hashed/pictures").iterdir()
+    with pytest.raises(ValueError, match="perhaps the last"):
+        clean([tmp_path / "same1"], tmp_path / "hashed", copy=True, log=said.append)
+    assert only.exists()
+
+
+def broken(job):
+    raise MemoryError("boom") if job == 2 else ValueError("bang")
+
+
+@pytest.mark.parametrize("job, kind", ((2, MemoryError), (3, ValueError)))
+def test_what_a_worker_raises_ends_the_command(job, kind):
+    """It was raised in the worker; the message came, and the process hung at its end on workers that nobody had told."""
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {[str(Path(room.__file__).parent), str(Path(__file__).parent)]!r}
+        import clean, test_clean
+        try:
+            for _ in clean.in_parallel(test_clean.broken, [{job}] * 20, 2, "breaking"):
+                pass
+        except {kind.__name__} as e:
+            print("caught", e)
+        """)
+    p = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert p.returncode == 0 and p.stdout.strip() == f"caught {'boom' if job == 2 else 'bang'}", p.stderr
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuses(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(fcntl, "lockf", refuses)
+    with room.alone(tmp_path / "a") as file:
+        file.write(b"x")
 
 
 @pytest.mark.parametrize("name", ("scan.csv", "report.csv"))

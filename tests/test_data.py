@@ -773,3 +773,13 @@ def test_every_command_by_its_words(skies, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             run(monkeypatch, name, "--help")
         assert stopped.value.code == 0 and f"example: python data.py {name}" in capsys.readouterr().out
+
+
+def test_names_a_console_cannot_show(tmp_path):
+    """A console or a log in cp1252, a picture with a Japanese name: it stopped the run."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "壁紙.png").write_bytes(b"broken")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(tmp_path / "in" / "空.png")
+    p = subprocess.run([sys.executable, Path(data.__file__), "clean", tmp_path / "in", "-o", tmp_path / "set", "--workers", "0"],
+                       capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert p.returncode == 0 and b"\\u58c1" in p.stdout, p.stderr

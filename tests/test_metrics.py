@@ -324,6 +324,12 @@ def test_blocking_finds_the_grid():
     assert abs(metrics.blocking(clean) - 1) < 0.1               # enlarging marks each second line: that is no grid
 
 
+def test_seam_where_all_is_flat_along_the_borders():
+    x = torch.full((3, 64, 64), 0.5)
+    x[:, 10:20, 10:20] = 0.8
+    assert metrics.seam(x, x, 32) == 1.0
+
+
 def test_seam():
     whole = drawing(128, 192)
     tiled = whole.clone()

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -332,6 +333,19 @@ def test_a_pickle_is_never_run(tmp_path):
     with pytest.raises(WeightsError):
         load(tmp_path / "w.pth")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_strange_header_and_a_layer_without_sides(tiny, tmp_path):
+    """A TypeError, both of them."""
+    state = tiny.state_dict()
+    for header in ("[1]", "3", '"a"', "null"):
+        save_file(state, tmp_path / "w.safetensors", {"kabegami": header})
+        with pytest.raises(WeightsError) if header != "null" else contextlib.nullcontext():
+            load(tmp_path / "w.safetensors")
+    state["hat_model.conv_first.weight"] = torch.tensor(1.0)
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError):
+        load(tmp_path / "w.safetensors")
 
 
 def test_every_odd_key_is_named(tiny, tmp_path):
