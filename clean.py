@@ -624,4 +624,9 @@ def multiscale(folders, out, min_side=128, workers=0, log=print):
         else:
             made += result
     log(f"{tile.printable(out)}: {made} copies made of {len(jobs)} pictures; {bad} unreadable")
+    copies = {f"{stem}_{ending}.png" for stem in stems for ending in (*SCALES, SHORTEST)}
+    others = [p for p in tile.find_pictures([Path(out)]) if str(p) not in copies] if Path(out).is_dir() else []
+    if others:
+        log(f"{len(others)} pictures in {tile.printable(out)} are copies of none of these, as {tile.printable(others[0])}; "
+            "training reads them too, so delete what is not wanted")
     return made

@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -67,6 +68,8 @@ def read_head(path):
         meta["fingerprint"]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not a patch file; make one with: python data.py pack FOLDER -o FILE") from None
     if os.path.getsize(path) != end:
@@ -194,8 +197,9 @@ def patches_of(job, size, seed, min_side, scale, per_picture, soft):
             if (h // scale, w // scale) != (lh, lw):
                 raise Unsuitable(f"{tile.printable(lr_path)}: {lw}x{lh}, but {w}x{h} is to be {scale} times as large")
             h, w = lh * scale, lw * scale
-        rgbs = [p.rgb if p.alpha is None else tile.composite(p, ground(f"{seed}/{name}", *p.rgb.shape[1:]))
-                for p in pictures]
+        one_opaque = len({p.alpha is None for p in pictures}) > 1      # laid on white already, as degrade.py does
+        rgbs = [p.rgb if p.alpha is None else
+                tile.composite(p, 1.0 if one_opaque else ground(f"{seed}/{name}", *p.rgb.shape[1:])) for p in pictures]
         hr, lr = cut(rgbs[0][:, :h, :w], size, scale), cut(rgbs[1], size // scale) if lr_path else None
         details = np.array([detail(p) for p in hr]).round(3)
         if per_picture:
@@ -208,11 +212,14 @@ def patches_of(job, size, seed, min_side, scale, per_picture, soft):
 
 def partners(names, lr):
     """{path: name}, folders of LR pictures -> {path: the LR picture of that name, whatever its suffix}, the scale."""
+    def stem(name):         # é may be one character or two, as on disks of a Mac
+        return unicodedata.normalize("NFC", name.rsplit(".", 1)[0])
+
     by_name, found, scale = {}, {}, None
     for path, name in listing(lr).items():
-        by_name.setdefault(name.rsplit(".", 1)[0], []).append(path)
+        by_name.setdefault(stem(name), []).append(path)
     for path, name in names.items():
-        there = by_name.get(name.rsplit(".", 1)[0])
+        there = by_name.get(stem(name))
         if there:
             found[path] = min(there, key=lambda p: (p.suffix != path.suffix, p))
             if not scale:
@@ -467,7 +474,8 @@ class Batches(torch.utils.data.Dataset):
     of the batch goes to the one of n crops (of n patches) that has the most detail. Of files that hold pairs the LR
     is theirs, cut out where it belongs, whatever the recipe; they mix with others.
     What a step holds depends on (seed, step) alone. With several ranks each makes its share: rank r of n the r-th of n
-    parts of what one rank would make of batch * n. ValueError: a broken patch file, patches too small for the crop.
+    parts of what one rank would make of batch * n, larger crops to a rounding. ValueError: a broken patch file, patches too
+    small for the crop.
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, shares=None, rank=0, ranks=1):
@@ -596,6 +604,8 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
     def some(n, count):
         return np.linspace(0, n - 1, min(n, count)).astype(int)
 
+    if sheet and Path(sheet).suffix.lower() != ".png":
+        raise ValueError(f"{tile.printable(sheet)}: the sheet is a PNG; give it a name that ends in .png")
     if sheet and not overwrite and Path(sheet).exists():
         raise ValueError(f"{tile.printable(sheet)} is there already; --overwrite replaces it")
     inputs, cells = [Path(f) for f in ([inputs] if isinstance(inputs, (str, Path)) else inputs)], []

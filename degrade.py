@@ -865,8 +865,8 @@ def run(args):
             continue
         try:
             lr_path.parent.mkdir(parents=True, exist_ok=True)
-            tile.save_picture(lr_path, tile.Picture(rgb=lr, icc=None if picture.grey else picture.icc),
-                              args.jpeg or 95)
+            grey = picture.grey and (picture.icc or b"")[16:20] == b"GRAY"     # such a profile fits no other
+            tile.save_picture(lr_path, tile.Picture(rgb=lr, icc=picture.icc, grey=grey), args.jpeg or 95)
         except (OSError, ValueError) as e:
             fail(f"cannot write {tile.printable(lr_path)}: {getattr(e, 'strerror', None) or e}; free some room "
                  f"or choose another folder ({done} of {len(jobs)} are done)")

@@ -287,6 +287,7 @@ def compare(folders, out, overwrite=False):
         print(f"{tile.printable(name):<{width}}{last['step']:>8.0f}{last['seconds']:>9.0f}"
               + "".join(f"{cell(last.get(n, math.nan), COLUMNS[n].digits):>10}" for n in final)
               + f"{best['psnr_y']:>9.2f}{best['step']:>9.0f}  {' '.join(differs)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tile.replacing(out) as part:
         draw_curves(runs).save(part, "PNG")
     print(f"curves: {out}")
@@ -449,7 +450,7 @@ def device_of(args):
     try:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = torch.device(args.device or best)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()        # of meta there is nothing to be had
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
     amp = args.amp or ("bf16" if tile.bf16_is_native(device) else "off")

@@ -496,8 +496,9 @@ def load(path, device="cpu"):
     return model.eval().to(device)
 
 def write_atomic(path, data):
-    """Bytes into a file that is there whole or not at all."""
+    """Bytes into a file that is there whole or not at all; its folder is made if need be."""
     tmp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+    tmp.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(tmp, "wb") as file:
             file.write(data)

@@ -8,6 +8,7 @@ Needs our tile.py and degrade.py.
 """
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import degrade
@@ -40,7 +41,8 @@ def paired(sides):
     stems = {kind: {} for kind in sides}
     for kind in sides:
         for name, path in files[kind]:
-            twin = stems[kind].setdefault(os.path.splitext(name)[0], (name, path))
+            stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])  # é may be one character or two
+            twin = stems[kind].setdefault(stem, (name, path))
             if twin[1] != path:
                 raise ValueError(f"{tile.printable(twin[1])} and {tile.printable(path)} differ only in their suffix, "
                                  "so they cannot be paired; move one away")

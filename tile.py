@@ -1097,7 +1097,7 @@ def run(args):
         device = torch.device(args.device or best)
         if device.type == "cuda" and device.index is None and ranks > 1:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()        # of meta there is nothing to be had
     except ValueError as e:  # PictureError is one
         fail(e)
     except (RuntimeError, AssertionError) as e:

@@ -168,7 +168,7 @@ def parse(argv=None):
         args.use_tiling = stage["use_tiling"]
     own = f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else ""
     try:        # each process on its own GPU, or all of them would hold memory on the first
-        torch.empty(1, device=args.device + own)
+        torch.zeros(1, device=args.device + own).item()     # of meta there is nothing to be had
     except (RuntimeError, AssertionError) as e:
         p.exit(2, f"error: --device {args.device}: {str(e).splitlines()[0].split('. ')[0]}\n")
     amp = "bf16" if bf16_is_native(torch.device(args.device)) else "off"
@@ -863,7 +863,7 @@ def dry_run(args, rank, ranks):
     with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=Path(args.out).parent) as folder:
         args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, 1, False
         if args.data:       # a spread of a few pictures from each folder that are large enough, under the same shares
-            some, side = [], max(map(int, args.patch.split(","))) * args.scale
+            some, side, count = [], max(map(int, args.patch.split(","))) * args.scale, []
             for i, (f, share) in enumerate(folders_and_shares(args.data)):
                 if is_patch_file(f):
                     some.append(str(f) if share is None else f"{f}@{share}")
@@ -875,6 +875,7 @@ def dry_run(args, rank, ranks):
                 large = [*itertools.islice((p for p in files if shorter_side(p) >= side), 6)]
                 for k, path in enumerate(large or files[:6]):
                     (sample / f"{k}{path.suffix}").symlink_to(path.resolve())
+                count.append((len(files), min(len(files), len(large) or 6)))
                 some.append(f"{sample}@{share}" if share is not None else str(sample))
             args.data = some
         begun = time.time()
@@ -883,11 +884,15 @@ def dry_run(args, rank, ranks):
         found = train(args, rank, ranks, until=min(3, args.steps), patches=f"{folder}/patches")
         found["seconds"] = once["seconds"]      # the third step waits for new workers
         size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file()) / 2 ** 20
+        packed = sum(p.stat().st_size for p in Path(folder).glob("patches/*.safetensors")) / 2 ** 20
+        if sum(some for _, some in count):
+            packed *= sum(every for every, _ in count) / sum(some for _, some in count)
     val_seconds = found["judged"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
     total = real.steps * found["seconds"] + real.steps / real.every * val_seconds
     print(f"\nit works, resumed after 2 steps ({clock(time.time() - begun)} for all this)\n"
           f"{found['parameters']:,} parameters, {found['learning']:,} of them learn; {found['memory']:.0f} MiB at most; "
-          f"a run folder takes {size:.0f} MiB and the samples\n{found['seconds']:.2f} s a step, {real.steps} steps with "
+          f"a run folder takes {size:.0f} MiB and the samples, patches/ about {packed:,.0f} MiB more\n"
+          f"{found['seconds']:.2f} s a step, {real.steps} steps with "
           f"{real.steps // real.every} validations: about {clock(total)}")
 
 

@@ -548,6 +548,9 @@ def test_copies_are_smaller_antialiased_and_named(tmp_path):
     boxes = painting(0, 600, 901)[:, :900].reshape(300, 2, 450, 2, 3).mean((1, 3))
     assert np.abs(half - boxes).mean() < 8
     assert "broken.png" in said[0] and "9 copies made of 4" in said[-1]
+    (tmp_path / "in/checker.png").unlink()          # as clean does with what a stricter rule drops
+    assert multiscale([tmp_path / "in"], tmp_path / "out", log=said.append) == 0
+    assert "4 pictures" in said[-1] and "copies of none of these" in said[-1] and "checker_" in said[-1]
 
 
 def test_copies_are_made_once_and_after_changes_again(tmp_path):

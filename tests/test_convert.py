@@ -86,13 +86,13 @@ def test_the_grid_of_jpeg_is_found_wherever_it_lies():
 
 def test_command_line(tiny, tmp_path, monkeypatch, capsys):
     save(tiny, tmp_path / "w.safetensors", dict(stage=1))
-    done = subprocess.run([sys.executable, "convert.py", tmp_path / "w.safetensors", tmp_path / "hat.pth"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "convert.py", tmp_path / "w.safetensors", tmp_path / "new/hat.pth"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout[:done.stdout.rindex("}") + 1])["stage"] == 1
-    assert same_picture(tiny.hat_model, load(tmp_path / "hat.pth"))
+    assert same_picture(tiny.hat_model, load(tmp_path / "new/hat.pth"))
 
     before = (tmp_path / "w.safetensors").read_bytes()
-    for out, flags, reason in (("hat.pth", [], "--overwrite"), ("w.safetensors", ["--overwrite"], "lose its refiner"),
+    for out, flags, reason in (("new/hat.pth", [], "--overwrite"), ("w.safetensors", ["--overwrite"], "lose its refiner"),
                                ("hat.onnx", ["--overwrite"], "ends in .pth")):
         monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "w.safetensors"), str(tmp_path / out), *flags])
         with pytest.raises(SystemExit) as refused:

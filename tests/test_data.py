@@ -18,6 +18,7 @@ import data
 import degrade
 import demo as room
 from demo import draw_demo
+import pairs as pairing
 from test_clean import encoded, linear_profile
 import tile
 
@@ -353,6 +354,31 @@ def test_pairs_stay_together_whatever_is_done_to_them(zoo, tmp_path, scale):
         data.Batches(out, 6, 8, 8, 3, "bicubic", 0)
 
 
+def test_pairs_of_transparent_and_grey_pictures_made_by_degrade(tmp_path, monkeypatch):
+    """What degrade.py lays on white is packed beside white, and a grey profile goes along."""
+    hr = np.full((64, 64, 4), 200, np.uint8)
+    hr[:, :32, 3] = 0
+    save(tmp_path / "hr" / "clear.png", hr)
+    linear = tile.Picture(torch.full((3, 64, 64), 0.3), icc=linear_profile(grey=True), grey=True)
+    tile.save_picture(tmp_path / "hr" / "linear.png", linear)
+    monkeypatch.setattr(sys, "argv", ["degrade.py", *map(str, (tmp_path / "hr", tmp_path / "lr")), "--recipe", "bicubic"])
+    degrade.main()
+    out = data.pack(tmp_path / "hr", tmp_path / "p.safetensors", size=64, min_side=32, lr=tmp_path / "lr", log=lambda _: None)
+    for large, small in zip(load_file(out)["patches"].float(), load_file(out)["lr"].float()):
+        for x in (4, 28):
+            assert (large[32, 2 * x] - small[16, x]).abs().max() <= 1
+    assert load_file(out)["patches"][0, 0, 0].tolist() == [255] * 3 and load_file(out)["patches"][1, 0, 0, 0] > 130
+
+
+def test_names_pair_however_their_accents_are_written(tmp_path):
+    save(tmp_path / "hr" / "caf\u00e9.png", noise(64, 64))
+    save(tmp_path / "lr" / "cafe\u0301.png", noise(32, 32))
+    out = data.pack(tmp_path / "hr", tmp_path / "p.safetensors", size=64, min_side=32, lr=tmp_path / "lr", log=lambda _: None)
+    assert len(load_file(out)["lr"]) == 1
+    (jobs, _) = pairing.paired(dict(HR=tmp_path / "hr", LR=tmp_path / "lr"))
+    assert len(jobs) == 1
+
+
 def test_pairs_mix_with_others(zoo, packed, tmp_path):
     lr = tmp_path / "lr"
     for path in tile.find_pictures([zoo]):
@@ -379,6 +405,12 @@ def test_pairs_that_are_none(zoo, tmp_path):
     with pytest.raises(ValueError, match="multiple of 3"):
         data.pack(tmp_path / "in", tmp_path / "p.safetensors", size=64, lr=[tmp_path / "lr"], **quiet)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "lr"]
+
+
+def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "p.safetensors").mkdir()
+    with pytest.raises(ValueError, match="p.safetensors: cannot be read: Is a directory"):
+        data.read_header(tmp_path / "p.safetensors")
 
 
 def test_someone_elses_file_is_left_alone(tmp_path):
@@ -714,6 +746,8 @@ def test_stats_say_what_is_there(zoo, skies, packed, tmp_path, capsys):
     cells = data.read_header(packed[0])[1] + 6
     assert sheet.shape == (-(-cells // 8) * 184, 8 * 168, 3)
     assert [p.name for p in (tmp_path / "sheets").iterdir()] == ["a.png"]
+    with pytest.raises(ValueError, match="ends in .png"):
+        data.stats([skies], sheet=tmp_path / "sheets/a.jpg")
     corners = [(k // 8 * 184 + 4, k % 8 * 168 + 4) for k in range(cells - 6)]
     shown = [sheet[y:y + 64, x:x + 64] for y, x in corners]
     busy = [data.detail(s) for s in shown]

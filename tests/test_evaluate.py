@@ -660,9 +660,9 @@ def test_runs_are_laid_side_by_side(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         evaluate.main()
     assert e.value.code == 2 and "exists already" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", str(a), str(b), "--curves", str(tmp_path / "d.png")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", str(a), str(b), "--curves", str(tmp_path / "new/d.png")])
     evaluate.main()
-    assert capsys.readouterr().out == said.replace("c.png", "d.png")
+    assert capsys.readouterr().out == said.replace("c.png", "new/d.png")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "compare", str(a), str(b), "--csv", str(tmp_path / "t.csv")])
     with pytest.raises(SystemExit) as e:
         evaluate.main()

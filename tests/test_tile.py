@@ -893,6 +893,7 @@ def test_users_mistakes(tmp_path, command, monkeypatch):
             ((one, "-o", out, "--depth", "16", "--dither"), "--dither is for 8 bit"),
             ((one, "-o", out / "a.webp", "--format", "avif"), "says its own"),
             ((one, "-o", out, "--device", "abacus"), "--device abacus"),
+            ((one, "-o", out, "--device", "meta"), "--device meta"),
             ((one, "-o", one / "below"), "choose another --out"),
             ((one, "-o", out, "--weights", tmp_path / "missing.safetensors"), "missing.safetensors"),
             ((one, "-o", out, "--weights", tmp_path / "cut.safetensors"), "cut.safetensors")):

@@ -765,6 +765,7 @@ def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
     args = [*flags(drawings, tmp_path / "runs" / "mine", steps=1000), "--dry-run"]
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     assert code == 0 and "going on at step 2" in out and "s a step, 1000 steps" in out and "parameters" in out, err
+    assert re.search(r"patches/ about [1-9][\d,]* MiB more", out)
     assert list((tmp_path / "runs").iterdir()) == [] and not (tmp_path / "patches").exists()
 
 
