@@ -187,6 +187,9 @@ def test_profiles_are_followed_and_srgb_stays_as_it_is(tmp_path):
     grey = save(tmp_path / "grey.png", pixels[..., 0], icc_profile=linear_profile(grey=True))
     error = np.abs(room.eight_bit(room.read(grey).rgb) - encoded(pixels[..., :1]))
     assert error[pixels[..., 0] >= 8].max() <= 1.5          # lcms is coarse in the deepest shadows of grey
+    tall = np.repeat(np.uint8(np.arange(600) % 256)[:, None, None], 3, 2)
+    error = np.abs(room.eight_bit(room.read(save(tmp_path / "tall.png", tall, icc_profile=linear_profile())).rgb) - encoded(tall))
+    assert error.max() <= 1.5
     rgb = torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
     tile.save_picture(tmp_path / "deep.png", tile.Picture(rgb, depth=16, icc=linear_profile()))
     assert np.abs(room.eight_bit(room.read(tmp_path / "deep.png").rgb) - encoded(pixels)).max() <= 1.5
@@ -551,6 +554,14 @@ def test_copies_are_smaller_antialiased_and_named(tmp_path):
     (tmp_path / "in/checker.png").unlink()          # as clean does with what a stricter rule drops
     assert multiscale([tmp_path / "in"], tmp_path / "out", log=said.append) == 0
     assert "4 pictures" in said[-1] and "copies of none of these" in said[-1] and "checker_" in said[-1]
+
+
+def test_copies_of_pictures_with_names_as_long_as_they_may_be(tmp_path):
+    for last in "ab":
+        save(tmp_path / "in" / ("壁" * 80 + f"{last}.png"), painting(0, 200, 200))      # 240 bytes and 5, of 255
+    assert multiscale(tmp_path / "in", tmp_path / "out", log=lambda _: None) == 2
+    assert multiscale(tmp_path / "in", tmp_path / "out", log=lambda _: None) == 0
+    assert all(p.name.startswith("壁" * 40) and p.name.endswith("_075.png") for p in (tmp_path / "out").iterdir())
 
 
 def test_copies_are_made_once_and_after_changes_again(tmp_path):

@@ -115,6 +115,21 @@ def test_hold_out_takes_the_busiest_square_and_the_same_pictures_again(tmp_path)
         data.hold_out([tmp_path / "in/1"], tmp_path / "p", count=0)
 
 
+def test_what_is_held_out_is_opaque_and_no_icon(tmp_path):
+    clear = noise(100, 100, 4)
+    clear[:, :50, 3] = 0
+    clear[:, :50, :3] = 0
+    for i in range(12):
+        save(tmp_path / "in" / f"{i}.png", clear)
+        for k in range(4):
+            save(tmp_path / "in" / f"icon {i} {k}.png", noise(40, 40))
+    folder, held = data.hold_out([tmp_path / "in"], tmp_path / "p", side=100)
+    assert len(held) == 6 and not any("icon" in p.name for p in held)
+    grounds = [np.asarray(Image.open(p))[:, :50] for p in folder.iterdir()]
+    assert {g.shape for g in grounds} == {(100, 50, 3)} and len({g.tobytes() for g in grounds}) > 1
+    assert any(g.max() > 0 for g in grounds)
+
+
 def test_smaller_copies_are_set_aside_with_their_picture(tmp_path):
     """Or else what a run is judged by is among what it learned from."""
     for i in range(20):
@@ -477,6 +492,8 @@ def test_every_patch_once_an_epoch_from_several_files(tmp_path):
     epochs = [colours[i:i + 7] for i in range(0, 42, 7)]
     assert all(sorted(e) == [5, 15, 25, 35, 45, 55, 65] for e in epochs)
     assert len({tuple(e) for e in epochs}) > 1
+    others = {tuple(data.Batches(files, 3, 3, 16, 2, "bicubic", seed).shuffled(0)) for seed in range(4)}
+    assert len(others) > 1
 
 
 def test_crops_are_true_and_turned_all_eight_ways(tmp_path):

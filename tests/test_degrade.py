@@ -18,6 +18,7 @@ from PIL import Image
 
 import degrade
 import tile
+from test_clean import linear_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 PILLOW = dict(bicubic=Image.Resampling.BICUBIC, lanczos=Image.Resampling.LANCZOS, bilinear=Image.Resampling.BILINEAR)
@@ -786,6 +787,20 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
         expected = degrade.degrade(hr[None], "web", 2, [degrade.picture_seed(name, 3)])[0]
         written = tile.read_picture(tmp_path / "lr" / name.replace(".jpg", ".png"))
         assert torch.equal(written.rgb, expected) and written.alpha is None
+
+
+def test_a_profile_goes_along(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hr").mkdir()
+    tile.save_picture(tmp_path / "hr" / "a.png", tile.Picture(torch.rand(3, 32, 32), icc=linear_profile()))
+    assert command(monkeypatch, capsys, tmp_path / "hr", tmp_path / "lr")[0] == 0
+    assert tile.read_picture(tmp_path / "lr" / "a.png").icc == linear_profile()
+
+
+def test_a_picture_too_wide_for_a_codec_goes_through_jpeg():
+    x = torch.rand(3, 8, 16400)
+    for codec, quality, expected in (("webp", 70, 70), ("h264", 30, 60)):
+        if degrade.can_write(codec):
+            assert torch.equal(degrade.compress(x, codec, quality), degrade.compress(x, "jpeg", expected))
 
 
 def test_adding_a_picture_changes_no_other(folder, tmp_path, monkeypatch, capsys):

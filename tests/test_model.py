@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,14 +181,32 @@ def test_the_whole_network_is_seen_by_gradients(tiny):
     assert torch.allclose((x.grad * v).sum(), want, rtol=1e-6)
 
 
-def test_checkpointing_changes_nothing(tiny):
-    x = torch.rand(1, 3, 8, 8)
-    tiny(x).sum().backward()
-    want = {n: p.grad.clone() for n, p in tiny.named_parameters()}
-    tiny.zero_grad()
-    tiny.hat_model.checkpoint = True
-    tiny(x).sum().backward()
-    assert all(torch.allclose(p.grad, want[n], atol=1e-5) for n, p in tiny.named_parameters())
+def test_checkpointing_keeps_less_and_changes_nothing(tiny):
+    x, kept = torch.rand(1, 3, 24, 24), []
+
+    def keep(saved):
+        kept[-1] += saved.nbytes
+        return saved
+    for tiny.hat_model.checkpoint in False, True:
+        kept.append(0)
+        tiny.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            loss = tiny(x).sum()
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in tiny.named_parameters()}
+        want = grads if len(kept) == 1 else want
+    assert all(torch.allclose(grad, want[n], atol=1e-5) for n, grad in grads.items())
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_each_attention_block_is_compiled(tiny, monkeypatch):
+    ran, x = [], torch.rand(1, 3, 8, 8)
+    want, names = tiny(x), set(tiny.state_dict())
+    monkeypatch.setattr(torch, "compile", lambda call, **how: lambda *a: ran.append(call.__self__) or call(*a))
+    tiny.hat_model.compile_blocks()
+    assert torch.equal(tiny(x), want) and set(tiny.state_dict()) == names
+    blocks = [m for m in tiny.modules() if isinstance(m, (M.HAB, M.OCAB))]
+    assert len(ran) == len(blocks) > 1 and {*map(id, ran)} == {*map(id, blocks)}
 
 
 def test_drop_path_drops_whole_pictures_only_in_training():
@@ -197,6 +216,8 @@ def test_drop_path_drops_whole_pictures_only_in_training():
     kept = (y != 0).flatten(1)
     assert torch.equal(kept.all(1), kept.any(1)) and 0.7 < kept.all(1).float().mean() < 0.8
     assert abs(y.mean() - 1) < 0.05 and M.drop_path(x, 0.25, False) is x
+    deep = HATRefiner.from_preset("low", drop_path=0.11)
+    assert np.allclose([m.p for m in deep.modules() if isinstance(m, M.HAB)], np.linspace(0, 0.11, 12))
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))
