@@ -528,15 +528,16 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             ours(report, content, fields)
             before = {row["kept_as"]: row["name"] for row in csv.DictReader(io.StringIO(content.decode(errors="replace")))
                       if re.fullmatch("(pictures|quarantine)/[^/]+", row.get("kept_as") or "")}
-        targets = {row["kept_as"]: paths[row["name"]] for row in decisions if row["kept_as"]}
+        targets = {row["kept_as"]: row["name"] for row in decisions if row["kept_as"]}
         strange = [t for t in targets if t not in before and os.path.lexists(out / t)]
         if strange:
             raise ValueError(f"{tile.printable(out / strange[0])} is not from here; choose an empty --out")
         going = [t for t in before if t not in targets]
-        for target in going:
+        # A number may be another picture's now; a hash is the same pixels, whatever their file is called.
+        for target in going + [t for t in before if rules.get("naming") == "id" and t in targets and targets[t] != before[t]]:
             copy_of, there = paths.get(before[target]), out / target
             if target.startswith("pictures") and there.is_file() and not there.is_symlink() and not (
-                    copy_of and stamp(copy_of) == stamp(there)):
+                    stamp(there) in [stamp(p) for p in (copy_of, paths.get(targets.get(target))) if p]):
                 raise ValueError(f"{tile.printable(there)} is a copy of a picture that is not given this time, perhaps the "
                                  "last; choose an empty --out")
         if going:
@@ -547,10 +548,10 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
         with replacing(report) as part:
             part.write_bytes(lines([fields, *([row[f] for f in fields] for row in decisions)]))
         start = time.time()
-        for i, (target, path) in enumerate(targets.items()):
+        for i, (target, name) in enumerate(targets.items()):
             progress("copying" if copy else "linking", i, len(targets), start)
             try:
-                place(path, out / target, copy)
+                place(paths[name], out / target, copy)
             except OSError:
                 if target.startswith("pictures"):
                     raise           # of what cannot be read, the line in the report is enough

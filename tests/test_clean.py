@@ -425,6 +425,13 @@ def test_copies_of_what_is_not_given_again_stay(tmp_path):
     with pytest.raises(ValueError, match="0.png is a copy of a picture that is not given this time"):
         clean([tmp_path / "in1"], tmp_path / "copies", naming="id", copy=True, log=said.append)
     assert [p.name for p in (tmp_path / "copies/pictures").iterdir()] == ["0.png"]
+    save(tmp_path / "in2/0 of another board.png", painting(2))
+    content = (tmp_path / "copies/pictures/0.png").read_bytes()
+    with pytest.raises(ValueError, match="0.png is a copy of a picture that is not given this time"):
+        clean([tmp_path / "in2"], tmp_path / "copies", naming="id", copy=True, log=said.append)
+    assert (tmp_path / "copies/pictures/0.png").read_bytes() == content
+    (tmp_path / "in0/0.png").rename(tmp_path / "in0/0 renamed.png")
+    clean([tmp_path / "in0"], tmp_path / "copies", naming="id", copy=True, log=said.append)
     for i in range(2):          # under one name
         save(tmp_path / f"same{i}" / "a.png", painting(i))
     clean([tmp_path / "same0"], tmp_path / "hashed", copy=True, log=said.append)
