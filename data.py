@@ -409,10 +409,26 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     fingerprint = hashlib.sha256(json.dumps(["mined", keep, per_picture, soft, seed, origins]).encode()).hexdigest()
     if packed_before(out, fingerprint, overwrite, log):
         return out
-    candidates = out.with_name(out.name + ".candidates")
-    if folders:
-        files.append(pack(folders, candidates, size, seed, min_side, log, False, lr, per_picture, soft, workers))
+    candidates, lock = out.with_name(out.name + ".candidates"), out.with_name(out.name + ".mine.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with alone(lock):
+        try:
+            if packed_before(out, fingerprint, overwrite, lambda _: None):      # by the process that we waited for
+                return out
+            if folders:
+                files.append(pack(folders, candidates, size, seed, min_side, log, False, lr, per_picture, soft, workers))
+            log(elect(files, out, size, scale, fingerprint, keep, per_picture, soft, seed))
+            if folders:
+                with contextlib.suppress(OSError):
+                    candidates.unlink()
+        finally:
+            with contextlib.suppress(OSError):      # Windows removes nothing that is open
+                lock.unlink()
+    return out
 
+
+def elect(files, out, size, scale, fingerprint, keep, per_picture, soft, seed):
+    """Writes into the patch file out what mine keeps of those in files -> what it says of that."""
     whole, names, entries, ranks = [], [], [], []       # entries: file, place in it, picture; ranks: their detail
     for k, file in enumerate(files):
         patches, details, picture = (read_tensor(file, name) for name in ("patches", "detail", "picture"))
@@ -433,7 +449,6 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     if not len(chosen):
         raise ValueError("not one patch has any detail; give other pictures")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
     used, picture = np.unique(entries[2, chosen], return_inverse=True)
     meta = dict(fingerprint=fingerprint, pictures=len(used), too_small=0, unreadable=0, skipped="",
@@ -449,13 +464,7 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
                 file.write(source[place])
         tile.Progress.clear()
         seal(opened, size, meta, [names[u] for u in used], picture, ranks[chosen])
-    count = sum(len(w[0]) for w in whole)
-    if folders:
-        del whole, patches, details, picture        # Windows removes nothing that is mapped
-        with contextlib.suppress(OSError):
-            candidates.unlink()
-    log(f"{out}: {len(chosen)} of {count} patches, from {len(used)} pictures")
-    return out
+    return f"{out}: {len(chosen)} of {sum(len(w[0]) for w in whole)} patches, from {len(used)} pictures"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

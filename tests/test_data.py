@@ -730,6 +730,19 @@ def test_mining_is_done_once_and_goes_on(skies, tmp_path, monkeypatch):
         data.mine([skies], out, log=said.append, **how)
 
 
+def test_mining_twice_at_once_takes_turns(skies, tmp_path):
+    pytest.importorskip("fcntl")
+    out = tmp_path / "m.safetensors"
+    mining = [sys.executable, str(HERE / "data.py"), "mine", str(skies), "-o", str(out), "--workers", "0"]
+    with clean.alone(tmp_path / "m.safetensors.mine.part"):
+        second = subprocess.Popen(mining, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert "another process is at work here, waiting" in second.stderr.readline()
+        assert not out.exists() and not list(tmp_path.glob("*.candidates*"))
+    said, errors = second.communicate(timeout=60)
+    assert second.returncode == 0 and "patches, from" in said, errors
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 def test_mining_pairs_and_several_files(zoo, skies, tmp_path):
     quiet = dict(min_side=32, log=lambda _: None)
     files = [data.pack([zoo], tmp_path / f"{k}.safetensors", size=64, lr=[pairs(zoo, tmp_path / "lr")], seed=k, **quiet)
