@@ -3,7 +3,7 @@
     python train.py --detector --data wallpapers --val held_out     # trains it; this file does the work
     python detect.py held_out                                       # measures weights/detector.safetensors
 
-Needs torch, numpy, pillow, safetensors and losses.py, degrade.py, data.py, tile.py beside it.
+Needs torch, numpy, pillow, safetensors and losses.py, degrade.py, data.py, tile.py, demo.py, clean.py beside it.
 """
 import argparse
 import io

@@ -34,7 +34,7 @@ import tile
 from convert import blend, find_sharp, find_weights, load_any, undamaged
 from metrics import Metric, psnr, ssim
 from model import save
-from pairs import paired, pairs, pictures, report_skipped, say      # noqa: F401; train.py takes pairs from here
+from pairs import paired, pairs, pictures, report_skipped, say      # noqa: F401; tests take pairs from here
 from report import Column, Report
 
 WHOLE_LIMIT = 2 ** 20       # LR pixels: above this a picture is taken tile by tile unless --whole

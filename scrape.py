@@ -418,7 +418,8 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n"
                "  python scrape.py konachan --tags landscape --max 300 --contact me@example.org -o wallpapers\n"
-               "The same command again goes on where it stopped and fetches nothing twice.\n\n"
+               "The same command again goes on where it stopped and fetches nothing twice that\n"
+               "is still there.\n\n"
                "--rating s is what Konachan and Yande.re call safe and Danbooru general; q adds questionable and\n"
                "Danbooru's sensitive (its letter s); e is explicit everywhere. Without an account Danbooru searches\n"
                "for two tags at most; rating and width, which are added here, do not count.\n\n"

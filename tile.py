@@ -367,7 +367,7 @@ def write_png(file, strips, height, width, channels, depth, icc=None, exif=None)
 
 @dataclass
 class Span:
-    """One tile along one axis. It reads input from `start`; of its output, pixels start..stop of the whole result are
+    """One tile along one axis. It reads input from `read`; of its output, pixels start..stop of the whole result are
     used, with these weights; after it, everything before `ready` is final."""
     read: int
     start: int
@@ -960,7 +960,7 @@ def tile_size_or_auto(text):
 
 def main():
     p = argparse.ArgumentParser(
-        description="Upscale pictures. Alpha, grey, 16 bit (PNG), colour profile and EXIF are kept.",
+        description="Upscale pictures. Alpha (not in JPEG), grey (PNG, JPEG), 16 bit (PNG), colour profile and EXIF are kept.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python tile.py wallpaper.jpg -o wallpaper-2x.png\n  python tile.py pictures -o upscaled\n"
                "  python tile.py pictures -o 4k --fit 3840x2160 --crop focus --skip-larger\n"

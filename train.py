@@ -10,7 +10,7 @@ both. Stage 3, artifact removal: HAT frozen, the refiner alone learns what tiles
     torchrun --nproc_per_node=2 train.py --stage 1 ...                      # several GPUs, or one process for each CPU core
 
 One run is one folder; the same command again goes on where it stopped, to the bit (same machine, CPU, fp32).
-Needs torch, numpy, pillow and every other file of this folder but scrape.py.
+Needs torch, numpy, pillow, einops, safetensors and every other file of this folder but scrape.py.
 """
 import argparse
 import contextlib
@@ -47,7 +47,7 @@ from losses import GANS, WEIGHTS, MultiScaleDiscriminator, SRLoss, discriminator
 from model import PRESETS, HATRefiner, WeightsError, fit, read_weights, save, write_atomic
 from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory, out_of_memory
 
-STAGES = {   # what a stage sets where no flag says otherwise; patch and batch: on a CPU, on a GPU
+STAGES = {   # what a stage sets where no flag says otherwise; of two: on a CPU, on a GPU
     1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
     2: dict(patch=("128", "128"), batch=(1, 8), steps=(200, 10000), use_tiling=True, lr=2e-5, conv_lr=1.0,
             train="hat_model,residual_block,out_conv"),
@@ -90,7 +90,7 @@ def parse(argv=None):
     a("--init", choices=("warm", "plain"), default="warm", help="warm: start as an interpolation; plain: HAT's usual start")
     a("--drop-path", type=float, default=0.0, help="stochastic depth of the last block, growing from 0; HAT's authors use 0.1")
     a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
-    a("--steps", type=int, help="optimiser steps [400, 200, 200 by stage; GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
+    a("--steps", type=int, help="optimiser steps [400, 200, 200 by stage; with --data on a GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
     a("--batch", type=int, help="patches per step and process, fewer of larger ones [4, 1, 1 by stage; GPU 16, 8, 4]",
       default=argparse.SUPPRESS)
     a("--accum", type=int, default=1, help="batches whose gradients are added up for one step")
@@ -118,14 +118,15 @@ def parse(argv=None):
     a("--vgg-weights", help="VGG19 for the term perc: a file, or torchvision to have it fetched", default=argparse.SUPPRESS)
     a("--anime-weights", help="ResNet50 trained on Danbooru tags, for the term perc", default=argparse.SUPPRESS)
     a("--detector", nargs="?", const="train", default=argparse.SUPPRESS, metavar="FILE", help="artifact detector for art_cls "
-      "and art_feat [weights/detector.safetensors]; without FILE: train one, no --stage needed")
+      "and art_feat [weights/detector.safetensors]; without FILE: train one, no --stage needed, and unless said otherwise "
+      "2200 steps of 32 at --lr 3e-3 on the CPU into runs/detector")
     a("--clip", type=float, default=0.5, help="largest norm of the gradient")
     a("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones saved")
     a("--train", help="modules that learn, by name [hat_model | hat_model,residual_block,out_conv | residual_block,out_conv by stage]",
       default=argparse.SUPPRESS)
     a("--freeze", default="", help="modules that do not, by name: hat_model, hat_model.layers.0, ...")
-    a("--use-tiling", action="store_true", default=None, help="run HAT tile by tile [stages 2 and 3]")
-    a("--no-tiling", dest="use_tiling", action="store_false", default=None, help="run HAT over whole patches [stage 1]")
+    a("--use-tiling", action="store_true", default=argparse.SUPPRESS, help="run HAT tile by tile [stages 2 and 3]")
+    a("--no-tiling", dest="use_tiling", action="store_false", default=argparse.SUPPRESS, help="run HAT over whole patches [stage 1]")
     a("--tile-size", type=int, default=64, help="LR pixels a tile advances")
     a("--tile-pad", type=int, default=32, help="LR pixels a tile sees around that")
     a("--amp", choices=("bf16", "fp16", "off"), help="precision [bf16 where the device has it]", default=argparse.SUPPRESS)
@@ -134,7 +135,7 @@ def parse(argv=None):
     a("--workers", type=int, default=1, help="processes that make batches")
     a("--every", type=int, help="steps between reports [a tenth of the run, a fifth where it is tiled]", default=argparse.SUPPRESS)
     a("--val-count", type=int, default=8, help="validation pictures to use at most, 0 for all")
-    a("--patience", type=int, default=0, help="stop after so many reports without a better validation [never]")
+    a("--patience", type=int, default=0, help="stop after so many reports without a better validation; 0: never")
     a("--keep", type=int, default=0, help="weights of the last so many reports to keep beside best and last")
     a("--tensorboard", action="store_true", help="log there too, if that package is installed")
     a("--dry-run", action="store_true", help="try everything in a minute: data, steps, validation, saving, resuming; "
@@ -161,11 +162,10 @@ def parse(argv=None):
         p.error("--stage is missing: 1, 2 or 3 (or --detector, to train the artifact detector)")
     stage = STAGES[args.stage]
     default("device", "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    on = int(args.device != "cpu")
-    for name, value in stage.items():
-        default(name, value[on] if isinstance(value, tuple) else value)
-    if args.use_tiling is None:
-        args.use_tiling = stage["use_tiling"]
+    on = args.device != "cpu"
+    for name, value in stage.items():       # demo pictures are no food for a long run, on whatever device
+        long = on and (name != "steps" or hasattr(args, "data"))
+        default(name, value[long] if isinstance(value, tuple) else value)
     own = f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else ""
     try:        # each process on its own GPU, or all of them would hold memory on the first
         torch.zeros(1, device=args.device + own).item()     # of meta there is nothing to be had

@@ -50,10 +50,10 @@ def main():
         hr = made[name]["true"]
         top = min(max(y - args.side // 2, 0), hr.shape[1] - args.side)
         left = min(max(x - args.side // 2, 0), hr.shape[2] - args.side)
-        at = slice(top, top + args.side), slice(left, left + args.side)
+        at = ..., slice(top, top + args.side), slice(left, left + args.side)
         for column, kind in enumerate(columns):
-            crop = made[name][kind].clamp(0, 1)[:, *at]
-            said = f"{title}: {kind}" + ("" if kind == "true" else f" {metrics.psnr(crop, hr[:, *at]):.2f} dB")
+            crop = made[name][kind].clamp(0, 1)[at]
+            said = f"{title}: {kind}" + ("" if kind == "true" else f" {metrics.psnr(crop, hr[at]):.2f} dB")
             big = F.interpolate(crop[None], scale_factor=args.zoom)[0].mul(255).round().byte().permute(1, 2, 0).numpy()
             draw.text((column * (n + 4), row * (n + label) + 2), said, fill="black")
             sheet.paste(Image.fromarray(big), (column * (n + 4), row * (n + label) + label))

@@ -661,6 +661,14 @@ def test_flags_override_the_stage():
     assert [a.lr for a in stages][1:] == [2e-5, 1e-5]
 
 
+def test_a_gpu_has_long_runs_on_ones_own_pictures_only(monkeypatch):
+    """Without --data the first command is to end within minutes there too."""
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(*shape))
+    for flags, steps in (([], "400"), (["--data", "a"], "50000"), (["--steps", "7"], "7")):
+        args = train.parse(["--stage", "1", "--device", "mps", *flags])
+        assert (str(args.steps), args.batch) == (steps, 16)
+
+
 def test_tiling_and_patches_reach_the_network(drawings, tmp_path, monkeypatch, capsys):
     seen = []
     real = train.HATRefiner.forward
