@@ -565,7 +565,7 @@ def run(args, networks=None, watch=None):
 
     skipped, results, done, total = [], [], 0, min(len(jobs), args.limit or len(jobs))
     width, begun = max(map(len, [*networks, *theirs, "bicubic"])) + 2, time.time()
-    shown = begun
+    shown, broken = begun, None
     try:
         for name, lr, hr, given in pictures(jobs, scale, recipe, args.seed, args.limit, args.crop, skipped):
             rows, made, heat, method = {}, {}, {}, "LR"
@@ -582,8 +582,8 @@ def run(args, networks=None, watch=None):
             except NoMetricLeft:
                 raise
             except FloatingPointError as e:
-                raise ValueError(f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it "
-                                 "out") from None
+                broken = f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it out"
+                break
             except ValueError as e:         # too small for the window of SSIM
                 report_skipped(name, e, skipped)
                 continue
@@ -591,7 +591,8 @@ def run(args, networks=None, watch=None):
                 if not tile.out_of_memory(e):
                     raise
                 way = "give --tile-size 64 or another --device" if method in networks else "leave it out, or try with --limit"
-                raise ValueError(f"out of memory at {tile.printable(method)} on {tile.printable(name)}; {way}") from None
+                broken = f"out of memory at {tile.printable(method)} on {tile.printable(name)}; {way}"
+                break
             if watch:
                 watch(hr, made)
             if page:
@@ -609,6 +610,8 @@ def run(args, networks=None, watch=None):
         if page and done:
             page.finish()
     tile.Progress.clear()
+    if broken and not done:
+        raise ValueError(broken)
     if not done:
         raise ValueError(f"none of the pictures in {args.data or args.lr or ', '.join(args.sr)} could be used; the "
                          "reasons stand above")
@@ -627,6 +630,8 @@ def run(args, networks=None, watch=None):
                                                    skipped=skipped, notes=notes))
     if page:
         print(f"page: {args.report / 'index.html'}")
+    if broken:
+        raise ValueError(f"{broken}; above is what was measured before")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ class Client:
             raise Failed(f"refused {clean(url)[:200]}: no {self.scheme} address") from None
         for ip in (ipaddress.ip_address(place[0].partition("%")[0]) for place in places):
             if (ip.is_multicast or not ip.is_global) and not (self.named and here == self.home):
-                raise Failed(f"refused {clean(url)[:200]}: {ip} is private, and not what --url named")
+                raise Failed(f"refused {clean(url)[:200]}: {ip} is private, and not what --url named (some VPNs and proxies "
+                             "answer with such addresses; they do not work here)")
         for i, place in enumerate(places, 1):
             try:
                 plain = socket.create_connection(place, SILENCE)
@@ -223,11 +224,13 @@ class Client:
         if headers.get("cf-mitigated") or (page and (status == 403 or status == 503 and cloudflare)):
             raise Stop(f"a challenge page ({status}) came where JSON or a picture was due; look at the board in a "
                        "browser, and come back later")
-        reason = f"{status} {clean(response.reason)[:100]}"
+        reason = response.reason
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            found = json.loads(body)
+            reason = found.get("message") or found.get("reason") or reason     # Danbooru's, Moebooru's
+        reason = f"{status} {clean(reason)[:200]}"
         if status in (421, 429) or status >= 500:
             return reason
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            reason = f"{status} {clean(json.loads(body).get('message') or response.reason)[:200]}"
         raise Failed(reason)
 
 
@@ -339,14 +342,21 @@ def no_room(path, e):
     return Stop(f"cannot write {clean(path)}: {e.strerror or e}; the same command goes on when that is mended")
 
 
-def read_manifest(path):
-    """-> its rows, [] if there is none. Half a line at its end is cut off. Raises Stop if it is not ours."""
+def read_manifest(path, mend=True):
+    """-> its rows, [] if there is none. Half a line at its end is cut off, a whole one that an editor left without its end
+    gets one; with mend=False only in what is returned. Raises Stop if it is not ours."""
     try:
         data = path.read_bytes() if path.exists() else b""
         end = data.rfind(b"\n") + 1
         lines = list(csv.reader(io.StringIO(data[:end].decode("utf-8-sig"), newline=""), strict=True))
         ours = lines[0] == COLUMNS if lines else ",".join(COLUMNS).encode().startswith(data)
-        if ours and end < len(data):
+        last = next(csv.reader([data[end:].decode("utf-8", "replace")]), []) if lines and end < len(data) else []
+        whole = len(last) == len(COLUMNS) and is_there(path.parent, dict(zip(COLUMNS, last)))
+        lines += [last] * whole
+        if ours and mend and whole:
+            with open(path, "ab") as file:
+                file.write(b"\n")
+        elif ours and mend and end < len(data):
             os.truncate(path, end)
     except (OSError, ValueError, csv.Error) as e:
         raise Stop(f"cannot use {clean(path)}: {clean(e)}; mend it or choose another folder") from None
@@ -482,19 +492,51 @@ def prepare(args):
     return args
 
 
+@contextlib.contextmanager
+def alone(path, what):
+    """Raises Stop if another process is within, and OSError; whoever is killed within leaves the file path, and no lock."""
+    file = open(path, "ab")
+    try:
+        try:
+            try:
+                import fcntl
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:     # Windows
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            raise Stop(f"{clean(what)} is being fetched into {clean(path.parent)} by another process; wait for it") from None
+        except OSError:             # a disk without locks
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):      # Windows removes nothing that is open
+                path.unlink()
+    finally:
+        file.close()
+
+
 def run(args):
     """The command -> exit code. Raises Stop."""
-    try:
-        if not args.dry_run:
-            args.out.mkdir(parents=True, exist_ok=True)
-            for old in args.out.glob(f"{args.name}-*.part"):    # left behind by a killed run
-                old.unlink()
-            trial = args.out / f"{args.name}-trial.part"
-            trial.write_bytes(b"room?")
-            trial.unlink()
-    except OSError as e:
-        raise no_room(args.out, e) from None
-    kept = read_manifest(args.out / "manifest.csv")
+    with contextlib.ExitStack() as stack:
+        try:
+            if not args.dry_run:
+                args.out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone(args.out / f".{args.name}.lock", args.name))
+                for old in args.out.glob(f"{args.name}-*.part"):    # left behind by a killed run
+                    old.unlink()
+                trial = args.out / f"{args.name}-trial.part"
+                trial.write_bytes(b"room?")
+                trial.unlink()
+        except OSError as e:
+            raise no_room(args.out, e) from None
+        return fetch_all(args)
+
+
+def fetch_all(args):
+    """Raises Stop."""
+    kept = read_manifest(args.out / "manifest.csv", not args.dry_run)
     client = Client(args.base, bool(args.url), args.contact, args.pause)
     rows, passed = search(client, args)
     here = {row["md5"] for row in kept if is_there(args.out, row)}

@@ -131,6 +131,7 @@ def samples(im, path):
 def exif_of(im):
     """-> (orientation 1..8, EXIF bytes with the orientation reset, or None). EXIF that makes no sense is dropped, of
     a TIFF's all but TIFF_TAGS."""
+    orientation = 1
     try:
         tags, exif = im.getexif(), im.info.get("exif")
         orientation = tags.get(ORIENTATION, 1)
@@ -142,8 +143,8 @@ def exif_of(im):
             tags[ORIENTATION] = 1
             exif = tags.tobytes()
         return orientation, b"Exif\0\0" + exif.removeprefix(b"Exif\0\0") if exif else None  # WebP has it without
-    except Exception:  # again, nearly anything
-        return 1, None
+    except Exception:  # again, nearly anything; a tag that cannot be written leaves the picture as it stands
+        return orientation, None
 
 
 def turned(pixels, orientation):
@@ -187,6 +188,10 @@ def read_picture(path, srgb=False):
                 pixels = np.asarray(by_profile[0]) if by_profile else samples(im, path)
                 icc = im.info.get("icc_profile") or b""
                 orientation, exif = exif_of(im)
+                if im.format == "TIFF" and pixels.dtype == np.uint8 and max(im.tag_v2.get(258, (8,))) == 16:
+                    notes.append("16-bit TIFF read as 8 bit; PNG keeps them")
+                if im.format == "PNG" and not icc and abs(im.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05 and "srgb" not in im.info:
+                    notes.append("gamma of the file left behind")
                 if getattr(im, "n_frames", 1) > 1:
                     notes.append(f"first of {im.n_frames} frames")
             del im
@@ -876,6 +881,15 @@ def auto_tile_size(forward, device, amp, tiler):
     return max(min(int(fits) // align * align, most), least)
 
 
+def file_id(path):
+    """What tells a file from all others, whatever its name; None where there is none, or the disk does not say."""
+    try:
+        status = os.stat(path)
+        return (status.st_dev, status.st_ino) if status.st_ino else None
+    except OSError:
+        return None
+
+
 def plan(inputs, out, suffix):
     """Which picture goes where -> list of (source, target). suffix None keeps the source's where it can be written.
     Raises PictureError if there is nothing to do, or if two pictures or a picture and its source would collide."""
@@ -901,11 +915,15 @@ def plan(inputs, out, suffix):
             name = source.relative_to(given) if folder else Path(source.name)
             target = out if to_file else out / name.with_suffix(ending)
             if jobs.setdefault(target, source) != source:
+                pictures = [s for s in (jobs[target], source) if s.suffix.lower() in READS]
+                if len(pictures) == 1:      # the other is its caption, say
+                    jobs[target] = pictures[0]
+                    continue
                 raise PictureError(f"{printable(jobs[target])} and {printable(source)} would both become "
                                    f"{printable(target)}; rename one, or try --format keep")
-    sources = {real(source) for source in jobs.values()}
+    sources = {real(source) for source in jobs.values()} | {file_id(source) for source in jobs.values()}
     for target, source in jobs.items():
-        if real(target) in sources:
+        if real(target) in sources or (file_id(target) or target) in sources:      # also on a disk that ignores case
             raise PictureError(f"{printable(target)} is itself one of the pictures; choose another --out")
     if not jobs:
         raise PictureError(f"no picture in {', '.join(printable(p) for p in inputs)}; "
@@ -1047,6 +1065,8 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
         if height >= args.fit[0] and width >= args.fit[1]:
             return f"{printable(source)} is {width}x{height}, skipped", 0
     picture = read_picture(source, args.icc == "srgb")
+    if picture.grey and (picture.icc or b"")[16:20] == b"RGB ":     # such a profile fits no grey file
+        picture.grey = False
     if picture.grey and picture.icc and target.suffix.lower() in (".webp", ".avif"):  # they hold neither
         picture = read_picture(source, srgb=True)
         if picture.icc:
@@ -1096,7 +1116,7 @@ def run(args):
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         device = torch.device(args.device or best)
         if device.type == "cuda" and device.index is None and ranks > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(torch.cuda.device_count(), 1))
         torch.zeros(1, device=device).item()        # of meta there is nothing to be had
     except ValueError as e:  # PictureError is one
         fail(e)

@@ -591,6 +591,22 @@ def test_out_of_memory_is_one_line(hr_folder, tmp_path, monkeypatch, capsys, wha
     assert code == 2 and last.startswith("error: out of memory") and says in last
 
 
+def test_what_was_measured_before_memory_ran_out_is_told(hr_folder, tmp_path, monkeypatch, capsys):
+    real, calls = evaluate.COLUMNS["psnr_y"].run, []
+
+    def full(*of, **how):
+        calls.append(1)
+        if len(calls) > 3:      # bicubic, Lanczos and the model on the first picture
+            raise MemoryError
+        return real(*of, **how)
+    monkeypatch.setattr(evaluate, "COLUMNS", evaluate.COLUMNS | {"psnr_y": evaluate.COLUMNS["psnr_y"]._replace(run=full)})
+    code, out, err = command(monkeypatch, capsys, "--data", hr_folder, "--recipe", "bicubic", "--metrics", "psnr_y",
+                             "--weights", weights(tmp_path / "w.safetensors"), "--csv", tmp_path / "t.csv", "--limit", 3)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: out of memory") and "above is what was measured before" in last
+    assert out.startswith("1 pictures") and (tmp_path / "t.csv").read_text().count("\n") > 1
+
+
 def test_no_weights_anywhere(hr_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert, "__file__", str(tmp_path / "convert.py"))
     monkeypatch.chdir(tmp_path)

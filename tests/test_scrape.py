@@ -764,6 +764,43 @@ def test_a_torn_manifest_is_mended_without_asking_again(make, go, tmp_path, cut)
     assert path.read_bytes() == whole and not board.asked("/image")
 
 
+def test_a_last_row_without_its_line_end_is_one_if_its_picture_is_there(make, go, tmp_path):
+    """Some editors leave it out; a trial run changes nothing."""
+    board, path = make(*map(post, range(1, 3))), tmp_path / "out" / "manifest.csv"
+    go(board)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert "2 of 2 pictures are here" in go(board, "--dry-run")[2] and path.read_bytes() == whole[:-1]
+    path.write_bytes(whole[:-3])
+    assert "1 of 2 pictures are here" in go(board, "--dry-run")[2] and path.read_bytes() == whole[:-3]
+    board.posts.pop()           # so that nothing is written after it
+    path.write_bytes(whole[:-1])
+    assert go(board)[0] == 0 and path.read_bytes() == whole
+
+
+def test_two_runs_at_once_do_not_ask_twice_as_fast(make, go, tmp_path):
+    pytest.importorskip("fcntl")
+    board, out = make(post(1)), tmp_path / "out"
+    out.mkdir()
+    lock = out / f".127.0.0.1-{board.server.server_port}.lock"
+    holding = "import sys, scrape, pathlib\nwith scrape.alone(pathlib.Path(sys.argv[1]), 'it'):\n print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", holding, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             cwd=Path(scrape.__file__).parent)
+    other.stdout.readline()
+    code, _, said = go(board)
+    assert code == 2 and "by another process" in one_error(said) and not board.log
+    other.kill()                # its lock goes with it, the file stays
+    other.wait()
+    assert lock.exists() and go(board)[0] == 0 and in_order(out, [1])
+
+
+@pytest.mark.parametrize("status", (404, 421))
+def test_a_boards_own_reason_is_shown(make, go, status):
+    board = make(post(1))
+    board.once = {"/post.json": [lambda h: h.send(status, b'{"success": false, "reason": "Daily limit exceeded"}')]}
+    assert "Daily limit exceeded" in go(board)[2]
+
+
 def test_a_picture_that_was_damaged_or_removed_comes_again(make, go, tmp_path):
     board, out = make(*map(post, range(1, 6))), tmp_path / "out"
     go(board)

@@ -204,6 +204,36 @@ def test_senseless_exif_is_dropped(tmp_path):
     assert read_picture(tmp_path / "a.jpg").rgb.shape == (3, 5, 7)
 
 
+def test_a_tag_that_cannot_be_written_does_not_turn_the_picture(tmp_path):
+    """ResolutionUnit as text: the picture came out as it was stored, on its side."""
+    entries = struct.pack(">H HHIHxx HHI4s I", 2, tile.ORIENTATION, 3, 1, 6, 0x0128, 2, 2, b"x", 0)
+    Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08" + entries)
+    got = read_picture(tmp_path / "a.jpg")
+    assert got.rgb.shape == (3, 7, 5) and tile.size_of(tmp_path / "a.jpg") == (7, 5)
+
+
+def test_what_a_file_says_of_its_samples_and_we_leave_is_said(tmp_path):
+    tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 128),
+            (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)]
+    body = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    body += struct.pack("<I", 0) + struct.pack("<3H", 16, 16, 16)
+    (tmp_path / "deep.tif").write_bytes(body.ljust(128, b"\0") + struct.pack("<12H", *range(0, 60000, 5000)))
+    deep = read_picture(tmp_path / "deep.tif")
+    assert deep.rgb.shape == (3, 2, 2) and (deep.depth == 16) == (not deep.note) and "16-bit TIFF" in (deep.note or "16-bit TIFF")
+    Image.fromarray(RGBA).save(tmp_path / "a.png")
+    plain = (tmp_path / "a.png").read_bytes()
+    for gamma, told in ((100000, True), (45455, False)):
+        chunk = b"gAMA" + struct.pack(">I", gamma)
+        (tmp_path / "a.png").write_bytes(plain[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + plain[33:])
+        assert ("gamma of the file left behind" in read_picture(tmp_path / "a.png").note) == told
+
+
+def test_a_profile_of_colours_on_a_grey_picture_is_kept(tmp_path, command):
+    Image.fromarray(RGBA[..., 0]).save(tmp_path / "a.png", icc_profile=display_p3())
+    for name in ("b.png", "b.jpg"):
+        assert command(tmp_path / "a.png", "-o", tmp_path / name)[0] == 0 and read_picture(tmp_path / name).icc == display_p3()
+
+
 def test_colour_profile_is_kept(tmp_path):
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", icc_profile=icc)
@@ -860,6 +890,31 @@ def test_folder_tree(tmp_path, command):
     assert (tmp_path / "in/out/a b.png").stat().st_mtime_ns > before
     assert command(tmp_path / "in", "-o", tmp_path / "kept", "--format", "keep")[0] == 0
     assert (tmp_path / "kept/a b.jpg").exists()
+
+
+def test_a_source_under_another_name_is_not_overwritten(tmp_path, command):
+    """As IMG.PNG and IMG.png are one file on a disk that ignores case; here by a hard link."""
+    source = picture_file(tmp_path / "in/A.PNG")
+    (tmp_path / "out").mkdir()
+    os.link(source, tmp_path / "out/A.png")
+    before = source.read_bytes()
+    code, _, err = command(source, "-o", tmp_path / "out", "--format", "png", "--overwrite")
+    assert code == 2 and "is itself one of the pictures" in err and source.read_bytes() == before
+
+
+def test_captions_beside_pictures_are_passed_over(tmp_path, command):
+    picture_file(tmp_path / "in/a.png")
+    (tmp_path / "in/a.txt").write_text("1girl, starry sky")
+    assert "1 done, 0 skipped, 0 failed" in command(*sorted((tmp_path / "in").iterdir()), "-o", tmp_path / "out")[1]
+
+
+def test_cuda_for_each_process_where_there_is_none(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    if not torch.cuda.is_available():
+        code, _, err = command(picture_file(tmp_path / "a.png"), "-o", tmp_path / "out", "--device", "cuda")
+        assert code == 2 and err.startswith("error: --device cuda") and err.count("\n") == 1
 
 
 def test_users_mistakes(tmp_path, command, monkeypatch):
