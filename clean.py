@@ -536,8 +536,8 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
         # A number may be another picture's now; a hash is the same pixels, whatever their file is called.
         for target in going + [t for t in before if rules.get("naming") == "id" and t in targets and targets[t] != before[t]]:
             copy_of, there = paths.get(before[target]), out / target
-            if target.startswith("pictures") and there.is_file() and not there.is_symlink() and not (
-                    stamp(there) in [stamp(p) for p in (copy_of, paths.get(targets.get(target))) if p]):
+            if target.startswith("pictures") and there.is_file() and not there.is_symlink() and (
+                    stamp(there) not in [stamp(p) for p in (copy_of, paths.get(targets.get(target))) if p]):
                 raise ValueError(f"{tile.printable(there)} is a copy of a picture that is not given this time, perhaps the "
                                  "last; choose an empty --out")
         if going:

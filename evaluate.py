@@ -34,7 +34,7 @@ import tile
 from convert import blend, find_sharp, find_weights, load_any, undamaged
 from metrics import Metric, psnr, ssim
 from model import save
-from pairs import paired, pairs, pictures, report_skipped, say      # noqa: F401; tests take pairs from here
+from pairs import paired, pictures, report_skipped, say
 from report import Column, Report
 
 WHOLE_LIMIT = 2 ** 20       # LR pixels: above this a picture is taken tile by tile unless --whole
@@ -610,11 +610,9 @@ def run(args, networks=None, watch=None):
         if page and done:
             page.finish()
     tile.Progress.clear()
-    if broken and not done:
-        raise ValueError(broken)
     if not done:
-        raise ValueError(f"none of the pictures in {args.data or args.lr or ', '.join(args.sr)} could be used; the "
-                         "reasons stand above")
+        raise ValueError(broken or f"none of the pictures in {args.data or args.lr or ', '.join(args.sr)} could be used; "
+                         "the reasons stand above")
 
     print(f"{done} pictures{f' ({len(skipped)} skipped)' if skipped else ''}, {where}, border {border}", *notes,
           sep="\n")

@@ -190,7 +190,8 @@ def read_picture(path, srgb=False):
                 orientation, exif = exif_of(im)
                 if im.format == "TIFF" and pixels.dtype == np.uint8 and max(im.tag_v2.get(258, (8,))) == 16:
                     notes.append("16-bit TIFF read as 8 bit; PNG keeps them")
-                if im.format == "PNG" and not icc and abs(im.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05 and "srgb" not in im.info:
+                odd = abs(im.info.get("gamma", 1 / 2.2) * 2.2 - 1) > 0.05
+                if im.format == "PNG" and odd and not icc and "srgb" not in im.info:
                     notes.append("gamma of the file left behind")
                 if getattr(im, "n_frames", 1) > 1:
                     notes.append(f"first of {im.n_frames} frames")

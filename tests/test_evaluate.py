@@ -177,7 +177,7 @@ def hr_folder(tmp_path):
 
 def test_pairs_are_what_the_command_of_degrade_writes(hr_folder, tmp_path, monkeypatch, capsys):
     skipped = []
-    got = {name: (lr, hr) for name, lr, hr in evaluate.pairs(hr_folder, "web", 2, seed=5, skipped=skipped)}
+    got = {name: (lr, hr) for name, lr, hr in pairs.pairs(hr_folder, "web", 2, seed=5, skipped=skipped)}
     assert set(got) == {"a.png", "b c/空.png", "see through.png"}
     assert len(skipped) == 1 and "broken.png" in skipped[0] and "skipped: " in capsys.readouterr().err
     assert torch.equal(got["a.png"][1], smooth(41, 36, 1)[:, :40])
@@ -192,14 +192,14 @@ def test_pairs_are_what_the_command_of_degrade_writes(hr_folder, tmp_path, monke
 
 
 def test_pairs_limit_files_and_errors(hr_folder):
-    assert [n for n, *_ in evaluate.pairs([hr_folder], "bicubic", 2, limit=2)] == ["a.png", "b c/空.png"]
-    assert [n for n, *_ in evaluate.pairs([hr_folder / "b c" / "空.png"], "bicubic", 3)] == ["空.png"]
+    assert [n for n, *_ in pairs.pairs([hr_folder], "bicubic", 2, limit=2)] == ["a.png", "b c/空.png"]
+    assert [n for n, *_ in pairs.pairs([hr_folder / "b c" / "空.png"], "bicubic", 3)] == ["空.png"]
     with pytest.raises(ValueError, match="there are bicubic, web"):
-        evaluate.pairs(hr_folder, "wep", 2)                     # at once, not at the first picture
+        pairs.pairs(hr_folder, "wep", 2)                     # at once, not at the first picture
     with pytest.raises(ValueError, match="no such file"):
-        evaluate.pairs(hr_folder / "none", "web", 2)
+        pairs.pairs(hr_folder / "none", "web", 2)
     skipped = []
-    assert not list(evaluate.pairs(hr_folder / "a.png", "web", 60, skipped=skipped)) and "36x41" in skipped[0]
+    assert not list(pairs.pairs(hr_folder / "a.png", "web", 60, skipped=skipped)) and "36x41" in skipped[0]
 
 
 def taken(skipped=None, crop=False, **sides):
@@ -304,7 +304,7 @@ def test_command(hr_folder, tmp_path, monkeypatch, capsys):
         rows = {(r["picture"], r["method"]): r for r in csv.DictReader(file)}
     assert len(rows) == 3 * 4 and {m for _, m in rows} == {"bicubic", "lanczos", "one", "mine"}
     mean = {}
-    for name, lr, hr in evaluate.pairs(hr_folder, "web", 2):
+    for name, lr, hr in pairs.pairs(hr_folder, "web", 2):
         made = dict(bicubic=degrade.resize(lr, hr.shape[-2:]), lanczos=degrade.resize(lr, hr.shape[-2:], "lanczos"))
         for label, path in zip(("one", "mine"), files):
             with torch.no_grad():
@@ -358,7 +358,7 @@ def test_results_of_others_beside_a_model(hr_folder, tmp_path, monkeypatch, caps
     assert "see through" in out and out.count("\n") == 3 + 4
     rows = {(r["picture"], r["method"]): r for r in csv.DictReader(open(tmp_path / "t.csv", encoding="utf-8"))}
     assert len(rows) == 2 * 4
-    trues = {name: hr for name, _, hr in evaluate.pairs(hr_folder, "web", 2)}
+    trues = {name: hr for name, _, hr in pairs.pairs(hr_folder, "web", 2)}
     for name, x in sr.items():
         row = rows[name, "other"]
         hr = trues[name]
@@ -391,7 +391,7 @@ def test_a_results_own_size(hr_folder, tmp_path, monkeypatch, capsys):
 
 def test_without_true_pictures(hr_folder, tmp_path, monkeypatch, capsys):
     file, lr = weights(tmp_path / "one.safetensors"), tmp_path / "lr"
-    for name, x, _ in evaluate.pairs(hr_folder, "web", 2):
+    for name, x, _ in pairs.pairs(hr_folder, "web", 2):
         save(lr / name, x)
     code, out, err = command(monkeypatch, capsys, "--lr", lr, "--weights", file, "--metrics",
                              "psnr_y,banding,faithfulness,seconds", "--csv", tmp_path / "t.csv")
@@ -444,7 +444,7 @@ def test_detector_and_page(hr_folder, tmp_path, monkeypatch, capsys):
     assert "空.png" in html and "PSNR-Y" in html and "Clean" in html
     name, images, figures, reference, heat = seen[0]
     assert name == "a.png" and list(images) == ["bicubic", "lanczos", "one", "HR"] and reference == "HR"
-    _, lr, hr = next(evaluate.pairs(hr_folder / "a.png", "bicubic", 2))
+    _, lr, hr = next(pairs.pairs(hr_folder / "a.png", "bicubic", 2))
     assert (images["HR"] == (hr * 255).round().byte().permute(1, 2, 0).numpy()).all()
     small = degrade.resize(lr, hr.shape[-2:]).clamp(0, 1)
     with torch.no_grad():
@@ -490,7 +490,7 @@ def test_a_seam_is_seen(tmp_path, monkeypatch, capsys):
 def test_lr_folder_border_and_tiles(hr_folder, tmp_path, monkeypatch, capsys):
     (hr_folder / "broken.png").unlink()
     file, lr = weights(tmp_path / "one.safetensors"), tmp_path / "lr"
-    for name, x, _ in evaluate.pairs(hr_folder, "bicubic", 2):
+    for name, x, _ in pairs.pairs(hr_folder, "bicubic", 2):
         save(lr / name, x)
     made = {}
     for how in ((), ("--whole",), ("--tile-size", "16", "--tile-pad", "0"), ("--border", "5"), ("--limit", "2")):
@@ -630,7 +630,7 @@ def test_without_weights_it_measures_what_tile_chooses(hr_folder, tmp_path, monk
     each = measured("--weights", *files.values())
     assert all(each[name, "web-low"] != each[name, "clean-low"] for name, _ in each)
     names = sorted({name for name, _ in each})
-    sharp = next(lr for name, lr, _ in evaluate.pairs(hr_folder, "bicubic", 2) if name == names[0])
+    sharp = next(lr for name, lr, _ in pairs.pairs(hr_folder, "bicubic", 2) if name == names[0])
     monkeypatch.setattr(evaluate, "undamaged", lambda network, plain, rgb: torch.equal(rgb, sharp))
     chosen = measured()
     assert {m for _, m in chosen} == {"bicubic", "lanczos", "web-low or clean-low"}

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import convert
 import evaluate
 import model
+import pairs
 import tile
 
 
@@ -101,7 +102,7 @@ def test_both_commands(kind, scale, suffix, tmp_path, monkeypatch, capsys):
     assert code == 0 and "2 pictures," in out, err
     rows = {(r["picture"], r["method"]): r for r in csv.DictReader(open(tmp_path / "t.csv", encoding="utf-8"))}
     assert {m for _, m in rows} == {"bicubic", "lanczos", "a rival"}
-    for name, small, large in evaluate.pairs(tmp_path / "hr", "bicubic", scale):
+    for name, small, large in pairs.pairs(tmp_path / "hr", "bicubic", scale):
         if name == "a.png":
             assert float(rows[name, "a rival"]["psnr_y"]) == pytest.approx(
                 evaluate.psnr(plain(net, small), large, scale), abs=2e-3)
