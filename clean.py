@@ -200,7 +200,7 @@ def eight_bit(x):
     """(C, H, W) float in [0, 1] -> uint8 (H, W, C), a strip at a time to spare memory."""
     pixels = np.empty((*x.shape[1:], len(x)), np.uint8)
     for y in range(0, len(pixels), 256):
-        pixels[y:y + 256] = x[:, y:y + 256].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        pixels[y:y + 256] = tile.quantised(x[:, y:y + 256], 8)
     return pixels
 
 
@@ -445,8 +445,8 @@ def rows_of(file, fields):
 
 def ours(path, content, fields):
     """ValueError where the CSV path, with these bytes, does not begin as ours do."""
-    first, header = content.split(b"\n")[0] + b",", ",".join(fields).encode() + b","
-    if content and not header.startswith(first[:-1]) and not first.startswith(header[:header.index(b",") + 1]):
+    first = content.split(b"\n")[0]
+    if not ",".join(fields).encode().startswith(first) and first.split(b",")[0] != fields[0].encode():
         raise ValueError(f"{tile.printable(path)} is not from here; choose an empty --out")
 
 
@@ -534,10 +534,11 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             raise ValueError(f"{tile.printable(out / strange[0])} is not from here; choose an empty --out")
         going = [t for t in before if t not in targets]
         # A number may be another picture's now; a hash is the same pixels, whatever their file is called.
-        for target in going + [t for t in before if rules.get("naming") == "id" and t in targets and targets[t] != before[t]]:
-            copy_of, there = paths.get(before[target]), out / target
-            if target.startswith("pictures") and there.is_file() and not there.is_symlink() and (
-                    stamp(there) not in [stamp(p) for p in (copy_of, paths.get(targets.get(target))) if p]):
+        taken = [t for t in before if t in targets and targets[t] != before[t]] if rules.get("naming") == "id" else []
+        for target in going + taken:
+            there, given = out / target, [paths.get(before[target]), paths.get(targets.get(target))]
+            is_copy = target.startswith("pictures") and there.is_file() and not there.is_symlink()
+            if is_copy and stamp(there) not in [stamp(path) for path in given if path]:
                 raise ValueError(f"{tile.printable(there)} is a copy of a picture that is not given this time, perhaps the "
                                  "last; choose an empty --out")
         if going:

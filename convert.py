@@ -93,14 +93,15 @@ def undamaged(repairing, plain, rgb, least=(51.0, 62.0), most=1.8):
     cells.sort(reverse=True)
     some = sorted({k * len(cells) // 12 for k in range(4)})
     x = torch.stack([rgb[:, y:y + side, i:i + side] for _, y, i in (cells[k] for k in some)])
-    least, x = least[jpeg_grid(x)], x.to(device)
-    fixed = repairing(x).float().clamp(0, 1).cpu()      # older versions have no antialiased bicubic for Apple's GPUs
-    again = F.interpolate(fixed, size=side, mode="bicubic", antialias=True)
-    small, x = x, x.cpu()
+
+    def enlarged(network):
+        return network(x.to(device)).float().clamp(0, 1).cpu()
+    fixed = enlarged(repairing)
+    again = F.interpolate(fixed, size=side, mode="bicubic", antialias=True)     # older versions lack it on Apple's GPUs
     r = (again - x)[..., 4:-4, 4:-4].square().mean((1, 2, 3)).clamp_min(1e-7)
-    if 10 * median(torch.log10(detail(x).mean((1, 2, 3)) / r ** 2).tolist()) <= least:
+    if 10 * median(torch.log10(detail(x).mean((1, 2, 3)) / r ** 2).tolist()) <= least[jpeg_grid(x)]:
         return False
-    finer = detail(fixed).mean((1, 2, 3)) / detail(plain(small).float().clamp(0, 1).cpu()).mean((1, 2, 3)).clamp_min(1e-9)
+    finer = detail(fixed).mean((1, 2, 3)) / detail(enlarged(plain)).mean((1, 2, 3)).clamp_min(1e-9)
     return 10 * median(torch.log10(finer).tolist()) < most
 
 
@@ -162,12 +163,15 @@ def blend(files, alphas):
     (a, about_a), (b, about_b) = map(read_weights, files)
     load(files[0])                      # says so if it is none of ours
     for key in [*a, *sorted(b.keys() - a)]:
-        where = [str(f) for f, state in zip(files, (a, b)) if key in state]
-        what = (f"{key} is in {where[0]} only" if len(where) < 2 else
-                f"{key} is {tuple(a[key].shape)} and {tuple(b[key].shape)}" if a[key].shape != b[key].shape else
-                f"{key} holds other numbers" if not a[key].is_floating_point() and not a[key].equal(b[key]) else None)
-        if what:
-            raise ValueError(f"{files[0]} and {files[1]} are not the same network: {what}")
+        if key not in a or key not in b:
+            what = f"is in {files[0] if key in a else files[1]} only"
+        elif a[key].shape != b[key].shape:
+            what = f"is {tuple(a[key].shape)} and {tuple(b[key].shape)}"
+        elif not a[key].is_floating_point() and not a[key].equal(b[key]):
+            what = "holds other numbers"
+        else:
+            continue
+        raise ValueError(f"{files[0]} and {files[1]} are not the same network: {key} {what}")
     made = {}
     for alpha in alphas:
         state = {k: x if alpha == 0 or not x.is_floating_point() else b[k] if alpha == 1 else x.lerp(b[k], alpha)
@@ -210,14 +214,15 @@ def main():
             raise WeightsError(f"{args.out} is the file itself, which would lose its refiner; choose another name")
         if args.out and args.out.exists() and not args.overwrite:
             raise WeightsError(f"{args.out} is there already; --overwrite replaces it")
-        hat, refiner = (sum(x.numel() for k, x in model.named_parameters() if k.startswith("hat_model.") == b) for b in (1, 0))
+        every, hat = (sum(x.numel() for x in part.parameters()) for part in (model, model.hat_model))
         print(json.dumps(model.header, indent=1, ensure_ascii=False))
-        print(f"{hat + refiner:,} parameters, {hat:,} of them HAT's; refiner {'trained' if model.refine else 'untrained: left out'}")
+        print(f"{every:,} parameters, {hat:,} of them HAT's; refiner {'trained' if model.refine else 'untrained: left out'}")
         if args.out:
             export_hat(model, args.out)
             print(f"{args.out}: without the refiner" + ", so the picture differs from ours" * model.refine)
     except (WeightsError, OSError) as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -675,6 +675,13 @@ def seam(x, rng, colour, sigma, shift):
     return out.transpose(1, 2) if upright else out
 
 
+DRAWN = dict(       # how each fault is drawn: (x, generator, its values of FAULTS) -> x
+    blocking=blocking, ringing=ringing, banding=banding, seam=seam,
+    blur=lambda x, rng, sigma: gaussian_blur(x, sigma),
+    oversharp=lambda x, rng, amount: unsharp(x, rng.uniform(0.8, 1.6), amount),
+    noise=lambda x, rng, sigma: noise(x, "gaussian", sigma, rng.random() < 0.5, new_seed(rng)))
+
+
 @torch.no_grad()
 def artifact(hr, kind, strength, seeds):
     """Clean patches -> the same with one fault each, as FAULTS says.
@@ -695,14 +702,7 @@ def artifact(hr, kind, strength, seeds):
             raise ValueError(f"no fault '{name}' of strength {s}; there are {', '.join(ARTIFACTS)}, of 0 to 1")
         x, rng = hr[i].detach().float(), np.random.default_rng(int(seed) % 2 ** 64)
         how = {key: float(np.interp(s, (0, 0.5, 1), values)) for key, values in FAULTS[name].items()}
-        if name == "blur":
-            out[i] = gaussian_blur(x, **how)
-        elif name == "oversharp":
-            out[i] = unsharp(x, rng.uniform(0.8, 1.6), **how)
-        elif name == "noise":
-            out[i] = noise(x, "gaussian", how["sigma"], rng.random() < 0.5, new_seed(rng))
-        else:
-            out[i] = dict(blocking=blocking, ringing=ringing, banding=banding, seam=seam)[name](x, rng, **how)
+        out[i] = DRAWN[name](x, rng, **how)
     return to_8_bit(out)
 
 
@@ -722,7 +722,7 @@ def described(steps):
     return ", ".join(lines)
 
 
-def sheet(hr, scale, names=tuple(RECIPES), seed=0):
+def sheet(hr, scale, names, seed):
     """The busiest part of hr (3, H, W), some 384 pixels wide, and what each recipe makes of it, pixels enlarged scale
     times -> a Pillow picture. A recipe shows the first draw from seed on that is not its clean share's."""
     side = min(*hr.shape[-2:], 384) // scale * scale
@@ -757,7 +757,7 @@ def sheet(hr, scale, names=tuple(RECIPES), seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plan(pictures, source, target, suffixes=(".png",)):
+def plan(pictures, source, target, suffixes):
     """[(relative name, path, path of the LR picture)]; raises ValueError where two would land on one name."""
     jobs, taken = [], {}
     for path in pictures:
@@ -768,11 +768,6 @@ def plan(pictures, source, target, suffixes=(".png",)):
         taken[lr_path] = name
         jobs.append((name.as_posix(), Path(path), lr_path))
     return jobs
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main():
@@ -813,7 +808,7 @@ def write_sheet(args, names):
         raise ValueError(f"{args.sheet} exists already; choose another name or give --overwrite")
     if not args.hr_folder.is_file():
         raise ValueError(f"{args.hr_folder} is not a picture; give one file")
-    page = sheet(tile.composite(tile.read_picture(args.hr_folder), (1.0, 1.0, 1.0)), args.scale, names, args.seed)
+    page = sheet(tile.composite(tile.read_picture(args.hr_folder), 1.0), args.scale, names, args.seed)
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
     tile.save_picture(args.sheet, tile.Picture(rgb=torch.from_numpy(np.array(page)).permute(2, 0, 1).float().div(255)))
     print(f"{len(names)} recipes of {tile.printable(args.hr_folder)} in {tile.printable(args.sheet)}")
@@ -846,21 +841,22 @@ def run(args):
             raise ValueError(f"{there[0]} exists already ({len(there)} of {len(jobs)} do); choose another folder or "
                              "give --overwrite")
     except ValueError as e:
-        fail(tile.printable(e))
+        tile.fail(tile.printable(e))
     except OSError as e:
-        fail(f"cannot write {tile.printable(args.sheet)}: {e.strerror or e}")
+        tile.fail(f"cannot write {tile.printable(args.sheet or target)}: {e.strerror or e}")
 
     terminal, start, shown, done, cropped, bad = sys.stderr.isatty(), time.time(), time.time(), 0, 0, 0
     for count, (name, path, lr_path) in enumerate(jobs, 1):
         try:
             picture = tile.read_picture(path)
-            hr = tile.composite(picture, (1.0, 1.0, 1.0))
+            hr = tile.composite(picture, 1.0)
             h, w = (side - side % args.scale for side in hr.shape[-2:])
             cropped += (h, w) != tuple(hr.shape[-2:])
             lr = degrade(hr[None, :, :h, :w], recipe, args.scale, [picture_seed(name, args.seed)])[0]
         except (ValueError, OSError) as e:      # a PictureError is a ValueError and names its file
             reason = e if isinstance(e, tile.PictureError) else f"{tile.printable(name)}: {e}"
-            print(("\r\033[K" if terminal else "") + f"skipped: {reason}", file=sys.stderr)
+            tile.Progress.clear()
+            print(f"skipped: {reason}", file=sys.stderr)
             bad += 1
             continue
         try:
@@ -868,17 +864,16 @@ def run(args):
             grey = picture.grey and (picture.icc or b"")[16:20] == b"GRAY"     # such a profile fits no other
             tile.save_picture(lr_path, tile.Picture(rgb=lr, icc=picture.icc, grey=grey), args.jpeg or 95)
         except (OSError, ValueError) as e:
-            fail(f"cannot write {tile.printable(lr_path)}: {getattr(e, 'strerror', None) or e}; free some room "
-                 f"or choose another folder ({done} of {len(jobs)} are done)")
+            tile.fail(f"cannot write {tile.printable(lr_path)}: {getattr(e, 'strerror', None) or e}; free some room "
+                      f"or choose another folder ({done} of {len(jobs)} are done)")
         done += 1
         if terminal or time.time() - shown > 10:
-            shown, rate = time.time(), count / (time.time() - start)
+            shown, rate = time.time(), count / (time.time() - start + 1e-9)
             line = f"{count}/{len(jobs)}  {rate:.1f} pictures/s  {(len(jobs) - count) / rate:.0f} s left"
             print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    if terminal:
-        print("\r\033[K", end="", file=sys.stderr)
+    tile.Progress.clear()
     if not done:
-        fail(f"none of the {len(jobs)} pictures in {source} could be used; the reasons stand above")
+        tile.fail(f"none of the {len(jobs)} pictures in {source} could be used; the reasons stand above")
     print(f"{done} pictures by recipe {recipe}, {args.scale}x smaller, in {target}"
           + (f"; {cropped} cropped to a multiple of {args.scale} first" if cropped else "")
           + (f"; {bad} skipped" if bad else ""))

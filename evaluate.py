@@ -35,7 +35,7 @@ from convert import blend, find_sharp, find_weights, load_any, undamaged
 from metrics import Metric, psnr, ssim
 from model import save
 from pairs import paired, pictures, report_skipped, say
-from report import Column, Report
+from report import Column, Report, common_means
 
 WHOLE_LIMIT = 2 ** 20       # LR pixels: above this a picture is taken tile by tile unless --whole
 COLUMNS = {**metrics.METRICS,                                   # and what takes more than a picture:
@@ -63,22 +63,22 @@ def chosen(text, hr, lr, timed):
     stderr for each that cannot. None takes the usual ones. Raises ValueError that lists the names there are."""
     names = metrics.chosen(text or (WITH_HR if hr else WITHOUT_HR), COLUMNS)
     for name in list(names):
-        needs = COLUMNS[name].needs
-        if needs == "hr" and not hr or needs == "lr" and not lr or name in ("seconds", "seam") and not timed:
-            why = "it needs " + ("the true pictures; give --data" if needs == "hr" else
-                                 "a model to run; give --weights" if lr else "LR pictures; give --lr or --recipe")
-            leave_out(names, name, why, quietly=not text)
+        needs, lacking = COLUMNS[name].needs, None
+        if needs == "hr" and not hr:
+            lacking = "the true pictures; give --data"
+        elif needs == "lr" and not lr:
+            lacking = "LR pictures; give --lr or --recipe"
+        elif name in ("seconds", "seam") and not timed:
+            lacking = "a model to run; give --weights"
+        if lacking:
+            leave_out(names, name, f"it needs {lacking}", quietly=not text)
     return names
 
 
-class NoMetricLeft(ValueError):
-    """None of the metrics asked for can be measured."""
-
-
 def leave_out(names, name, why, quietly=False):
-    """Goes on without a metric. Raises NoMetricLeft where it is the last one."""
+    """Goes on without a metric. Raises ValueError where it is the last one."""
     if names == [name]:
-        raise NoMetricLeft(f"{name} cannot be measured: {why}")
+        raise ValueError(f"{name} cannot be measured: {why}")
     names.remove(name)
     if not quietly:
         say(f"left out: {name}; {why}")
@@ -129,17 +129,12 @@ def middle(name):
 
 
 def mean_rows(results, names):
-    """[(picture, method, row)] -> {method: row of means}, nan where nothing was measured. A mean goes over the pictures
-    that have the figure for every method that has it at all."""
+    """[(picture, method, row)], every picture by every method -> {method: row of means}, see report.common_means."""
     rows = {method: {} for _, method, _ in results}
     for name in names:
-        found = {method: {} for method in rows}
-        for picture, method, row in results:
-            if not math.isnan(row[name]):
-                found[method][picture] = row[name]
-        common = set.intersection(*(set(own) for own in found.values() if own), {picture for picture, *_ in results})
-        for method, own in found.items():
-            rows[method][name] = middle(name)(own[p] for p in common) if own and common else math.nan
+        figures = {label: [row[name] for _, method, row in results if method == label] for label in rows}
+        for label, value in common_means(figures, middle(name))[0].items():
+            rows[label][name] = value
     return rows
 
 
@@ -188,12 +183,13 @@ class Strip:
     def __call__(self, hr, made):
         far = (made[self.labels[0]] - made[self.labels[-1]]).abs().mean(0, keepdim=True)
         side = min(self.side, *far.shape[1:])
-        means = F.avg_pool2d(far, side, max(side // 4, 1))[0]
-        if means.max() > self.most:
-            self.most = means.max()
-            y, x = (i * max(side // 4, 1) for i in divmod(means.argmax().item(), means.shape[1]))
+        step = max(side // 4, 1)
+        average = F.avg_pool2d(far, side, step)[0]
+        if average.max() > self.most:
+            self.most = average.max()
+            y, x = (i * step for i in divmod(average.argmax().item(), average.shape[1]))
             shown = {label: made[label] for label in self.labels} | ({} if hr is None else {"HR": hr})
-            self.crops = {label: tile.quantised(x_[:, y:y + side, x:x + side], 8) for label, x_ in shown.items()}
+            self.crops = {label: tile.quantised(sr[:, y:y + side, x:x + side], 8) for label, sr in shown.items()}
 
     def draw(self):
         side = next(iter(self.crops.values())).shape[0] * self.zoom
@@ -215,7 +211,7 @@ def read_run(folder):
     try:
         with open(Path(folder) / "log.csv", newline="") as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    except (OSError, ValueError, UnicodeDecodeError) as e:
+    except (OSError, ValueError, TypeError, csv.Error) as e:    # TypeError: a row longer than the head
         raise ValueError(f"{folder} is no run with a log.csv that can be read ({e})") from None
     if not rows or not all({"step", "psnr_y", "seconds"} <= row.keys() for row in rows):
         raise ValueError(f"{folder}/log.csv holds no report yet")
@@ -227,7 +223,7 @@ def draw_curves(runs):
     line per run."""
     w, h, left, top = 720, 220, 70, 24
     colours = [(200, 40, 90), (30, 90, 200), (20, 140, 70), (200, 120, 0), (120, 60, 180), (0, 140, 160)]
-    runs = {name: [{k: float(v) for k, v in row.items() if v != ""} for row in rows] for name, rows in runs.items()}
+    runs = {name: [{k: float(v) for k, v in row.items()} for row in rows] for name, rows in runs.items()}
     other = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y", "psnr_rgb", "ssim_rgb"}
     names = dict.fromkeys(k for rows in runs.values() for row in rows for k in row
                           if k not in other and not k.endswith("_grad"))
@@ -238,7 +234,7 @@ def draw_curves(runs):
     for i, name in enumerate(names):
         values = [row[name] for rows in runs.values() for row in rows if name in row and math.isfinite(row[name])]
         lo, hi = min(values, default=0), max(values, default=1)
-        hi = hi if hi > lo else lo + 1e-9
+        hi = hi if hi > lo else lo + 1e-9 * max(1, abs(lo))
 
         def at(x, y):
             return (left + (w - left - 20) * x / max(most, 1), i * h + h - top - (h - 2 * top) * (y - lo) / (hi - lo))
@@ -254,16 +250,12 @@ def draw_curves(runs):
             if points:
                 draw.line(points * (2 if len(points) == 1 else 1), fill=colour, width=2)
             if len(runs) > 1:
-                draw.text((left + 190 + 130 * (j % 3), i * h + 4 + 11 * (j // 3)), printable_ascii(run), fill=colour)
+                label = run.encode("latin-1", "replace").decode("latin-1")[-20:]       # Pillow's own letters are Latin only
+                draw.text((left + 190 + 130 * (j % 3), i * h + 4 + 11 * (j // 3)), label, fill=colour)
     return picture
 
 
-def printable_ascii(text):
-    """Pillow's built-in letters are Latin only."""
-    return text.encode("latin-1", "replace").decode("latin-1")[-20:]
-
-
-def compare(folders, out, overwrite=False):
+def compare(folders, out, overwrite):
     """Prints a table of training runs and writes their curves into the PNG `out`. Raises ValueError."""
     runs = dict(zip((Path(f).resolve().name for f in folders), map(read_run, folders)))
     if len(runs) < len(folders):
@@ -273,8 +265,8 @@ def compare(folders, out, overwrite=False):
     settings = []
     for folder in folders:
         try:
-            settings.append(json.loads((Path(folder) / "args.json").read_text()))
-        except (OSError, ValueError):
+            settings.append(dict(json.loads((Path(folder) / "args.json").read_text())))
+        except (OSError, ValueError, TypeError):
             settings.append({})
     width = max(map(len, runs)) + 2
     final = "psnr_y", "ssim_y", "psnr_rgb", "ssim_rgb"
@@ -332,26 +324,24 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
         sys.stdout.reconfigure(errors="backslashreplace")
     task = sys.argv[1] if sys.argv[1:2] in (["blend"], ["compare"]) else None
-    p = argparse.ArgumentParser(
-        prog=f"evaluate.py {task}" if task else None,
-        description="Blends the weights of two models of one network: (1 - alpha) * A + alpha * B."
-        if task == "blend" else
-        "Models and other programs' results beside bicubic and Lanczos, over a folder of pictures.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n" + (
-            "  python evaluate.py blend clean.safetensors web.safetensors --alpha 0.3 -o mine.safetensors\n"
-            "  python evaluate.py blend clean.safetensors web.safetensors --sweep 0,0.5,1 --data hr/ -o strip.png"
-            if task == "blend" else
-            "  python evaluate.py --data wallpapers/ --recipe web --weights runs/mine/best.safetensors\n"
-            "  python evaluate.py --data hr/ --lr lr/ --sr waifu2x=theirs/ --weights mine.safetensors --report page\n"
-            "  python evaluate.py --lr lr/ --metrics niqe,banding --weights a.safetensors b.safetensors\n"
-            "  python evaluate.py blend --help\n  python evaluate.py compare runs/a runs/b"))
+    p = argparse.ArgumentParser(prog=f"evaluate.py {task}" if task else None,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     if task == "blend":
+        p.description = "Blends the weights of two models of one network: (1 - alpha) * A + alpha * B."
+        p.epilog = ("examples:\n"
+                    "  python evaluate.py blend clean.safetensors web.safetensors --alpha 0.3 -o mine.safetensors\n"
+                    "  python evaluate.py blend clean.safetensors web.safetensors --sweep 0,0.5,1 --data hr/ -o strip.png")
         p.add_argument("files", nargs=2, metavar="FILE", help="A and B")
         p.add_argument("--alpha", type=float, help="the share of B, 0 to 1; the blend is written to --out")
         p.add_argument("--sweep", metavar="N,...", help="measure these shares instead, a crop of each drawn to --out")
         p.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file; with --sweep a .png")
     else:
+        p.description = "Models and other programs' results beside bicubic and Lanczos, over a folder of pictures."
+        p.epilog = ("examples:\n"
+                    "  python evaluate.py --data wallpapers/ --recipe web --weights runs/mine/best.safetensors\n"
+                    "  python evaluate.py --data hr/ --lr lr/ --sr waifu2x=theirs/ --weights mine.safetensors --report page\n"
+                    "  python evaluate.py --lr lr/ --metrics niqe,banding --weights a.safetensors b.safetensors\n"
+                    "  python evaluate.py blend --help\n  python evaluate.py compare runs/a runs/b")
         p.add_argument("runs", nargs="*", type=Path, help="training runs to lay side by side, instead of all below")
         p.add_argument("--curves", type=Path, default=Path("curves.png"), help="where their curves go (curves.png)")
         p.add_argument("--weights", nargs="+", metavar="FILE",
@@ -371,6 +361,10 @@ def main():
             run(args)
     except ValueError as e:     # a user's mistake: PictureError and WeightsError are two of them
         tile.fail(tile.printable(e))
+    except (RuntimeError, MemoryError) as e:
+        if not tile.out_of_memory(e):
+            raise
+        tile.fail("out of memory; give fewer --weights, --tile-size 64 or another --device")
     except OSError as e:
         at = e.filename2 or e.filename
         tile.fail(tile.printable(f"cannot write{f' {at}' if at else ''}: {e.strerror}; free some room or choose "
@@ -400,7 +394,7 @@ def run_blend(args):
         save(made, args.out, made.header)
         print(f"{args.out}: {1 - args.alpha:g} of {args.files[0]}, {args.alpha:g} of {args.files[1]}")
         return
-    device, _ = device_of(args)
+    device, _ = tile.device_of(args)
     networks = {f"alpha {alpha:g}": network.to(device) for alpha, network in blend(args.files, alphas).items()}
     strip = Strip(list(networks))
     run(args, networks, strip)
@@ -441,20 +435,10 @@ def check(args):
     for flag, value in ("--limit", args.limit), ("--scale", args.scale):
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value} does not work; use 1 or more")
+    if args.csv and args.json and os.path.realpath(args.csv) == os.path.realpath(args.json):
+        raise ValueError(f"--csv and --json are both {args.csv}; give them names of their own")
     for path in filter(None, (args.csv, args.json)):
         writable(path, args.overwrite)
-
-
-def device_of(args):
-    """-> (torch.device, dtype for autocast or None). Raises ValueError for a device that is not there."""
-    try:
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        device = torch.device(args.device or best)
-        torch.zeros(1, device=device).item()        # of meta there is nothing to be had
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {args.device}: {str(e).splitlines()[0]}") from None
-    amp = args.amp or ("bf16" if tile.bf16_is_native(device) else "off")
-    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def scale_of(networks, given):
@@ -485,17 +469,20 @@ def run(args, networks=None, watch=None):
     args.weights; watch(hr, {label: sr}) sees every picture. Raises ValueError for what one line can say."""
     tile.keep_freed_memory()
     check(args)
-    device, amp = device_of(args)
+    device, amp = tile.device_of(args)
     tiled = tile.Tiler((384 if device.type == "cpu" else 512) if args.tile_size is None else args.tile_size,
                        args.tile_pad)
     theirs = results_of(args.sr)
     jobs, notes = paired({kind: place for kind, place in {"HR": args.data, "LR": args.lr, **theirs}.items() if place})
     sharper = None
-    if networks is None:
-        files = args.weights or ([] if theirs else [find_weights()])
-        sharp = None if args.weights or theirs else find_sharp(files[0])
-        named = [f"{files[0].stem} or {sharp.stem}"] if sharp else labels(files, (*RESERVED, *theirs))
-        networks = dict(zip(named, [load_any(f, device) for f in files]))
+    if networks is None and (args.weights or theirs):
+        files = args.weights or []
+        networks = dict(zip(labels(files, (*RESERVED, *theirs)), [load_any(f, device) for f in files]))
+    elif networks is None:      # what tile.py would take
+        file = find_weights()
+        sharp = find_sharp(file)
+        label, = [f"{file.stem} or {sharp.stem}"] if sharp else labels([file])
+        networks = {label: load_any(file, device)}
         sharper = sharp and load_any(sharp, device)
     scale = scale_of(networks, args.scale)
     border = scale if args.border is None else args.border
@@ -512,11 +499,11 @@ def run(args, networks=None, watch=None):
                 raise
             if "artifact" in names:
                 leave_out(names, "artifact", e)
-    if "niqe" in names:
+    for name in [n for n in names if n in ("niqe", *metrics.PYIQA)]:
         try:
-            metrics.load_niqe()
+            metrics.load_niqe() if name == "niqe" else metrics.pyiqa_for(name)
         except ValueError as e:
-            leave_out(names, "niqe", e)
+            leave_out(names, name, e)
     where = f"recipe {recipe}, {scale}x" if recipe else f"LR from {args.lr}, {scale}x" if args.lr else "no LR"
     where = tile.printable(where) + ("" if args.data else ", no HR")
     page = args.report and Report(
@@ -547,23 +534,18 @@ def run(args, networks=None, watch=None):
 
     def figures(method, sr, hr, lr, seconds, patches):
         row = dict(width=sr.shape[-1], height=sr.shape[-2])
-        for name in list(names):
-            try:
-                if name == "artifact":
-                    row[name] = patches[:, losses.CLASSES.index("clean")].mean().item()
-                elif name == "seam":
-                    row[name] = seam(networks[method], sr, lr) if method in networks else math.nan
-                elif name == "seconds":
-                    row[name] = seconds / (sr[0].numel() / 1e6)
-                else:
-                    row[name] = COLUMNS[name].run(sr, hr, lr, scale, border)
-            except metrics.MissingPackage as e:
-                leave_out(names, name, e)
-                if page:
-                    page.columns = [column for column in page.columns if column.key != name]
+        for name in names:
+            if name == "artifact":
+                row[name] = patches[:, losses.CLASSES.index("clean")].mean().item()
+            elif name == "seam":
+                row[name] = seam(networks[method], sr, lr) if method in networks else math.nan
+            elif name == "seconds":
+                row[name] = seconds / (sr[0].numel() / 1e6)
+            else:
+                row[name] = COLUMNS[name].run(sr, hr, lr, scale, border)
         return row
 
-    skipped, results, done, total = [], [], 0, min(len(jobs), args.limit or len(jobs))
+    skipped, results, done = [], [], 0
     width, begun = max(map(len, [*networks, *theirs, "bicubic"])) + 2, time.time()
     shown, broken = begun, None
     try:
@@ -579,8 +561,6 @@ def run(args, networks=None, watch=None):
                     if page or watch:
                         made[method] = sr
                         heat[method] = {"artifacts": dirt.numpy()} if detector else {}
-            except NoMetricLeft:
-                raise
             except FloatingPointError as e:
                 broken = f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it out"
                 break
@@ -605,7 +585,8 @@ def run(args, networks=None, watch=None):
             if args.each:
                 print(tile.printable(name), *(make_row(m, row, width, names) for m, row in rows.items()), sep="\n",
                       flush=True)
-            shown = show_progress(done + len(skipped), total, begun, shown)
+            to_do = len(jobs) - len(skipped)
+            shown = show_progress(done, min(to_do, args.limit or to_do), begun, shown)
     finally:
         if page and done:
             page.finish()

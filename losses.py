@@ -256,7 +256,7 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
-                header = json.loads((f.metadata() or {}).get("kabegami", "{}"))
+                header = dict(json.loads((f.metadata() or {}).get("kabegami", "{}")))
                 state = {k: f.get_tensor(k) for k in f.keys()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -810,12 +810,14 @@ def main():
         detector = load_detector(args.detector)
         import tile
         out = args.out or Path(Path(args.picture).stem + "-artifacts.png")
-        if out.exists() and (not args.overwrite or out.samefile(args.picture)):
-            raise LossError(f"{tile.printable(out)} is " + ("there already; --overwrite replaces it" if not args.overwrite else
-                                                            "the picture itself; choose another --out"))
-        if out.suffix.lower() not in tile.WRITES or not out.parent.is_dir():
-            raise LossError(f"{tile.printable(out)}: " + (f"no folder {tile.printable(out.parent)}" if not out.parent.is_dir() else
-                                                          f"cannot save so; use one of {' '.join(tile.WRITES)}"))
+        if out.exists() and not args.overwrite:
+            raise LossError(f"{tile.printable(out)} is there already; --overwrite replaces it")
+        if out.exists() and out.samefile(args.picture):
+            raise LossError(f"{tile.printable(out)} is the picture itself; choose another --out")
+        if not out.parent.is_dir():
+            raise LossError(f"{tile.printable(out)}: no folder {tile.printable(out.parent)}")
+        if out.suffix.lower() not in tile.WRITES:
+            raise LossError(f"{tile.printable(out)}: cannot save so; use one of {' '.join(tile.WRITES)}")
         rgb = tile.composite(tile.read_picture(args.picture), 1.0)
         name, (h, w) = tile.printable(args.picture), rgb.shape[1:]
         found, corners, heat = inspect(detector.to(args.device), rgb, progress=tile.Progress(name, h * w))

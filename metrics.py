@@ -447,13 +447,21 @@ def load_niqe(path=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache
-def _pyiqa_metric(name, device):
+PYIQA = ("lpips", "dists", "maniqa", "clipiqa", "musiq")
+
+
+def pyiqa_for(name):
+    """The package, for one of PYIQA. Raises MissingPackage."""
     try:
         import pyiqa
     except ImportError:
         raise MissingPackage(f"{name} needs pyiqa: pip install pyiqa (its licence is non-commercial)") from None
-    return pyiqa.create_metric(name, device=device)
+    return pyiqa
+
+
+@functools.lru_cache
+def _pyiqa_metric(name, device):
+    return pyiqa_for(name).create_metric(name, device=device)
 
 
 def _pyiqa(name, *pictures):

@@ -51,17 +51,16 @@ def paired(sides):
     for kind in others:
         for lone, place in (base.keys() - stems[kind], sides[first]), (stems[kind].keys() - base, sides[kind]):
             if lone:
-                said = f"{len(lone)} only in {place} ({', '.join(sorted(lone)[:3])}{', ...' if len(lone) > 3 else ''})"
-                said = tile.printable(said)
+                some = ", ".join(sorted(lone)[:3]) + ", ..." * (len(lone) > 3)
+                said = tile.printable(f"{len(lone)} only in {place} ({some})")
                 (strict if (first, kind) == ("HR", "LR") else notes).append(said)
     if strict:
         raise ValueError(f"the folders do not pair: {'; '.join(strict)}; every HR picture needs an LR picture of its "
                          "name")
     if not common:
-        raise ValueError(f"the folders do not pair: {'; '.join(notes) or 'no picture is in all of them'}; a result "
-                         "needs the name of its picture")
-    return ([(name, {kind: stems[kind][stem][1] for kind in sides}) for stem, (name, _) in base.items()
-             if stem in common], [f"left out: {note}" for note in notes])
+        raise ValueError(f"the folders do not pair: {'; '.join(notes)}; a result needs the name of its picture")
+    jobs = [(name, {kind: own[stem][1] for kind, own in stems.items()}) for stem, (name, _) in base.items() if stem in common]
+    return jobs, [f"left out: {note}" for note in notes]
 
 
 def fitted(found, scale, crop=False):

@@ -120,17 +120,12 @@ class Report:
                 for label in labels}
 
     def summary(self):
-        """The table of means. A method that lacks some pictures would be measured on others than its neighbours: the
-        mean goes over those for which every method of the column has a figure, and their number is in the head."""
+        """The table of means; where these do not go over all pictures, their number is in the head."""
         heads, rows, total = [], {}, len(self.added)
         for column in self.columns:
-            figures = self.figures(column)
-            measured = [values for values in figures.values() if not all(map(math.isnan, values))]
-            common = [i for i in range(total) if measured and not any(math.isnan(values[i]) for values in measured)]
-            means = [column.mean([values[i] for i in common]) if common else math.nan for values in figures.values()]
-            few = f" ({len(common)} of {total} pictures)" if measured and len(common) < total else ""
-            heads.append((column.head + few, column.better))
-            for label, cell in zip(figures, cells(means, column)):
+            found, count = common_means(self.figures(column), column.mean)
+            heads.append((column.head + (f" ({count} of {total} pictures)" if found and count < total else ""), column.better))
+            for label, cell in zip(found, cells(found.values(), column)):
                 rows.setdefault(label, []).append(cell)
         return table("method", heads, [(html.escape(label), row) for label, row in rows.items()])
 
@@ -150,6 +145,16 @@ class Report:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def common_means(figures, mean):
+    """{method: a figure for each picture, nan where there is none} -> ({method: their mean}, of how many pictures). A
+    method that lacks some pictures would be measured on others than its neighbours: the mean goes over those for which
+    every method has a figure that has any at all."""
+    measured = [values for values in figures.values() if not all(map(math.isnan, values))]
+    common = [i for i in range(max(map(len, figures.values()), default=0))
+              if not any(math.isnan(values[i]) for values in measured)]
+    return {label: mean([values[i] for i in common]) if common else math.nan for label, values in figures.items()}, len(common)
 
 
 def shown(value, digits):
@@ -551,7 +556,7 @@ function zoomAt(factor, clientX, clientY) {     // the place under the pointer s
 const move = (dx, dy) => { x += dx / zoom; y += dy / zoom; draw(); };
 const fit = () => { fitted = true; draw(); };
 const pixelForPixel = () => zoomAt(1 / zoom / devicePixelRatio);
-const swap = on => { swapped = on; draw(); };
+const swap = on => { swapped = on; if (pictures.length) draw(); };
 const slide = to => { split = clamp(to, 0, 1); draw(); };
 const turn = by => { location.hash = clamp(index + by, 0, pictures.length - 1) + 1; };
 
@@ -606,7 +611,7 @@ $("viewer").addEventListener("keydown", event => {
     f: () => swap(true), n: () => turn(1), p: () => turn(-1)}, event);
 });
 addEventListener("keyup", event => event.key == "f" && swap(false));
-addEventListener("blur", () => index < 0 || swap(false));
+addEventListener("blur", () => swap(false));
 
 $("in").onclick = () => zoomAt(1.25);
 $("out").onclick = () => zoomAt(0.8);

@@ -94,18 +94,18 @@ def find_pictures(paths):
 
 def samples(im, path):
     """An open Pillow image -> uint8 or uint16 array (H, W, C): C is 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA."""
-    tile = im.tile[0] if im.format == "PNG" and im.tile else (None,) * 4
+    *place, stored = im.tile[0] if im.format == "PNG" and im.tile else [None]  # how a PNG's samples lie, to Pillow
     im.load()
     see_through = "transparency" in im.info
-    if see_through and tile[3] in ("L;2", "L;4"):  # Pillow stretches the pixels to 8 bits, but not this
-        im.info["transparency"] *= 85 if tile[3] == "L;2" else 17
-    if tile[3] in ("RGB;16B", "RGBA;16B", "LA;16B"):
+    if see_through and stored in ("L;2", "L;4"):  # Pillow stretches the pixels to 8 bits, but not this
+        im.info["transparency"] *= 85 if stored == "L;2" else 17
+    if stored in ("RGB;16B", "RGBA;16B", "LA;16B"):
         # Pillow keeps the high bytes only. Read once more, telling it to unpack the low ones (big-endian samples
         # taken for little-endian), or for grey and alpha all four bytes of a pixel.
         with Image.open(path) as again:
-            again.tile = [(*tile[:3], "RGBA" if tile[3] == "LA;16B" else tile[3].replace("16B", "16L"))]
+            again.tile = [(*place, "RGBA" if stored == "LA;16B" else stored.replace("16B", "16L"))]
             low = np.asarray(again).astype(np.uint16)
-        if tile[3] == "LA;16B":
+        if stored == "LA;16B":
             return low[..., 0::2] << 8 | low[..., 1::2]
         pixels = np.asarray(im).astype(np.uint16) << 8 | low
     elif im.mode[0] == "I":  # I;16 and its byte orders; I in older Pillows
@@ -117,7 +117,7 @@ def samples(im, path):
     else:
         grey = im.mode in ("1", "L", "LA", "La")
         clear = see_through or im.mode in ("LA", "La", "RGBA", "RGBa", "PA")
-        mode = ("LA" if clear else "L") if grey else ("RGBA" if clear else "RGB")
+        mode = ("L" if grey else "RGB") + ("A" if clear else "")
         if see_through and grey:
             im = im.convert("RGBA")  # straight to LA Pillow forgets the transparent colour
         pixels = np.asarray(im if im.mode == mode else im.convert(mode))
@@ -156,12 +156,19 @@ def turned(pixels, orientation):
     return pixels[:, ::-1] if orientation in (2, 4) else pixels
 
 
+def colour_space(icc):
+    """What a raw ICC profile (or None) is for: b"RGB ", b"GRAY", b"CMYK"; nonsense of nonsense."""
+    return (icc or b"")[16:20]
+
+
 def to_srgb(im, icc):
     """An 8-bit image, grey, RGB or CMYK, and its profile -> (the image in sRGB, the profile's name), or None where the
     profile makes no sense or this Pillow cannot convert."""
     try:
         from PIL import ImageCms
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if im.mode == "L" and colour_space(icc) == b"RGB ":
+            im = im.convert("RGB")
         name = " ".join(ImageCms.getProfileDescription(profile).split())
         return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"), name
     except Exception:  # lcms raises its own kinds
@@ -201,6 +208,8 @@ def read_picture(path, srgb=False):
     except Exception as e:  # broken files make Pillow raise nearly anything
         reason = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
         raise PictureError(f"{printable(path)}: {reason}") from e
+    if cmyk or colour_space(icc) not in (b"RGB ", b"GRAY"):
+        icc = None
     if cmyk:
         notes.append(f"CMYK converted to sRGB {f'by its profile {by_profile[1]}' if by_profile else 'without profile'}")
     elif srgb and icc:
@@ -208,12 +217,10 @@ def read_picture(path, srgb=False):
         colours = np.ascontiguousarray(pixels[..., 0] if n == 1 else pixels[..., :3])
         by_profile = pixels.dtype == np.uint8 and to_srgb(Image.fromarray(colours), icc)
         if by_profile:
-            pixels, icc = np.concatenate([np.asarray(by_profile[0])[..., :n], pixels[..., n:]], -1), b""
+            pixels, icc = np.concatenate([np.asarray(by_profile[0])[..., :n], pixels[..., n:]], -1), None
             notes.append(f"{by_profile[1]} converted to sRGB")
         else:
             notes.append("profile kept, " + ("it makes no sense" if pixels.dtype == np.uint8 else "16 bit"))
-    if icc[16:20] not in (b"RGB ", b"GRAY"):
-        icc = None
     depth = 16 if pixels.dtype == np.uint16 else 8
     pixels = turned(pixels, orientation)
     try:
@@ -237,7 +244,7 @@ def size_of(path):
             warnings.simplefilter("ignore")
             with Image.open(path) as im:
                 orientation = Image.Image.getexif(im).get(ORIENTATION, 1)  # PNG's own getexif decodes the picture
-                return im.size if orientation > 4 and im.format != "TIFF" else im.size[::-1]  # Pillow has turned TIFF's
+                return im.size if orientation in (5, 6, 7, 8) and im.format != "TIFF" else im.size[::-1]  # Pillow has turned TIFF's
     except Exception:  # read_picture will say what is wrong
         return 0, 0
 
@@ -260,15 +267,15 @@ def replacing(path):
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
 
 
-def save_picture(path, picture, quality=95, dither=False):
+def save_picture(path, picture, quality=95):
     """Picture -> file; see save_strips."""
     planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
     size = picture.rgb.shape[1:]
     save_strips(path, (torch.cat([p[:, y:y + 256] for p in planes]) for y in range(0, size[0], 256)), size, picture,
-                quality, dither)
+                quality)
 
 
 def save_strips(path, strips, size, picture, quality=95, dither=False):
@@ -290,7 +297,7 @@ def save_strips(path, strips, size, picture, quality=95, dither=False):
     grey = picture.grey and kind in ("PNG", "JPEG")
     alpha = picture.alpha is not None and kind != "JPEG"
     depth = 16 if picture.depth == 16 and kind == "PNG" else 8
-    icc = picture.icc if picture.icc and picture.icc[16:20] == (b"GRAY" if grey else b"RGB ") else None
+    icc = picture.icc if colour_space(picture.icc) == (b"GRAY" if grey else b"RGB ") else None
     exif = picture.exif if kind != "JPEG" or len(picture.exif or b"") < 65534 else None  # one JPEG segment
 
     def arrays():
@@ -339,7 +346,7 @@ def quantised(x, depth, dither_at=None):
     return x.astype(np.uint16 if depth == 16 else np.uint8)
 
 
-def write_png(file, strips, height, width, channels, depth, icc=None, exif=None):
+def write_png(file, strips, height, width, channels, depth, icc, exif):
     """Arrays (h, W, 1..4) of uint8 or uint16 as PNG, a few rows at a time as they come; each row filtered by Sub, Up or
     Paeth, whichever leaves least. Pillow would want the whole picture, and writes 16 bit for grey only."""
     def chunk(kind, data):
@@ -370,6 +377,11 @@ def write_png(file, strips, height, width, channels, depth, icc=None, exif=None)
 
 
 # ------------------------------------------------------------------ the tiler
+
+def multiple(n, step):
+    """The least multiple of step that is no less than n."""
+    return -(-n // step) * step
+
 
 @dataclass
 class Span:
@@ -407,23 +419,22 @@ class Tiler:
 
         Crossfade k is a ramp 0..1 in the middle of what tiles k - 1 and k share, and tile k weighs ramp k - ramp k+1:
         however many tiles meet (the last one may have moved far back), the weights add up to one by themselves."""
-        padded = -(-side // self.align) * self.align
+        padded = multiple(side, self.align)
         inner = max(padded - 2 * self.tile_pad, 1)  # what the tiles have to advance in all
-        advance = -(-inner // -(-inner // self.tile_size) // self.align) * self.align
+        tiles = math.ceil(inner / self.tile_size)
+        advance = multiple(math.ceil(inner / tiles), self.align)
         width = min(advance + 2 * self.tile_pad, padded)
         reads = [*range(0, padded - width, advance), padded - width]
-        fade = self.tile_pad * scale
-        starts = [(a + width + b - self.tile_pad) // 2 * scale for a, b in zip(reads, reads[1:])]
-        starts, stops = [0, *starts], [*(s + fade for s in starts), side * scale]
+        fade, end = self.tile_pad * scale, side * scale
+        ramps = [(a + width + b - self.tile_pad) // 2 * scale for a, b in zip(reads, reads[1:])]
+        ramps = [-fade, *ramps, end]  # where they begin; the first and the last lie just outside
         spans = []
-        for k, (read, start, stop) in enumerate(zip(reads, starts, stops)):
-            stop = min(stop, side * scale)  # a crossfade may end in the mirrored margin
+        for read, rise, fall in zip(reads, ramps, ramps[1:]):
+            start, stop = max(rise, 0), min(fall + fade, end)  # a crossfade may end in the mirrored margin
             weight, at = torch.ones(stop - start), torch.arange(start, stop) + 0.5
-            if k > 0 and fade:
-                weight = ((at - start) / fade).clamp(max=1)
-            if k + 1 < len(reads) and fade:
-                weight = weight - ((at - starts[k + 1]) / fade).clamp(min=0)
-            spans.append(Span(read, start, stop, starts[k + 1] if k + 1 < len(reads) else stop, weight))
+            if fade:
+                weight = ((at - rise) / fade).clamp(max=1) - ((at - fall) / fade).clamp(min=0)
+            spans.append(Span(read, start, stop, fall, weight))
         return width, spans
 
     def seams(self, height, width, scale):
@@ -482,7 +493,7 @@ def window(x, dim, start, length):
     if start + length <= side:
         return x.narrow(dim, start, length)
     at = torch.arange(start, start + length, device=x.device) % max(2 * side - 2, 1)
-    return x.index_select(dim, torch.minimum(at, (2 * side - 2 - at).abs()))
+    return x.index_select(dim, torch.minimum(at, 2 * side - 2 - at))
 
 
 def crossfaded(pieces, spans, dim):
@@ -546,11 +557,13 @@ class SharedPools:
         """Finds the means: sync "rough" in one pass over some of the tiles of x (B, 3, H, W), "exact" in as many passes
         over all as it takes. run(tiles, mask) is the forward; mask (b, h, w) is one where a tile stands for the
         picture. A generator: yields (tiles done, tiles to do as far as one can tell)."""
+        if not self.layers:
+            return
         places = list(itertools.product(tiler.cores(x.shape[2]), tiler.cores(x.shape[3])))
         height, width = tiler.spans(x.shape[2], 1)[0], tiler.spans(x.shape[3], 1)[0]
         if sync == "rough" and len(places) > self.ROUGH_TILES:
             places = random.Random(0).sample(places, self.ROUGH_TILES)
-        for step in range(len(self.layers) if sync == "exact" else min(len(self.layers), 1)):
+        for step in range(len(self.layers) if sync == "exact" else 1):
             self.sums, area = {}, 0
             for k in range(0, len(places), tiler.batch):
                 some = places[k:k + tiler.batch]
@@ -568,7 +581,6 @@ class SharedPools:
             self.means = means
             if steady:
                 break
-        self.mask = None
 
 
 def turn(x, k):
@@ -647,7 +659,7 @@ def upscaled(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, 
     if getattr(forward, "refine", hasattr(forward, "refined")):
         pieces = Tiler(512, 2 * forward.reach, align=1)  # exact, as far as forward.reach is
         strips = with_halo(strips, lambda x, top: pieces(partial(checked, forward.refined, 1), x[None], 1)[0],
-                           -(-forward.reach // scale) * scale, height * scale)
+                           multiple(forward.reach, scale), height * scale)
     if low_freq_lock:
         strips = with_halo(strips, lambda x, top: locked(x, rgb, scale, top), (3 * LOCK_SIGMA + 1) * scale,
                            height * scale)
@@ -738,17 +750,19 @@ def upscaled_picture(forward, picture, scale, tiler, size=None, alpha="lanczos",
     native = height * scale, width * scale
     size = size or native
 
-    def through_model(x):
+    def through_model(x, **how):
         strips = upscaled(forward, x, scale, tiler, **how)
         return strips if size == native else resized(strips, native[0], size)
 
     if picture.alpha is None:
-        yield from through_model(picture.rgb)
+        yield from through_model(picture.rgb, **how)
         return
-    seen_through = bool((picture.alpha < 1).any())
-    by_model = through_model(picture.alpha.expand(3, -1, -1)) if alpha == "model" and seen_through else None
+    seen_through = (picture.alpha < 1).any()
+    by_model = None
+    if alpha == "model" and seen_through:       # in step with the colours, whose progress is that of both
+        by_model = through_model(picture.alpha.expand(3, -1, -1), **how | {"progress": None})
     y = 0
-    for strip in through_model(bled(picture.rgb, picture.alpha)):
+    for strip in through_model(bled(picture.rgb, picture.alpha), **how):
         stop = y + strip.shape[1]
         a = next(by_model).mean(0, keepdim=True) if by_model else lanczos(picture.alpha, size, y, stop)
         yield torch.cat([strip, a])
@@ -766,17 +780,17 @@ def cropped(picture, size, where="center"):
     middle) or "focus", where there is most detail."""
     height, width = picture.rgb.shape[1:]
     h, w = min(height, max(round(width * size[0] / size[1]), 1)), min(width, max(round(height * size[1] / size[0]), 1))
-    spare = max(height - h, width - w)
-    start = 0 if where == "top" and h < height else spare // 2
+    rows_go, spare = h < height, max(height - h, width - w)  # rows are cut off, or columns, never both
+    start = 0 if where == "top" and rows_go else spare // 2
     if where == "focus" and spare and min(height, width) > 1:
         shrunk = [max(side * 256 // max(height, width), 2) for side in (height, width)]
         x = F.adaptive_avg_pool2d(composite(picture, 0.5), shrunk)
         detail = ((x[:, 1:, 1:] - x[:, :-1, 1:]).abs() + (x[:, 1:, 1:] - x[:, 1:, :-1]).abs()).sum(0)
-        profile = detail.sum(1 if h < height else 0)
-        taken = max(round(len(profile) * (h / height if h < height else w / width)), 1)
+        profile = detail.sum(1 if rows_go else 0)
+        taken = max(round(len(profile) * (h / height if rows_go else w / width)), 1)
         inside = profile.unfold(0, taken, 1).sum(1)
         start = round(inside.argmax().item() / max(len(inside) - 1, 1) * spare)
-    top, left = (start, 0) if h < height else (0, start)
+    top, left = (start, 0) if rows_go else (0, start)
     part = slice(None), slice(top, top + h), slice(left, left + w)
     return replace(picture, rgb=picture.rgb[part], alpha=None if picture.alpha is None else picture.alpha[part])
 
@@ -784,17 +798,18 @@ def cropped(picture, size, where="center"):
 def bled(rgb, alpha):
     """Colours spread from where they show into fully transparent pixels, where files keep black, white or rubbish that
     would fringe the edges. (3, H, W), (1, H, W) -> (3, H, W). Halves until all has a colour, then fills upwards."""
-    if bool((alpha > 0).all()) or not bool((alpha > 0).any()):
+    shows = alpha > 0
+    if shows.all() or not shows.any():
         return rgb
     sums, weights = [rgb[None] * alpha], [alpha[None]]
-    while not bool((weights[-1] > 0).all()):
+    while not (weights[-1] > 0).all():
         sums.append(F.avg_pool2d(sums[-1], 2, ceil_mode=True))
         weights.append(F.avg_pool2d(weights[-1], 2, ceil_mode=True))
     fill = sums[-1] / weights[-1]
     for total, weight in zip(sums[-2::-1], weights[-2::-1]):
         fill = F.interpolate(fill, scale_factor=2, mode="bilinear")[:, :, :total.shape[2], :total.shape[3]]
         fill = torch.where(weight > 0, total / weight.clamp(min=1e-8), fill)
-    return torch.where(alpha > 0, rgb, fill[0])
+    return torch.where(shows, rgb, fill[0])
 
 
 # ------------------------------------------------------------------ the command
@@ -805,6 +820,21 @@ def bf16_is_native(device):
         return torch.cuda.get_device_capability(device)[0] >= 8
     asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asks)
+
+
+def device_of(args):
+    """What --device and --amp say, by default the best there is -> (torch.device, dtype for autocast or None); of several
+    processes of torchrun each gets a GPU of its own. Raises ValueError for a device that is not there."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(torch.cuda.device_count(), 1))
+        torch.zeros(1, device=device).item()        # of meta there is nothing to be had
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0].split('. ')[0]}") from None
+    amp = args.amp or ("bf16" if bf16_is_native(device) else "off")
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def keep_freed_memory():
@@ -868,8 +898,8 @@ def auto_tile_size(forward, device, amp, tiler):
             forward(torch.rand(1, 3, side, side, device=device))
         return memory_peak(device)
 
-    align, side = tiler.align, -(-128 // tiler.align) * tiler.align
-    least, most = -(-32 // align) * align, (512 if device.type == "cuda" else 384) // align * align
+    align, side, least = tiler.align, multiple(128, tiler.align), multiple(32, tiler.align)
+    most = (512 if device.type == "cuda" else 384) // align * align
     try:
         before = peak_after(align)  # libraries loaded, buffers made
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else before
@@ -905,26 +935,26 @@ def plan(inputs, out, suffix):
     if to_file and out.suffix.lower() not in WRITES:
         raise PictureError(f"{printable(out)}: cannot save as {out.suffix}; use one of {' '.join(WRITES)}")
     jobs = {}
+    inputs.sort(key=lambda p: p.suffix.lower() not in READS and not os.path.isdir(p))     # captions, say, come last
     for given in inputs:
         folder = os.path.isdir(given)
         if folder and real(out) == real(given):
             raise PictureError(f"{printable(out)} holds the pictures themselves; choose another --out")
+        among = folder and real(given) in real(out).parents
         for source in find_pictures(given):
-            if folder and real(given) in real(out).parents and real(out) in real(source).parents:
+            if among and real(out) in real(source).parents:
                 continue  # our own results of an earlier run
             ending = suffix or (source.suffix if source.suffix.lower() in WRITES else ".png")
             name = source.relative_to(given) if folder else Path(source.name)
             target = out if to_file else out / name.with_suffix(ending)
             if jobs.setdefault(target, source) != source:
-                pictures = [s for s in (jobs[target], source) if s.suffix.lower() in READS]
-                if len(pictures) == 1:      # the other is its caption, say
-                    jobs[target] = pictures[0]
+                if source.suffix.lower() not in READS and jobs[target].suffix.lower() in READS:
                     continue
                 raise PictureError(f"{printable(jobs[target])} and {printable(source)} would both become "
                                    f"{printable(target)}; rename one, or try --format keep")
-    sources = {real(source) for source in jobs.values()} | {file_id(source) for source in jobs.values()}
-    for target, source in jobs.items():
-        if real(target) in sources or (file_id(target) or target) in sources:      # also on a disk that ignores case
+    sources = {same for source in jobs.values() for same in (real(source), file_id(source))} - {None}
+    for target in jobs:
+        if sources & {real(target), file_id(target)}:      # also on a disk that ignores case
             raise PictureError(f"{printable(target)} is itself one of the pictures; choose another --out")
     if not jobs:
         raise PictureError(f"no picture in {', '.join(printable(p) for p in inputs)}; "
@@ -1035,6 +1065,9 @@ def main():
         Progress.clear()
         print("interrupted; finished pictures are kept", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:     # nobody reads our lines any more, as after head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def refuse_nonsense(args):
@@ -1065,19 +1098,20 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
         height, width = size_of(source)
         if height >= args.fit[0] and width >= args.fit[1]:
             return f"{printable(source)} is {width}x{height}, skipped", 0
-    picture = read_picture(source, args.icc == "srgb")
-    if picture.grey and (picture.icc or b"")[16:20] == b"RGB ":     # such a profile fits no grey file
+    picture, kind = read_picture(source, args.icc == "srgb"), WRITES[target.suffix.lower()]
+    if picture.grey and colour_space(picture.icc) == b"RGB ":     # such a profile fits no grey file
         picture.grey = False
-    if picture.grey and picture.icc and target.suffix.lower() in (".webp", ".avif"):  # they hold neither
+    if picture.grey and picture.icc and kind in ("WEBP", "AVIF"):  # they hold neither
         picture = read_picture(source, srgb=True)
         if picture.icc:
             picture.icc, picture.note = None, "grey profile left behind"
-    if target.suffix.lower() in (".jpg", ".jpeg") and picture.alpha is not None:
-        picture.note = "; ".join(filter(None, (picture.note, "transparency laid on white")))
-    if picture.depth == 16 and args.depth != 8 and target.suffix.lower() != ".png":
-        picture.note = "; ".join(filter(None, (picture.note, "16 bit became 8")))
     height, width = picture.rgb.shape[1:]
     network, note = fitting(picture.rgb)
+    notes = [note, picture.note]
+    if kind == "JPEG" and picture.alpha is not None:
+        notes.append("transparency laid on white")
+    if kind != "PNG" and picture.depth == 16 and args.depth != 8:
+        notes.append("16 bit became 8")
     scale = network.scale
     size = height * scale, width * scale
     if args.fit:
@@ -1092,8 +1126,8 @@ def one_picture(fitting, source, target, args, tiler, device, amp, label):
     target.parent.mkdir(parents=True, exist_ok=True)
     save_strips(target, strips, size, picture, args.quality, args.dither)
     line = f"{printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - begun:.1f} s"
-    note = "; ".join(filter(None, (note, picture.note)))
-    return line + (f"  ({note})" if note else ""), size[0] * size[1]
+    said = "; ".join(filter(None, notes))
+    return line + (f"  ({said})" if said else ""), size[0] * size[1]
 
 
 def on_device(weights, device, error):
@@ -1107,25 +1141,18 @@ def run(args):
     try:
         refuse_nonsense(args)
         jobs = plan(args.inputs, args.out, None if args.format == "keep" else f".{args.format or 'png'}")
-        if jobs[0][1] == Path(args.out) and args.format and WRITES[jobs[0][1].suffix.lower()] != WRITES.get(f".{args.format}"):
+        to_file, kinds = jobs[0][1] == Path(args.out), {WRITES[target.suffix.lower()] for _, target in jobs}
+        if to_file and args.format and WRITES.get(f".{args.format}") not in kinds:
             raise ValueError(f"--format {args.format} is for results in a folder; {printable(args.out)} says its own")
-        if args.depth == 16 and any(target.suffix.lower() != ".png" for _, target in jobs):
+        if args.depth == 16 and kinds != {"PNG"}:
             raise ValueError("--depth 16 works with PNG only; add --format png")
         Image.init()
-        for kind in {WRITES[target.suffix.lower()] for _, target in jobs} - {"PNG", *Image.SAVE}:
+        for kind in kinds - {"PNG", *Image.SAVE}:
             raise ValueError(f"this Pillow cannot write {kind}; choose another --format, or pip install -U pillow")
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        device = torch.device(args.device or best)
-        if device.type == "cuda" and device.index is None and ranks > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(torch.cuda.device_count(), 1))
-        torch.zeros(1, device=device).item()        # of meta there is nothing to be had
+        device, amp = device_of(args)
     except ValueError as e:  # PictureError is one
         fail(e)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device {args.device}: {str(e).splitlines()[0].split('. ')[0]}")
-    amp = args.amp or ("bf16" if bf16_is_native(device) else "off")
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    top = Path(args.out) if jobs[0][1] != Path(args.out) else jobs[0][1].parent
+    top = Path(args.out).parent if to_file else Path(args.out)
     try:
         top.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=top).close()
@@ -1160,7 +1187,7 @@ def run(args):
         try:
             tiler = Tiler(align if args.tile_size is None else args.tile_size, pad, args.batch, align)
             if args.tile_size is None:
-                tiler = Tiler(auto_tile_size(network, device, amp, tiler), pad, args.batch, align)
+                tiler.tile_size = auto_tile_size(network, device, amp, tiler)
         except ValueError as e:
             fail(e)
         except (RuntimeError, MemoryError) as e:  # a GPU too old for this torch, say
@@ -1176,9 +1203,8 @@ def run(args):
 
     for number, (source, target) in enumerate(todo, 1):
         label = f"{number}/{len(todo)} {printable(source.name)}" if rank == 0 else None
-        smaller = tiler
-        while smaller:
-            tiler, smaller, problem = smaller, None, None
+        while True:
+            problem = smaller = None
             try:
                 line, made = one_picture(fitting, source, target, args, tiler, device, amp, label)
             except PictureError as e:
@@ -1193,17 +1219,21 @@ def run(args):
                 problem = f"{printable(source)}: {kind}{said}"
                 smaller = tiler.smaller() if out_of_memory(e) else None
             Progress.clear()
-            if smaller:  # out here the exception has let go of what it held
-                print(f"out of memory; going on with tiles of {smaller.tile_size}, {smaller.batch} at once",
-                      file=sys.stderr, flush=True)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            if not smaller:
+                break
+            tiler = smaller  # out here the exception has let go of what it held
+            print(f"out of memory; going on with tiles of {tiler.tile_size}, {tiler.batch} at once",
+                  file=sys.stderr, flush=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         if problem:
             print(problem, file=sys.stderr, flush=True)
             failed += 1
         else:
             print(line, flush=True)
-            done, skipped, pixels = done + (made > 0), skipped + (made == 0), pixels + made
+            done += made > 0
+            skipped += made == 0
+            pixels += made
     if ranks > 1:
         sums = torch.tensor([done, skipped, failed, pixels])
         try:

@@ -889,6 +889,9 @@ def test_users_mistakes(folder, tmp_path, monkeypatch, capsys):
     shutil.copy(folder / "photo.jpg", folder / "photo.webp")
     code, _, err = command(monkeypatch, capsys, folder, lr)
     assert code == 2 and "photo.jpg and photo.webp would both become photo.png" in err
+    (folder / "photo.webp").unlink()
+    code, _, err = command(monkeypatch, capsys, folder, tmp_path / ("x" * 300))
+    assert code == 2 and f"cannot write {tmp_path}" in err
 
 
 def test_full_disk(folder, tmp_path, monkeypatch, capsys):

@@ -561,6 +561,7 @@ def test_users_mistakes(hr_folder, tmp_path, monkeypatch, capsys):
                        (("--weights", file, "--json", table), "exists already"),
                        (("--weights", file, "--border", "30"), "none of the pictures"),
                        (("--weights", file, "--csv", table), "exists already"),
+                       (("--weights", file, "--csv", tmp_path / "t", "--json", tmp_path / "t"), "are both"),
                        (("--weights", file, "--csv", tmp_path / "no" / "t.csv"), "cannot write")):
         code, out, err = command(monkeypatch, capsys, "--data", hr_folder, *args)
         last = err.splitlines()[-1]
@@ -575,7 +576,7 @@ def test_users_mistakes(hr_folder, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and "--device quantum" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ("the network", "a metric"))
+@pytest.mark.parametrize("what", ("loading", "the network", "a metric"))
 def test_out_of_memory_is_one_line(hr_folder, tmp_path, monkeypatch, capsys, what):
     """Without LR pictures too, and with numpy's error as with torch's."""
     def full(*_, **__):
@@ -583,6 +584,9 @@ def test_out_of_memory_is_one_line(hr_folder, tmp_path, monkeypatch, capsys, wha
     if what == "a metric":
         monkeypatch.setattr(evaluate, "COLUMNS", evaluate.COLUMNS | {"psnr_y": evaluate.COLUMNS["psnr_y"]._replace(run=full)})
         args, says = ("--sr", f"theirs={hr_folder}"), "at theirs"
+    elif what == "loading":
+        monkeypatch.setattr(evaluate, "load_any", full)
+        args, says = ("--weights", weights(tmp_path / "w.safetensors")), "another --device"
     else:
         monkeypatch.setattr(model.HAT, "forward", full)
         args, says = ("--weights", weights(tmp_path / "w.safetensors")), "--tile-size 64"
@@ -605,6 +609,19 @@ def test_what_was_measured_before_memory_ran_out_is_told(hr_folder, tmp_path, mo
     last = err.splitlines()[-1]
     assert code == 2 and last.startswith("error: out of memory") and "above is what was measured before" in last
     assert out.startswith("1 pictures") and (tmp_path / "t.csv").read_text().count("\n") > 1
+
+
+def test_time_left_with_skipped_pictures(tmp_path, monkeypatch, capsys):
+    """With --limit 2 and one broken picture it counted 3 of 2."""
+    shown = []
+    monkeypatch.setattr(evaluate, "show_progress", lambda count, total, *_: shown.append((count, total)))
+    (tmp_path / "some").mkdir()
+    for name in "123":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"some/{name}.png")
+    (tmp_path / "some" / "0.png").write_bytes(b"broken")
+    code, _, err = command(monkeypatch, capsys, "--data", tmp_path / "some", "--recipe", "bicubic", "--metrics", "psnr_y",
+                           "--weights", weights(tmp_path / "w.safetensors"), "--limit", "2")
+    assert code == 0 and "0.png" in err and shown == [(1, 2), (2, 2)]
 
 
 def test_no_weights_anywhere(hr_folder, tmp_path, monkeypatch, capsys):
@@ -685,7 +702,8 @@ def test_runs_are_laid_side_by_side(tmp_path, capsys, monkeypatch):
     assert e.value.code == 2 and "--csv has no effect beside training runs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", (None, "step,psnr_y,seconds\n", "step,psnr_y,seconds\n1,x,2\n", "a,b\n1,2\n"))
+@pytest.mark.parametrize("text", (None, "step,psnr_y,seconds\n", "step,psnr_y,seconds\n1,x,2\n", "a,b\n1,2\n",
+                                  "step,psnr_y,seconds\n1,30,2,4\n", "step,psnr_y,seconds\n1,30," + "2" * 200000))
 def test_a_folder_that_is_no_run(tmp_path, capsys, monkeypatch, text):
     if text is not None:
         (tmp_path / "log.csv").write_text(text)
@@ -701,6 +719,14 @@ def test_without_data_or_runs(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e:
         evaluate.main()
     assert e.value.code == 2 and "--data is missing" in capsys.readouterr().err
+
+
+def test_curves_of_large_numbers_and_odd_settings(tmp_path, capsys, monkeypatch):
+    (tmp_path / "log.csv").write_text("step,psnr_y,seconds,d\n1,30,2,2e7\n")     # one value: no range to draw in
+    (tmp_path / "args.json").write_text("[1]")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path), "--curves", str(tmp_path / "c.png")])
+    evaluate.main()
+    assert "30.00" in capsys.readouterr().out and Image.open(tmp_path / "c.png").size[0] == 720
 
 
 # ---- blending

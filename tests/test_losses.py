@@ -475,6 +475,9 @@ def test_weights_of_another_network(files):
         assert "\n" not in str(e.value) and len(str(e.value)) < 400
     with pytest.raises(LossError, match="holds no artifact detector"):
         L.load_detector(at / "torchvision.safetensors")
+    save_file({"a": torch.zeros(1)}, at / "odd.safetensors", {"kabegami": "[1]"})
+    with pytest.raises(LossError, match="cannot be read"):
+        L.load_detector(at / "odd.safetensors")
     with pytest.raises(LossError, match="vgg, anime and twin"):
         Perceptual("lpips")
 

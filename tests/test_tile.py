@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,13 @@ def test_a_tag_that_cannot_be_written_does_not_turn_the_picture(tmp_path):
     assert got.rgb.shape == (3, 7, 5) and tile.size_of(tmp_path / "a.jpg") == (7, 5)
 
 
+def test_an_orientation_there_is_not(tmp_path):
+    exif = Image.Exif()
+    exif[tile.ORIENTATION] = 9
+    Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.jpg", exif=exif)
+    assert tile.size_of(tmp_path / "a.jpg") == read_picture(tmp_path / "a.jpg").rgb.shape[1:]
+
+
 def test_what_a_file_says_of_its_samples_and_we_leave_is_said(tmp_path):
     tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 128),
             (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)]
@@ -232,6 +240,17 @@ def test_a_profile_of_colours_on_a_grey_picture_is_kept(tmp_path, command):
     Image.fromarray(RGBA[..., 0]).save(tmp_path / "a.png", icc_profile=display_p3())
     for name in ("b.png", "b.jpg"):
         assert command(tmp_path / "a.png", "-o", tmp_path / name)[0] == 0 and read_picture(tmp_path / name).icc == display_p3()
+    converted = read_picture(tmp_path / "a.png", srgb=True)
+    assert converted.icc is None and converted.grey and converted.note == "Display P3 converted to sRGB"
+
+
+def test_profiles_that_fit_nothing_are_gone_and_not_called_kept(tmp_path):
+    Image.fromarray(RGBA, "CMYK").save(tmp_path / "a.jpg", icc_profile=display_p3())
+    got = read_picture(tmp_path / "a.jpg")
+    assert got.icc is None and got.note == "CMYK converted to sRGB without profile"
+    Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", icc_profile=b"\0" * 200)
+    got = read_picture(tmp_path / "a.png", srgb=True)
+    assert got.icc is None and not got.note
 
 
 def test_colour_profile_is_kept(tmp_path):
@@ -758,6 +777,15 @@ def test_alpha_and_size(alpha, size):
     assert torch.allclose(got.rgb, rgb if size is None else tile.lanczos(rgb, size), atol=1e-4)
 
 
+def test_progress_with_alpha_by_the_model():
+    """It went to and fro between the tiles of the colours and those of alpha."""
+    picture, seen = Picture(torch.rand(3, 70, 60), torch.rand(1, 70, 60)), []
+    tile.upscale_picture(nearest(2), picture, 2, Tiler(16, 8), alpha="model", progress=lambda *at: seen.append(at))
+    total = Tiler(16, 8).count(70, 60)
+    assert seen[-1] == (total, total) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {of for _, of in seen} == {total}
+
+
 def test_cropping():
     rgb = torch.full((3, 300, 100), 0.5)
     rgb[:, 200:260] = torch.rand(3, 60, 100)  # the detail
@@ -904,7 +932,8 @@ def test_a_source_under_another_name_is_not_overwritten(tmp_path, command):
 
 def test_captions_beside_pictures_are_passed_over(tmp_path, command):
     picture_file(tmp_path / "in/a.png")
-    (tmp_path / "in/a.txt").write_text("1girl, starry sky")
+    for name in ("a.caption", "a.json", "a.txt"):
+        (tmp_path / "in" / name).write_text("1girl, starry sky")
     assert "1 done, 0 skipped, 0 failed" in command(*sorted((tmp_path / "in").iterdir()), "-o", tmp_path / "out")[1]
 
 
@@ -1017,7 +1046,7 @@ def test_a_log_that_cannot_hold_japanese(tmp_path, weights):
 def test_what_the_device_refuses_is_one_line(tmp_path, command, monkeypatch):
     one = picture_file(tmp_path / "a.png")
 
-    def refuses(*args):
+    def refuses(*_, **__):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
 
     for where in ("load_any", "auto_tile_size"):
@@ -1025,6 +1054,10 @@ def test_what_the_device_refuses_is_one_line(tmp_path, command, monkeypatch):
             m.setattr(*((convert, "load_any") if where == "load_any" else (tile, where)), refuses)
             code, _, err = command(one, "-o", tmp_path / "out")
         assert code == 2 and err.count("\n") == 1 and "on cpu: CUDA error: no kernel image" in err
+    with monkeypatch.context() as m:
+        m.setattr(tile.torch, "zeros", refuses)
+        with pytest.raises(ValueError, match="^--device (cpu|cuda|mps): CUDA error: no kernel image"):
+            tile.device_of(SimpleNamespace(device=None, amp=None))
     monkeypatch.setattr(tile.Image, "SAVE", {"PNG": None})
     code, _, err = command(one, "-o", tmp_path / "out", "--format", "avif")
     assert code == 2 and "cannot write AVIF" in err and err.count("\n") == 1
@@ -1317,6 +1350,15 @@ def test_from_the_shell(tmp_path, weights):
     result = read_picture(out)
     assert result.depth == 16 and (result.rgb - expected).abs().max() < 1e-4
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["b.png"]
+
+
+def test_nobody_reads_the_lines(tmp_path, weights):
+    picture_file(tmp_path / "a.png")
+    at_work = subprocess.Popen([sys.executable, tile.__file__, tmp_path / "a.png", "-o", tmp_path / "out", "--weights", weights,
+                                "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    at_work.stdout.close()
+    said = at_work.stderr.read()
+    assert at_work.wait() == 1 and "Traceback" not in said and "BrokenPipe" not in said
 
 
 def test_alone_it_says_what_it_misses(tmp_path):
