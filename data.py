@@ -36,8 +36,8 @@ from PIL import Image, ImageDraw
 
 import degrade
 import tile
-from clean import (BLOCKS, DISTANCE, QUALITY, SHARPNESS, alone, clean, detail, eight_bit, in_parallel, listing, look,
-                   multiscale, progress, quiet_worker, read, replacing)
+from clean import (BLOCKS, DISTANCE, QUALITY, SCALES, SHARPNESS, SHORTEST, alone, clean, detail, eight_bit, in_parallel,
+                   listing, look, multiscale, progress, quiet_worker, read, replacing)
 from demo import draw_demo
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,6 +50,11 @@ from demo import draw_demo
 
 HEADER = 16384      # bytes kept for the header: it holds the number of patches, known only when all are written
 DTYPES = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
+
+
+def paths_of(given):
+    """One path, or several -> [Path]."""
+    return [Path(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
 
 
 def read_head(path):
@@ -78,10 +83,9 @@ def read_head(path):
 
 
 def read_header(path):
-    """-> (metadata, N, size, byte where the pixels begin) of a patch file. ValueError if it is none, or cut short."""
+    """-> (metadata, N, size) of a patch file. ValueError if it is none, or cut short."""
     meta, tensors = read_head(path)
-    _, (n, size, _, _), at = tensors["patches"]
-    return meta, n, size, at
+    return meta, *tensors["patches"][1][:2]
 
 
 def read_tensor(path, name):
@@ -105,8 +109,8 @@ def seal(files, size, meta, names, picture, details):
         shapes["lr"] = "U8", [n, size // scale, size // scale, 3]
     names = "\n".join(names).encode()
     names += b"\n" * (-(file.tell() - 8 - HEADER + len(names)) % 4)     # what follows begins at a multiple of 4
-    for array in (np.frombuffer(names, np.uint8), np.asarray(picture, np.int32), np.asarray(details, np.float32)):
-        file.write(np.ascontiguousarray(array))
+    for content in (names, np.asarray(picture, np.int32), np.asarray(details, np.float32)):
+        file.write(content)
     shapes |= dict(names=("U8", [len(names)]), picture=("I32", [n]), detail=("F32", [n]))
     head, end = {"__metadata__": {k: str(v) for k, v in meta.items()}}, 0
     for name, (dtype, shape) in shapes.items():
@@ -121,13 +125,13 @@ def packed_before(out, fingerprint, overwrite, log):
     if not out.exists() or overwrite:
         return False
     try:
-        meta, n, _, _ = read_header(out)
+        meta, n, _ = read_header(out)
         if meta["fingerprint"] == fingerprint:
             log(f"{out}: {n} patches, packed before")
             return True
         log(f"{out}: its pictures have changed, packing again")
     except ValueError as error:
-        if "cut short" not in str(error):
+        if not str(error).startswith(f"{out} is cut short"):
             raise ValueError(f"{out} exists and is not a patch file; choose another name or --overwrite") from None
         log(f"{out} was cut short, packing again")
     return False
@@ -138,9 +142,14 @@ def packed_before(out, fingerprint, overwrite, log):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def draws(name):
+    """Random numbers that a name stands for."""
+    return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogateescape")))
+
+
 def ground(name, height, width):
     """What lies behind a transparent picture: (3, H, W) in [0, 1], plain, a gradient or soft lumps, drawn by name."""
-    rng = np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogateescape")))
+    rng = draws(name)
     cells = rng.choice([1, 2, int(rng.integers(4, 12))])
     grid = rng.integers(0, 256, 3) + rng.normal(0, 45 if cells > 1 else 0, (cells, cells, 3))
     image = Image.fromarray(np.uint8(grid.clip(0, 255))).resize((width, height), Image.BICUBIC)
@@ -174,10 +183,6 @@ def choose(details, count, soft, rng):
     return np.sort(np.concatenate([busy, rng.permutation(calmer)[:calm]]))
 
 
-def draws(seed, name):
-    return np.random.default_rng(zlib.crc32(f"{seed}/{name}".encode("utf-8", "surrogateescape")))
-
-
 class Unsuitable(ValueError):
     """A picture that can be read, but not be packed."""
 
@@ -203,7 +208,7 @@ def patches_of(job, size, seed, min_side, scale, per_picture, soft):
         hr, lr = cut(rgbs[0][:, :h, :w], size, scale), cut(rgbs[1], size // scale) if lr_path else None
         details = np.array([detail(p) for p in hr]).round(3)
         if per_picture:
-            chosen = choose(details, per_picture, soft, draws(seed, tile.printable(name)))
+            chosen = choose(details, per_picture, soft, draws(f"{seed}/{tile.printable(name)}"))
             hr, lr, details = hr[chosen], lr[chosen] if lr_path else None, details[chosen]
     except (tile.PictureError, Unsuitable) as error:
         return error
@@ -257,9 +262,10 @@ def hold_out(folders, place, count=8, side=512):
     same whenever it is asked. Of each the square of `side` pixels with most detail becomes a PNG in a folder under place.
     Returns (that folder, the paths of the pictures and of the copies that multiscale made of them). ValueError: fewer
     than 10 pictures that can be read."""
-    names, held, family = listing([Path(f) for f in folders]), {}, {}
+    names, held, family = listing(folders), {}, {}
     for path in sorted(names, key=lambda p: (len(names[p]), names[p])):     # a picture comes before its copies
-        family.setdefault(re.sub(r"_(075|050|033|400)$", "", str(Path(names[path].split("/", 1)[1]).with_suffix(""))), []).append(path)
+        stem = str(Path(names[path].split("/", 1)[1]).with_suffix(""))      # without the number of its folder
+        family.setdefault(re.sub(rf"_({'|'.join(SCALES)}|{SHORTEST})$", "", stem), []).append(path)
     firsts = {paths[0]: paths for paths in family.values()}
     for path in sorted(firsts, key=lambda p: (zlib.crc32(names[p].encode("utf-8", "surrogateescape")), names[p])):
         if len(held) == min(count, len(firsts) // 10):
@@ -297,7 +303,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
     out.rows.part, and the same call goes on from there. A single patch file in place of folders is returned as it is.
     ValueError: no such folder, no picture in it, none usable, min_side above size. OSError: cannot write.
     """
-    folders, out = [Path(f) for f in ([folders] if isinstance(folders, (str, Path)) else folders)], Path(out)
+    folders, out = paths_of(folders), Path(out)
     if len(folders) == 1 and folders[0].suffix == ".safetensors" and folders[0].is_file():
         log(f"{folders[0]}: {read_header(folders[0])[1]} patches, taken as they are")
         return folders[0]
@@ -306,9 +312,9 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     part, lr_part, rows_part = (out.with_name(f"{out.name}{ending}.part") for ending in ("", ".lr", ".rows"))
-    heads, each, start = {part: 8 + HEADER, lr_part: 0}, {part: size * size * 3}, time.time()
+    start, stores = time.time(), [(part, 8 + HEADER, size * size * 3)]      # file, bytes before its patches, bytes of each
     if lr:
-        each[lr_part] = (size // scale) ** 2 * 3
+        stores.append((lr_part, 0, (size // scale) ** 2 * 3))
     with alone(rows_part) as rows:
         if packed_before(out, fingerprint, overwrite, lambda _: None):      # by the process that we waited for
             rows_part.unlink()
@@ -322,7 +328,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
             if length:
                 done, n = done + 1, n + len(json.loads(line)[1])
             length += len(line)
-        if any(n and (not p.exists() or p.stat().st_size < heads[p] + n * each[p]) for p in each):
+        if any(n and (not p.exists() or p.stat().st_size < head + n * each) for p, head, each in stores):
             length = done = n = 0
         rows.truncate(length)
         if not length:
@@ -333,9 +339,9 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
             log(f"skipped: {len(single)} pictures without a partner of the same name, as {tile.printable(single[0])}")
 
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(p, "r+b" if p.exists() else "w+b")) for p in each]
-            for file, p in zip(files, each):
-                file.truncate(heads[p] + n * each[p])
+            files = [stack.enter_context(open(p, "r+b" if p.exists() else "w+b")) for p, _, _ in stores]
+            for file, (_, head, each) in zip(files, stores):
+                file.truncate(head + n * each)
                 file.seek(0, 2)
             job = functools.partial(patches_of, size=size, seed=seed, min_side=min_side, scale=scale,
                                     per_picture=per_picture, soft=soft)
@@ -355,18 +361,15 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
                     log(remark)
             rows.seek(0)
             rows.readline()
-            names, counts, details, skipped = [], [], [], {"": [], "small": [], "unreadable": []}
-            for name, some, why in map(json.loads, rows):
-                skipped[why].append(name)
-                names.append(name)
-                counts.append(len(some))
-                details.append(np.array(some, np.float32))
-            small, bad, n = skipped["small"], skipped["unreadable"], sum(counts)
+            done = [(name, np.array(details, np.float32), why) for name, details, why in map(json.loads, rows)]
+            small, bad = ([name for name, _, why in done if why == kind] for kind in ("small", "unreadable"))
+            counts = [len(details) for _, details, _ in done]
+            n = sum(counts)
             if n:
-                meta = dict(fingerprint=fingerprint, pictures=len(skipped[""]), too_small=len(small),
-                            unreadable=len(bad), skipped=", ".join(small + bad)[:1000])
-                meta |= dict(scale=scale) if lr else {}
-                seal(files, size, meta, names, np.repeat(np.arange(len(names)), counts), np.concatenate(details))
+                meta = dict(fingerprint=fingerprint, pictures=len(done) - len(small) - len(bad), too_small=len(small),
+                            unreadable=len(bad), skipped=", ".join(small + bad)[:1000], **(dict(scale=scale) if lr else {}))
+                seal(files, size, meta, [name for name, _, _ in done], np.repeat(np.arange(len(done)), counts),
+                     np.concatenate([details for _, details, _ in done]))
         if n:
             os.replace(part, out)
         for leftover in (part, lr_part, rows_part):
@@ -389,7 +392,7 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     them. size, min_side, lr, seed, workers, overwrite: see pack, which is taken up where it was; the rest is copying.
     ValueError: as pack, and for patch files that do not go together. OSError: cannot write.
     """
-    inputs, out = [Path(f) for f in ([inputs] if isinstance(inputs, (str, Path)) else inputs)], Path(out)
+    inputs, out = paths_of(inputs), Path(out)
     if not (0 < keep <= 1 and 0 <= soft <= 1 and per_picture >= 1):
         raise ValueError(f"--keep {keep:g}, --soft {soft:g} and --per-picture {per_picture} do not work; the first two "
                          "are shares, from 0 to 1, the third a whole number")
@@ -397,8 +400,9 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     folders = [f for f in inputs if f.suffix != ".safetensors"]
     if out.resolve() in [f.resolve() for f in files]:
         raise ValueError(f"{out} is what the patches are taken from; choose another --out")
-    origins = [read_header(f)[0]["fingerprint"] for f in files]
-    kinds = {(read_header(f)[2], int(read_header(f)[0].get("scale", 0))) for f in files}
+    heads = [read_header(f) for f in files]
+    origins = [meta["fingerprint"] for meta, _, _ in heads]
+    kinds = {(side, int(meta.get("scale", 0))) for meta, _, side in heads}
     if folders:
         _, scale, _, fingerprint = planned(folders, size, seed, min_side, lr, per_picture, soft, ())
         origins.append(fingerprint)
@@ -440,7 +444,7 @@ def elect(files, out, size, scale, fingerprint, keep, per_picture, soft, seed):
             text = read_tensor(file, "names").tobytes().decode().split("\n")
         starts = np.searchsorted(picture, np.arange(picture[-1] + 2))
         for i, (begin, end) in enumerate(zip(starts, starts[1:])):
-            chosen = begin + choose(details[begin:end], per_picture, soft, draws(seed, text[i]))
+            chosen = begin + choose(details[begin:end], per_picture, soft, draws(f"{seed}/{text[i]}"))
             entries.append(np.stack([np.full_like(chosen, k), chosen, np.full_like(chosen, len(names) + i)]))
             ranks.append(np.array(details[chosen]))
         names += text[:picture[-1] + 1]
@@ -488,7 +492,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, shares=None, rank=0, ranks=1):
-        self.files = [Path(f) for f in ([patch_files] if isinstance(patch_files, (str, Path)) else patch_files)]
+        self.files = paths_of(patch_files)
         self.patches = [patch] if isinstance(patch, int) else sorted(patch)
         self.steps, self.batch, self.scale, self.recipe, self.seed = steps, batch, scale, recipe, seed
         self.busiest, self.shares, self.rank, self.ranks = busiest, shares, rank, ranks
@@ -501,7 +505,6 @@ class Batches(torch.utils.data.Dataset):
             if size < largest * scale:
                 raise ValueError(f"{file} holds patches of {size}, but LR crops of {largest} at scale {scale} need "
                                  f"{largest * scale}; pack again with a larger size or train with a smaller patch")
-        self.paired = ["lr" in tensors for _, tensors in heads]
         self.ends = np.cumsum([tensors["patches"][1][0] for _, tensors in heads])
 
     def __len__(self):
@@ -534,28 +537,29 @@ class Batches(torch.utils.data.Dataset):
             places = self.ends[file] - 1 - (rng.random(every * n) * lengths[file]).astype(int)
         corners, turns = rng.random((every, n, 2)), rng.integers(8, size=every)[mine]
         seeds = rng.integers(0, 2 ** 31, every)[mine].tolist()
-        hr, lr, paired = np.empty((batch, side, side, 3), np.uint8), np.empty((batch, patch, patch, 3), np.uint8), []
+        hr, lr = np.empty((batch, side, side, 3), np.uint8), np.empty((batch, patch, patch, 3), np.uint8)
+        lone = []       # those without an LR picture of their own
         for b, (where, at) in enumerate(zip(places.reshape(every, n)[mine], corners[mine])):
             crops = []
             for k, corner in zip(where, at):
                 file = int(np.searchsorted(self.ends, k, "right"))
-                step = self.scale if self.paired[file] else 1
                 whole, small = self.maps[file]
-                y, x = (corner * ((whole.shape[1] - side) // step + 1)).astype(int) * step
+                grid = 1 if small is None else self.scale       # of a pair, crops begin where an LR pixel does
+                y, x = (corner * ((whole.shape[1] - side) // grid + 1)).astype(int) * grid
                 k = k - self.ends[file]     # counted from the file's end: negative, as Python likes
                 crops.append([whole[k, y:y + side, x:x + side]])
                 if small is not None:
-                    y, x = y // step, x // step
+                    y, x = y // grid, x // grid
                     crops[-1].append(small[k, y:y + patch, x:x + patch])
             crop = max(crops, key=lambda c: detail(c[0])) if n > 1 else crops[0]
             for batch_of, pixels in zip((hr, lr), crop):
                 turned = np.rot90(pixels, turns[b] % 4)
                 batch_of[b] = turned[:, ::-1] if turns[b] > 3 else turned
-            paired += [b] * (len(crop) - 1)
+            if len(crop) == 1:
+                lone.append(b)
         hr, lr = (torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float().div_(255) for x in (hr, lr))
-        rest = [b for b in range(batch) if b not in paired]
-        if rest:
-            lr[rest] = degrade.degrade(hr[rest], self.recipe, self.scale, [seeds[b] for b in rest])
+        if lone:
+            lr[lone] = degrade.degrade(hr[lone], self.recipe, self.scale, [seeds[b] for b in lone])
         return lr, hr
 
 
@@ -564,8 +568,7 @@ def loader(batches, start, workers):
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(start, len(batches)),
                                        num_workers=workers, worker_init_fn=quiet_worker,
                                        generator=torch.Generator(),     # not the global one: it is the network's
-                                       persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-                                       pin_memory=torch.cuda.is_available())
+                                       prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,9 +620,9 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
         raise ValueError(f"{tile.printable(sheet)}: the sheet is a PNG; give it a name that ends in .png")
     if sheet and not overwrite and Path(sheet).exists():
         raise ValueError(f"{tile.printable(sheet)} is there already; --overwrite replaces it")
-    inputs, cells = [Path(f) for f in ([inputs] if isinstance(inputs, (str, Path)) else inputs)], []
+    inputs, cells = paths_of(inputs), []
     for file in (f for f in inputs if f.suffix == ".safetensors"):
-        meta, n, size, _ = read_header(file)
+        meta, n, size = read_header(file)
         patches, details, picture = (read_tensor(file, name) for name in ("patches", "detail", "picture"))
         pairs = f" with LR ones {meta['scale']} times smaller" if "scale" in meta else ""
         log(f"{file}: {n} patches of {size}x{size}{pairs} from {meta['pictures']} pictures, "
@@ -749,7 +752,7 @@ def main():
         tile.fail(f"cannot write {getattr(args, 'out', None) or args.sheet}: {error.strerror or error}; free some "
                   f"space or choose another place{hint}")
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or tile.out_of_memory(error):
+        if tile.out_of_memory(error):
             tile.fail("not enough memory for this; take fewer --workers or a smaller --size")
         if "DataLoader worker" not in str(error):
             raise

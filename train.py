@@ -45,7 +45,7 @@ import evaluate
 import pairs
 from losses import GANS, WEIGHTS, MultiScaleDiscriminator, SRLoss, discriminator_loss, enhance_lines, parse_weights
 from model import PRESETS, HATRefiner, WeightsError, fit, read_weights, save, write_atomic
-from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory, out_of_memory
+from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory, memory_peak, out_of_memory, size_of
 
 STAGES = {   # what a stage sets where no flag says otherwise; of two: on a CPU, on a GPU
     1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
@@ -61,6 +61,7 @@ SERVES = {("pix", "luma", "art_cls", "art_feat"): ("eps", "eps_end"),           
           ("art_cls", "art_feat"): ("detector",),
           ("edge",): ("edge_kernel",), ("perc",): ("perceptual", "vgg_weights", "anime_weights")}
 DEMO = Path("demo")
+FIRST = os.environ.get("RANK", "0") == "0"      # of torchrun's processes the one that speaks
 MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
               "tensorboard", "dry_run", "vgg_weights", "anime_weights", "detector"}   # when a run is resumed
 
@@ -146,9 +147,10 @@ def parse(argv=None):
     a("--overwrite", action="store_true", help="start anew in a run folder that is there; without it the same command goes on")
     args = p.parse_args(argv)
     given = {part.partition("=")[0].strip() for part in args.loss.split(",")}
-    for terms, names in SERVES.items() if os.environ.get("RANK", "0") == "0" else ():
-        for name in names if not given & {*terms} else ():
-            if getattr(args, name, p.get_default(name)) not in (p.get_default(name), "train"):     # --detector alone
+    for terms, names in SERVES.items():
+        for name in names:
+            unset = p.get_default(name), "train"        # --detector alone
+            if FIRST and not given & {*terms} and getattr(args, name, unset[0]) not in unset:
                 print(f"note: --{name.replace('_', '-')} does nothing without {' or '.join(terms)} in --loss", file=sys.stderr)
 
     def default(name, value):
@@ -202,16 +204,22 @@ def check(args):
         for name in names:
             if not right(getattr(args, name)):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} does not work; use {said}")
-    if not args.val and any(is_patch_file(f) for f, _ in folders_and_shares(args.data or [])):
+    folders = [f for f, _ in folders_and_shares(args.data or [])]
+    if not args.val and any(map(is_patch_file, folders)):
         raise UserError("a patch file without --val: name a folder of pictures that are not in it")
-    for folder in [*(f for f, _ in folders_and_shares(args.data or [])), *([args.val] if args.val else [])]:
-        if not Path(folder).is_dir() and not is_patch_file(folder):
+    for folder in [f for f in folders if not is_patch_file(f)] + ([args.val] if args.val else []):
+        if not Path(folder).is_dir():
             raise UserError(f"no folder {folder}")
     degrade.shares(args.recipe)
-    if [*parse_weights(args.loss)] == ["adv"] and args.gan_after:
+    terms = parse_weights(args.loss)
+    if [*terms] == ["adv"] and args.gan_after:
         raise UserError("--loss adv alone leaves nothing to learn before --gan-after: add pix")
+    if "adv" in terms and min(patches) * args.scale < 32:
+        raise UserError(f"--patch {min(patches)} is too small for --loss adv: its discriminator needs HR patches of 32 pixels")
     if args.detector == "train" and (args.dry_run or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         raise UserError("--detector trains in one process and has no --dry-run")
+    if args.dry_run and int(os.environ.get("WORLD_SIZE", 1)) > 1:       # each process would have a folder of its own
+        raise UserError("--dry-run is for one process: leave torchrun out")
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -236,26 +244,26 @@ def folders_and_shares(given):
             found.append((folder, float(share)))
         except ValueError:
             raise UserError(f"--data {text}: behind the @ belongs a share such as 0.3") from None
-    given = [s for _, s in found if s is not None]
-    if any(not 0 < s <= 1 for s in given) or sum(given) > 1 + 1e-9 or (sum(given) >= 1 and len(given) < len(found)):
+    shares = [s for _, s in found if s is not None]
+    if any(not 0 < s <= 1 for s in shares) or sum(shares) > 1 + 1e-9 or (sum(shares) >= 1 and len(shares) < len(found)):
         raise UserError("--data: shares lie between 0 and 1 and leave something for folders without one")
     return found
 
 
 def stage_before(args):
     """The newest best.safetensors in runs/ of the stage before with this preset and scale. Raises UserError."""
-    fit = []
+    found = []
     for path in Path("runs").glob("*/best.safetensors"):
         try:
             header = read_weights(path, header_only=True)[1]
         except WeightsError:
             continue
         if (header.get("stage"), header.get("preset"), header.get("scale")) == (args.stage - 1, args.preset, args.scale):
-            fit.append(path)
-    if not fit:
+            found.append(path)
+    if not found:
         raise UserError(f"stage {args.stage} builds on stage {args.stage - 1}, and runs/ holds no such run of {args.preset} "
                         f"{args.scale}x: train that first, or name a file with --weights")
-    return str(max(fit, key=lambda p: p.stat().st_mtime))
+    return str(max(found, key=lambda p: p.stat().st_mtime))
 
 
 def choose(model, learn, freeze):
@@ -290,7 +298,7 @@ def begun(args):
         return {}
     try:
         return dict(json.loads((out / "args.json").read_text()))
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{out / 'args.json'} is no list of settings any more; name another folder with --out, and go on from "
                         f"{out / 'best.safetensors'} with --weights") from None
 
@@ -309,12 +317,15 @@ def open_run(args, rank, ranks):
             print(f"{out} was made by {was.get('ranks', 1)} processes and goes on with {ranks}: the batch is {ranks} x "
                   f"{args.batch} patches now, and the result another than that of an unbroken run")
         if changed:
-            raise UserError(f"{out} was made with other settings ({', '.join(f'--{k} {was.get(k)}' for k in changed)}); "
+            said = ["other pictures of --val in --data" if k == "held_out" else f"--{k.replace('_', '-')} {was.get(k)}"
+                    for k in changed]
+            raise UserError(f"{out} was made with other settings ({', '.join(said)}); "
                             "name another folder with --out, or start anew in it with --overwrite")
-    for name in ("best.safetensors", "last.safetensors", "log.csv") if not (args.overwrite or (out / "state.pt").exists()) else ():
-        if (out / name).exists():
-            raise UserError(f"{out} holds a {name} but no state.pt to go on from; name another folder with --out, or replace "
-                            "what it holds with --overwrite")
+    if not args.overwrite and not (out / "state.pt").exists():
+        for name in ("best.safetensors", "last.safetensors", "log.csv"):
+            if (out / name).exists():
+                raise UserError(f"{out} holds a {name} but no state.pt to go on from; name another folder with --out, or "
+                                "replace what it holds with --overwrite")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     for path in out.glob(".*.tmp"):     # of a save that was killed
         path.unlink(missing_ok=True)
@@ -330,9 +341,10 @@ def start_anew(args, ranks):
     """The folder of a fresh run, all it needs found and read: with --overwrite what an older run left goes, the settings
     come."""
     out = Path(args.out)
-    old = "state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png", "tensorboard/events.*"
-    for path in [path for pattern in old for path in out.glob(pattern)] if args.overwrite else ():
-        path.unlink()
+    if args.overwrite:
+        for old in ("state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png", "tensorboard/events.*"):
+            for path in [*out.glob(old)]:
+                path.unlink()
     write_atomic(out / "args.json", json.dumps({**vars(args), "ranks": ranks}, indent=1).encode())
 
 
@@ -387,18 +399,18 @@ def write_log(out, rows):
 class Validation:
     """Whole pictures, degraded once; bicubic's figures beside the model's. Several ranks share them out."""
 
-    def __init__(self, args, folder, rank=0, ranks=1):
+    def __init__(self, args, folder, rank, ranks):
         jobs = [(name, {"HR": path}) for name, path in pairs.listed(folder)]
         if args.val_count and len(jobs) > args.val_count:       # spread over the folder
             jobs = [jobs[i * len(jobs) // args.val_count] for i in range(args.val_count)]
         self.ranks, self.scale, self.device, self.pictures, bicubic = ranks, args.scale, args.device, [], []
         for name, lr, hr, _ in pairs.pictures(jobs[rank::ranks], args.scale, args.recipe, args.seed):
             try:
-                score = self.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr)
+                score = evaluate.score(degrade.resize(lr[None], hr.shape[-2:])[0], hr, self.scale)
                 if not all(map(math.isfinite, score.values())):     # one would make every mean infinite
                     raise ValueError("bicubic alone makes just this picture: nothing to measure")
                 bicubic.append(score)
-                self.pictures.append((name, lr, hr))
+                self.pictures.append((lr, hr))
             except ValueError as e:     # too small
                 pairs.report_skipped(name, e, None)
         bicubic = self.everyones(bicubic)
@@ -414,28 +426,23 @@ class Validation:
             dist.all_gather_object(parts, scores)
         return [s for part in parts for s in part]
 
-    def score(self, sr, hr):
-        return evaluate.score(sr, hr, self.scale)
-
     @staticmethod
     def mean(scores):
         return {k: sum(s[k] for s in scores) / len(scores) for k in scores[0]}
 
     @torch.inference_mode()
-    def run(self, model, amp, tiler=None):
+    def run(self, model, amp, tiler):
         """Mean scores of a model, and a sample strip: LR bicubic | SR | HR of the busiest corner of some of its pictures
         (None without pictures)."""
-        model.eval()
         scores, strips = [], []
-        for _, lr, hr in self.pictures:
+        for lr, hr in self.pictures:
             x = lr[None].to(self.device)
             large = x.shape[-1] * x.shape[-2] > 2 ** 19
-            with torch.autocast(x.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            with torch.autocast(x.device.type, amp, enabled=amp is not None):
                 sr = model(x, tiler or (Tiler(256, 32) if large else None))[0].float().clamp(0, 1).cpu()
-            scores.append(self.score(sr, hr))
+            scores.append(evaluate.score(sr, hr, self.scale))
             if len(strips) < 4:
                 strips.append(self.strip(lr, sr, hr))
-        model.train()
         scores = self.mean(self.everyones(scores))
         if not strips:
             return scores, None
@@ -443,14 +450,14 @@ class Validation:
         return scores, Image.fromarray(np.concatenate([np.pad(
             s, ((0, 4), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]))
 
-    def strip(self, lr, sr, hr, side=192):
+    @staticmethod
+    def strip(lr, sr, hr, side=192):
         detail = (hr[:, 1:, 1:] - hr[:, :-1, :-1]).abs().mean(0)
         h, w = min(side, hr.shape[1]), min(side, hr.shape[2])
         busy = torch.nn.functional.avg_pool2d(detail[None], (max(1, h - 1), max(1, w - 1)), stride=16)[0]
         y, x = divmod(busy.argmax().item(), busy.shape[1])
         up = degrade.resize(lr[None], hr.shape[-2:])[0].clamp(0, 1)
-        row = torch.cat([p[:, y * 16:y * 16 + h, x * 16:x * 16 + w] for p in (up, sr, hr)], 2)
-        return (row.permute(1, 2, 0) * 255).round().byte().numpy()
+        return data.eight_bit(torch.cat([p[:, y * 16:y * 16 + h, x * 16:x * 16 + w] for p in (up, sr, hr)], 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,14 +517,7 @@ def rounding(step, args):
 
 def memory(kind):
     """Most memory ever used, MiB: of the GPU, or of this process."""
-    if kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource
-    except ImportError:     # Windows has none
-        return 0.0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 2 ** (20 if sys.platform == "darwin" else 10)
+    return (torch.cuda.max_memory_allocated() if kind == "cuda" else memory_peak(torch.device(kind))) / 2 ** 20
 
 
 def clock(seconds):
@@ -535,6 +535,25 @@ def ranks_here(args):
         # rank 0 packs the pictures while the others wait
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo", timeout=datetime.timedelta(days=1))
     return rank, ranks
+
+
+def set_aside(args):
+    """Sets args.held_out, the pictures of --data that are validated on and not trained on, and args.val where there is none."""
+    args.held_out, was = [], begun(args)
+    folders = [f for f, _ in folders_and_shares(args.data or [])]
+    if not args.val and was.get("held_out") and was.get("data") == args.data and Path(was["val"]).is_dir():
+        args.val, args.held_out = was["val"], was["held_out"]       # as when the run began
+    elif folders and not args.val:
+        val, held = data.hold_out(folders, "patches")
+        args.val, args.held_out = str(val), [str(p) for p in held]
+        if FIRST:
+            print(f"no --val: {len(held)} pictures of --data are set aside, the busiest parts are in {val}")
+    elif folders and Path(args.val).is_dir():       # it may lie inside --data
+        above = {Path(f).resolve() for f in folders}
+        inside = [data.place_of(p) for p in find_pictures([args.val])]
+        args.held_out = [str(p) for p in inside if above & {*p.parents}]
+        if args.held_out and FIRST:
+            print(f"{len(args.held_out)} pictures of --val lie in --data too; they are not trained on")
 
 
 def patch_files(args, log, place="patches"):
@@ -564,27 +583,17 @@ def patch_files(args, log, place="patches"):
     return files, [rest * n / free if s is None else s for n, (_, s) in zip(counts, folders)]
 
 
-def groups(stream, size):
-    """Lists of `size` successive batches."""
-    group = []
-    for batch in stream:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-
-
-def train(args, rank, ranks, until=None, patches="patches"):
-    """Trains to the end, or to step `until`; packs into the folder patches. Returns what a dry run wants to know."""
+def train(args, rank, ranks, until=None, place="patches"):
+    """Trains to the end, or to step `until`; packs into the folder place. Returns what a dry run wants to know."""
     say = print if rank == 0 else lambda *a, **k: None
     if args.stage > 1 and not args.weights:
         args.weights = begun(args).get("weights") or stage_before(args)
         say(f"stage {args.stage} starts from {args.weights}")
     state = open_run(args, rank, ranks)
     out = Path(args.out)
-    if ranks > 1 and rank:
+    if rank:
         dist.barrier()      # rank 0 draws and packs, the others find it done
-    files, shares = patch_files(args, say, patches)
+    files, shares = patch_files(args, say, place)
     if ranks > 1 and not rank:
         dist.barrier()
     val = args.val or str(DEMO / "val")
@@ -603,7 +612,7 @@ def train(args, rank, ranks, until=None, patches="patches"):
     ema = HATRefiner.from_preset(args.preset, args.scale)
     ema.load_state_dict(model.state_dict())
     ema.refine = model.refine
-    ema.to(args.device, memory_format=torch.channels_last).requires_grad_(False)
+    ema.to(args.device, memory_format=torch.channels_last).requires_grad_(False).eval()
     learning = [p for p in model.parameters() if p.requires_grad]
     averaged = [a for a, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     convs = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)}
@@ -639,7 +648,7 @@ def train(args, rank, ranks, until=None, patches="patches"):
         refine(model)
         ema.refine = model.refine
         torch.set_rng_state(state["rng"])
-        now.update(copy.deepcopy(state["now"]))
+        now.update(state["now"])
 
     def keep():
         if rank == 0:
@@ -671,17 +680,13 @@ def train(args, rank, ranks, until=None, patches="patches"):
         f"pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB"
         + (f", going on at step {now['step']}" if now["step"] else ""), flush=True)
     began = last = time.time()
-    first, patches, bad, live, took, judged = now["step"], 0, 0, sys.stderr.isatty() and not rank, [], 0.0
-    end = min(args.steps, until or args.steps)
+    first, end, live = now["step"], min(args.steps, until or args.steps), sys.stderr.isatty() and rank == 0
+    patches, bad, took, judged = 0, 0, [], 0.0      # seen since this start; bad steps in a row; seconds of each; of a validation
 
     def flat():
         """Whether --patience has run out, in this run or before the same command was given again."""
-        if args.patience and now["flat"] >= args.patience:
-            say(f"validation has not risen for {args.patience} reports")
-            return True
+        return 0 < args.patience <= now["flat"]
 
-    if flat():
-        end = now["step"]
     if not state:
         if rank == 0:
             start_anew(args, ranks)
@@ -690,10 +695,11 @@ def train(args, rank, ranks, until=None, patches="patches"):
     if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(out / "tensorboard"))
-    while now["step"] < end:
+    while now["step"] < end and not flat():
         # a roll-back comes through here again: its batches begin anew too
         started = time.time()       # the time a step takes is from the end of the one before: its batch has to come, too
-        for group in groups(data.loader(batches, now["step"] * args.accum, args.workers), args.accum):
+        stream = iter(data.loader(batches, now["step"] * args.accum, args.workers))
+        for group in zip(*[stream] * args.accum):       # so many successive batches at a time
             step = now["step"]
             for optimiser in optimisers.values():
                 optimiser.zero_grad(set_to_none=True)
@@ -703,7 +709,7 @@ def train(args, rank, ranks, until=None, patches="patches"):
             adversarial = critic is not None and step >= args.gan_after
             if adversarial:
                 critic_optimiser.zero_grad(set_to_none=True)
-            report = step + 1 in (end, args.steps) or (step + 1) % args.every == 0
+            report = step + 1 == end or (step + 1) % args.every == 0
             values, distance, grads = {}, 0.0, {}
             loss_fn.weights = {k: w for k, w in weights.items() if k != "adv" or adversarial}
             for i, (lr, hr) in enumerate(group):
@@ -713,18 +719,18 @@ def train(args, rank, ranks, until=None, patches="patches"):
                     target = enhance_lines(hr)
                 together = i + 1 == len(group)      # ranks exchange gradients once a step
                 with contextlib.nullcontext() if together or ranks == 1 else net.no_sync():
-                    with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
+                    with torch.autocast(kind, amp, enabled=amp is not None):
                         sr = net(lr, tiler)
-                        terms = loss_fn.terms(sr, target, lr, critic if adversarial else None, hr)
+                        terms = loss_fn.terms(sr, target, lr, critic, hr)
                     if report and together:
                         aside = time.time()
-                        grads = loss_fn.gradient_norms(sr, target, lr, critic if adversarial else None, hr)
+                        grads = loss_fn.gradient_norms(sr, target, lr, critic, hr)
                         started += time.time() - aside
                     scaler.scale(sum(loss_fn.weights[k] * v for k, v in terms.items()) / len(group)).backward()
                     terms = {k: v.detach() for k, v in terms.items()}
                 if adversarial:
                     with contextlib.nullcontext() if together or ranks == 1 else judge.no_sync():
-                        with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
+                        with torch.autocast(kind, amp, enabled=amp is not None):
                             d_loss, d_stats = discriminator_loss(judge, sr, hr, args.gan, args.r1)
                         critic_scaler.scale(d_loss / len(group)).backward()
                     terms = {**terms, "d": d_loss.detach(), **d_stats}
@@ -793,7 +799,10 @@ def train(args, rank, ranks, until=None, patches="patches"):
                 scores, strip = validation.run(ema, amp, tiler)
                 judged = time.time() - judged
                 better = scores["psnr_y"] > now["best"] or adversarial      # under a GAN PSNR falls while pictures gain
-                now["flat"], now["best"] = (0, scores["psnr_y"]) if better else (now["flat"] + 1, now["best"])
+                if better:
+                    now["flat"], now["best"] = 0, scores["psnr_y"]
+                else:
+                    now["flat"] += 1
                 gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
                 row = dict(step=step, **{k: f"{v:.6g}" for k, v in mean.items()},
                            **{f"{k}_grad": f"{v:.3e}" for k, v in grads.items()},
@@ -825,18 +834,18 @@ def train(args, rank, ranks, until=None, patches="patches"):
             if stopping:
                 say(f"\nstopped at step {step}; the same command{without(args)} goes on from there", file=sys.stderr)
                 sys.exit(130)
-            if report and flat():
-                end = step
-            if step >= end:
+            if step == end or flat():
                 break
             started = time.time()
     for s, handler in signals.items():
         signal.signal(s, handler)
     if board:
         board.close()
+    if flat():
+        say(f"validation has not risen for {args.patience} reports")
     if until:
         return dict(seconds=min(took, default=0.0), learning=sum(p.numel() for p in learning), memory=memory(kind),
-                    parameters=sum(p.numel() for p in model.parameters()), pictures=validation.count, judged=judged)
+                    parameters=sum(p.numel() for p in model.parameters()), judged=judged)
     best, bicubic = now["best"], validation.bicubic["psnr_y"]
     file, val, recipe = (shlex.quote(str(x)) for x in (out / "best.safetensors", val, args.recipe))
     say(f"\ndone in {clock(now['spent'] + time.time() - began)}: {file}, validation {best:.2f} dB PSNR-Y, "
@@ -845,48 +854,37 @@ def train(args, rank, ranks, until=None, patches="patches"):
         f"  python evaluate.py --data {val} --recipe {recipe} --weights {file}")
 
 
-def shorter_side(path):
-    """In pixels, by the file's head; 0 if it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return min(picture.size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return 0
-
-
-def dry_run(args, rank, ranks):
+def dry_run(args):
     """Three steps, a validation, a save and a resume on a few pictures in a folder that goes away; then the forecast."""
-    if ranks > 1:       # each process would have a folder of its own
-        raise UserError("--dry-run is for one process: leave torchrun out")
     real = copy.copy(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=Path(args.out).parent) as folder:
         args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, 1, False
+        every = taken = 0       # pictures of --data, and how many of them are in the sample
         if args.data:       # a spread of a few pictures from each folder that are large enough, under the same shares
-            some, side, count = [], max(map(int, args.patch.split(","))) * args.scale, []
+            samples, side = [], max(map(int, args.patch.split(","))) * args.scale
             for i, (f, share) in enumerate(folders_and_shares(args.data)):
-                if is_patch_file(f):
-                    some.append(str(f) if share is None else f"{f}@{share}")
-                    continue
-                files = find_pictures([f])
-                step = max(1, len(files) // 6)
-                files = [p for k in range(step) for p in files[k::step]]    # a spread of six first
-                (sample := Path(folder) / f"data{i}").mkdir()
-                large = [*itertools.islice((p for p in files if shorter_side(p) >= side), 6)]
-                for k, path in enumerate(large or files[:6]):
-                    (sample / f"{k}{path.suffix}").symlink_to(path.resolve())
-                count.append((len(files), min(len(files), len(large) or 6)))
-                some.append(f"{sample}@{share}" if share is not None else str(sample))
-            args.data = some
+                if not is_patch_file(f):
+                    files = find_pictures([f])
+                    step = max(1, len(files) // 6)
+                    files = [p for k in range(step) for p in files[k::step]]    # a spread of six first
+                    large = [*itertools.islice((p for p in files if min(size_of(p)) >= side), 6)]
+                    some, f = large or files[:6], Path(folder) / f"data{i}"
+                    f.mkdir()
+                    for k, path in enumerate(some):
+                        (f / f"{k}{path.suffix}").symlink_to(path.resolve())
+                    every, taken = every + len(files), taken + len(some)
+                samples.append(str(f) if share is None else f"{f}@{share}")
+            args.data = samples
         begun = time.time()
         args.gan_after = 0      # with all that will take time and memory
-        once = train(args, rank, ranks, until=min(2, args.steps), patches=f"{folder}/patches")
-        found = train(args, rank, ranks, until=min(3, args.steps), patches=f"{folder}/patches")
+        once = train(args, 0, 1, until=2, place=f"{folder}/patches")
+        found = train(args, 0, 1, until=3, place=f"{folder}/patches")
         found["seconds"] = once["seconds"]      # the third step waits for new workers
         size = sum(p.stat().st_size for p in Path(args.out).iterdir() if p.is_file()) / 2 ** 20
         packed = sum(p.stat().st_size for p in Path(folder).glob("patches/*.safetensors")) / 2 ** 20
-        if sum(some for _, some in count):
-            packed *= sum(every for every, _ in count) / sum(some for _, some in count)
+        if taken:
+            packed *= every / taken
     val_seconds = found["judged"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
     total = real.steps * found["seconds"] + real.steps / real.every * val_seconds
     print(f"\nit works, resumed after 2 steps ({clock(time.time() - begun)} for all this)\n"
@@ -903,28 +901,14 @@ def main():
     keep_freed_memory()
     try:
         check(args)
-        args.held_out = []
-        was = begun(args)
-        if not args.val and was.get("held_out") and was.get("data") == args.data and Path(was["val"]).is_dir():
-            args.val, args.held_out = was["val"], was["held_out"]       # set aside when the run began
-        elif args.data and not args.val:
-            val, held = data.hold_out([f for f, _ in folders_and_shares(args.data)], "patches")
-            args.val, args.held_out = str(val), [str(p) for p in held]
-            if os.environ.get("RANK", "0") == "0":
-                print(f"no --val: {len(held)} pictures of --data are set aside, the busiest parts are in {val}")
-        elif args.data and Path(args.val).is_dir():     # it may lie inside --data
-            folders = {Path(f).resolve() for f, _ in folders_and_shares(args.data)}
-            inside = [data.place_of(p) for p in find_pictures([args.val])]
-            args.held_out = [str(p) for p in inside if folders & {*p.parents}]
-            if args.held_out and os.environ.get("RANK", "0") == "0":
-                print(f"{len(args.held_out)} pictures of --val lie in --data too; they are not trained on")
+        set_aside(args)
         if args.detector == "train":
+            args.val = args.val or str(DEMO / "val")        # before the run's settings are compared and kept
             state = open_run(args, 0, 1)
             files, shares = patch_files(args, print)
-            args.val = args.val or str(DEMO / "val")
             detect.train_detector(args, files, shares, state, partial(start_anew, args, 1))
         elif args.dry_run:
-            dry_run(args, *ranks_here(args))
+            dry_run(args)
         else:
             train(args, *ranks_here(args))
     except ValueError as e:     # UserError, WeightsError, PictureError, and what data and degrade say

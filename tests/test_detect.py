@@ -210,6 +210,17 @@ def test_it_is_trained_resumed_and_used(drawn, tmp_path, monkeypatch, capsys):
     assert Path("once/detector.safetensors").read_bytes() == once
 
 
+def test_it_is_resumed_on_demo_pictures(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn, tmp_path / "demo")       # as if drawn before
+    held_out = detect.held_out
+    monkeypatch.setattr(detect, "held_out", lambda paths, count: held_out(paths, 64, 1))
+    for _ in range(2):
+        code, _, err = run(monkeypatch, capsys, train.main, "--detector", "--batch", "8", "--every", "1", "--steps", "1",
+                           "--workers", "0", "--amp", "off", "--out", "d")
+        assert code == 0, err
+
+
 def test_no_picture_to_measure_on_is_one_line(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -195,6 +195,8 @@ def test_other_settings_are_refused_and_overwrite_starts_anew(whole, drawings, t
     args = flags(drawings, tmp_path / "run", steps=3, every=1, keep=2)
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     assert code == 2 and "--steps 4" in err and err.count("\n") == 1
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", steps=4, every=2, keep=3, conv_lr=0.5))
+    assert code == 2 and "--conv-lr 0.3" in err
     assert run_here(monkeypatch, capsys, tmp_path, [*args, "--overwrite"])[0] == 0
     assert [r["step"] for r in rows(tmp_path / "run")] == ["1", "2", "3"]
     # of the old run nothing stays, whose step 4 would count as the newest
@@ -284,7 +286,7 @@ def test_figures_that_make_no_sense(drawings, tmp_path, monkeypatch, capsys, fla
 
 
 def test_settings_that_cannot_be_read(whole, drawings, tmp_path, monkeypatch, capsys):
-    for content in (b"", b"[]x"):
+    for content in (b"", b"[]x", b"[1]", b"null"):
         shutil.copytree(whole[0] / "run", tmp_path / "run", dirs_exist_ok=True)
         (tmp_path / "run/args.json").write_bytes(content)
         code, _, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run"))
@@ -777,6 +779,14 @@ def test_dry_run(drawings, tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "runs").iterdir()) == [] and not (tmp_path / "patches").exists()
 
 
+def test_a_dry_run_on_demo_pictures(drawings, tmp_path, monkeypatch, capsys):
+    shutil.copytree(drawings, tmp_path / "demo")        # as if drawn before
+    args = flags(drawings, tmp_path / "run")
+    args = [a for a, flag in zip(args, ["", *args]) if not {a, flag} & {"--data", "--val"}]
+    code, out, err = run_here(monkeypatch, capsys, tmp_path, [*args, "--dry-run"])
+    assert code == 0 and "it works" in out, err
+
+
 def test_a_dry_run_counts_the_wait_for_batches(drawings, tmp_path, monkeypatch, capsys):
     batch = train.data.Batches.__getitem__
 
@@ -801,9 +811,10 @@ def test_a_dry_run_takes_pictures_that_are_large_enough(tmp_path, monkeypatch, c
     assert code == 0 and "it works" in out, err
 
 
-def test_a_dry_run_is_for_one_process(drawings, tmp_path):
+def test_a_dry_run_is_for_one_process(drawings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(train.UserError, match="one process"):
-        train.dry_run(train.parse(flags(drawings, tmp_path / "run")), 0, 2)
+        train.check(train.parse([*flags(drawings, tmp_path / "run"), "--dry-run"]))
 
 
 @pytest.mark.parametrize("kind", ("no such folder", "no validation picture", "patch below the window", "tile off the window",
@@ -981,6 +992,14 @@ def test_a_mistake_is_one_line(kind, drawings, tmp_path, whole, monkeypatch, cap
     code, out, err = run_here(monkeypatch, capsys, tmp_path, args)
     errors = [line for line in err.splitlines() if not line.startswith("skipped")]
     assert code == 2 and len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], err
+
+
+def test_mistakes_that_showed_late(drawings, tmp_path, monkeypatch, capsys):
+    """After all pictures were packed, or when the discriminator began."""
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    for more, words in ((dict(val=tmp_path / "a.safetensors"), "no folder"), (dict(loss="pix,adv", patch=8), "HR patches of 32")):
+        code, out, err = run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "run", **more))
+        assert code == 2 and words in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_bad_pictures_are_named_and_skipped(drawings, tmp_path, monkeypatch, capsys):
