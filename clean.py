@@ -145,7 +145,7 @@ def listing(folders, without=()):
     """Folders and files -> {path: name}, the name relative to its folder and led by the folder's number, so that
     moving a folder changes nothing. Whatever lies below one of the folders `without` is left out.
     ValueError: no such folder, one that cannot be listed, no picture at all."""
-    folders, names = [Path(f) for f in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)], {}
+    folders, names = tile.paths_of(folders), {}
     real, barred = functools.lru_cache(None)(Path.resolve), [Path(w).resolve() for w in without]
     for k, folder in enumerate(folders):
         if any(w in (real(folder), *real(folder).parents) for w in barred):
@@ -223,7 +223,7 @@ def srgb_transform(icc, mode):
 
 def in_srgb(picture):
     """tile.Picture -> the same with its colours in sRGB, by its ICC profile if it has one (8 bits per sample then)."""
-    mode = "L" if (picture.icc or b"")[16:20] == b"GRAY" else "RGB"
+    mode = "L" if tile.colour_space(picture.icc) == b"GRAY" else "RGB"
     transform = srgb_transform(picture.icc, mode) if picture.icc and (mode == "RGB" or picture.grey) else None
     if transform is None:
         return replace(picture, icc=None)
@@ -482,10 +482,10 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
     files that it did not put there stay. workers: processes that read pictures; each holds one in memory.
     ValueError: no picture, or out cannot be used. OSError: cannot write.
     """
-    out, folders = Path(out), [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    out, folders = Path(out), tile.paths_of(folders)
     if not -1 <= rules.get("distance", 0) <= 7:
         raise ValueError(f"--distance goes from -1 to 7; it is {rules['distance']}")
-    if any(Path(f).resolve() == out.resolve() for f in folders):
+    if any(f.resolve() == out.resolve() for f in folders):
         raise ValueError(f"{tile.printable(out)} is the folder of the pictures themselves; choose another --out")
     paths = {}          # names on one line each, so that a line of our files is a row
     for path, name in listing(folders, [out / "pictures", out / "quarantine"]).items():

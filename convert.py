@@ -94,10 +94,10 @@ def undamaged(repairing, plain, rgb, least=(52.5, 62.0), most=1.8):
     some = sorted({k * len(cells) // 12 for k in range(4)})
     x = torch.stack([rgb[:, y:y + side, i:i + side] for _, y, i in (cells[k] for k in some)])
 
-    def enlarged(network):
+    def enlarged(network):      # brought to the CPU: older versions have no antialiased bicubic for Apple's GPUs
         return network(x.to(device)).float().clamp(0, 1).cpu()
     fixed = enlarged(repairing)
-    again = F.interpolate(fixed, size=side, mode="bicubic", antialias=True)     # older versions lack it on Apple's GPUs
+    again = F.interpolate(fixed, size=side, mode="bicubic", antialias=True)
     r = (again - x)[..., 4:-4, 4:-4].square().mean((1, 2, 3)).clamp_min(1e-7)
     if 10 * median(torch.log10(detail(x).mean((1, 2, 3)) / r ** 2).tolist()) <= least[jpeg_grid(x)]:
         return False

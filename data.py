@@ -52,11 +52,6 @@ HEADER = 16384      # bytes kept for the header: it holds the number of patches,
 DTYPES = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 
 
-def paths_of(given):
-    """One path, or several -> [Path]."""
-    return [Path(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
-
-
 def read_head(path):
     """-> (metadata, {tensor: (dtype, shape, byte where it begins)}) of a patch file. ValueError if it is none, or cut
     short."""
@@ -303,7 +298,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
     out.rows.part, and the same call goes on from there. A single patch file in place of folders is returned as it is.
     ValueError: no such folder, no picture in it, none usable, min_side above size. OSError: cannot write.
     """
-    folders, out = paths_of(folders), Path(out)
+    folders, out = tile.paths_of(folders), Path(out)
     if len(folders) == 1 and folders[0].suffix == ".safetensors" and folders[0].is_file():
         log(f"{folders[0]}: {read_header(folders[0])[1]} patches, taken as they are")
         return folders[0]
@@ -392,7 +387,7 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     them. size, min_side, lr, seed, workers, overwrite: see pack, which is taken up where it was; the rest is copying.
     ValueError: as pack, and for patch files that do not go together. OSError: cannot write.
     """
-    inputs, out = paths_of(inputs), Path(out)
+    inputs, out = tile.paths_of(inputs), Path(out)
     if not (0 < keep <= 1 and 0 <= soft <= 1 and per_picture >= 1):
         raise ValueError(f"--keep {keep:g}, --soft {soft:g} and --per-picture {per_picture} do not work; the first two "
                          "are shares, from 0 to 1, the third a whole number")
@@ -492,7 +487,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, shares=None, rank=0, ranks=1):
-        self.files = paths_of(patch_files)
+        self.files = tile.paths_of(patch_files)
         self.patches = [patch] if isinstance(patch, int) else sorted(patch)
         self.steps, self.batch, self.scale, self.recipe, self.seed = steps, batch, scale, recipe, seed
         self.busiest, self.shares, self.rank, self.ranks = busiest, shares, rank, ranks
@@ -620,7 +615,7 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
         raise ValueError(f"{tile.printable(sheet)}: the sheet is a PNG; give it a name that ends in .png")
     if sheet and not overwrite and Path(sheet).exists():
         raise ValueError(f"{tile.printable(sheet)} is there already; --overwrite replaces it")
-    inputs, cells = paths_of(inputs), []
+    inputs, cells = tile.paths_of(inputs), []
     for file in (f for f in inputs if f.suffix == ".safetensors"):
         meta, n, size = read_header(file)
         patches, details, picture = (read_tensor(file, name) for name in ("patches", "detail", "picture"))

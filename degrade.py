@@ -861,7 +861,7 @@ def run(args):
             continue
         try:
             lr_path.parent.mkdir(parents=True, exist_ok=True)
-            grey = picture.grey and (picture.icc or b"")[16:20] == b"GRAY"     # such a profile fits no other
+            grey = picture.grey and tile.colour_space(picture.icc) == b"GRAY"     # such a profile fits no other
             tile.save_picture(lr_path, tile.Picture(rgb=lr, icc=picture.icc, grey=grey), args.jpeg or 95)
         except (OSError, ValueError) as e:
             tile.fail(f"cannot write {tile.printable(lr_path)}: {getattr(e, 'strerror', None) or e}; free some room "

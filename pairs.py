@@ -18,7 +18,7 @@ import tile
 def listed(paths):
     """Files and folders -> [(name, path)]; a name is relative to the folder it was found in, or the file's own."""
     found = []
-    for place in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+    for place in tile.paths_of(paths):
         for path in tile.find_pictures([place]):
             found.append((path.relative_to(place).as_posix() if place.is_dir() else path.name, path))
     return found

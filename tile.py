@@ -67,6 +67,11 @@ def printable(path):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
+def paths_of(given):
+    """One path, or several -> [Path]."""
+    return [Path(p) for p in ([given] if isinstance(given, (str, os.PathLike)) else given)]
+
+
 def find_pictures(paths):
     """Files and folders (a Path, or a list) -> sorted list of Paths, each once. Folders are searched to the bottom for
     the suffixes in READS, through links but never in circles; hidden files are passed over; a file named outright
@@ -75,7 +80,7 @@ def find_pictures(paths):
         raise PictureError(f"{printable(error.filename)}: {error.strerror}")
 
     found, visited = set(), set()
-    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+    for path in paths_of(paths):
         if not os.path.isdir(path):  # those of Path raise where a name is too long
             if not os.path.exists(path):
                 raise PictureError(f"{printable(path)}: no such file or folder")
