@@ -122,16 +122,19 @@ class Charbonnier(nn.Module):
     """mean sqrt((sr - hr)^2 + eps^2) - eps: L1 with a rounded tip, zero where sr = hr.
 
     Charbonnier et al., ICIP 1994; as a super-resolution loss Lai et al., CVPR 2017. eps: where it turns from square to
-    straight, in units of the picture; 1e-3 is a quarter of an 8-bit level."""
+    straight, in units of the picture; 1e-3 is a quarter of an 8-bit level. rmse: not of each value, but of each picture's
+    root mean square error: in a picture the large errors count, as in PSNR, and the pictures alike, flat or not."""
 
-    def __init__(self, eps=1e-3):
+    def __init__(self, eps=1e-3, rmse=False):
         super().__init__()
-        self.eps = eps
+        self.eps, self.rmse = eps, rmse
 
     @fp32
     def forward(self, sr, hr):
-        d = sr - hr
-        return (torch.sqrt(d * d + self.eps ** 2) - self.eps).mean()
+        square = (sr - hr).square()
+        if self.rmse:
+            square = square.flatten(1).mean(1)
+        return (torch.sqrt(square + self.eps ** 2) - self.eps).mean()
 
 
 class Laplacian(nn.Module):
@@ -655,7 +658,7 @@ class SRLoss(nn.Module):
     """The weighted sum of named terms: SRLoss("pix=1,freq=0.3,edge")(sr, hr, lr) -> (total, {name: value}), the values
     without their weights, detached.
 
-    pix is Charbonnier with eps, luma the same on luma alone: where a line is weighs more than its colour. highpass is
+    pix is Charbonnier with eps and rmse, luma the same on luma alone: where a line is weighs more than its colour. highpass is
     Laplacian's, edge_kernel Edge's; perceptual, vgg_weights and anime_weights are Perceptual's; detector is a file for
     load_detector, gan one of GANS. mask=True lowers edge and adversarial weight where hr is soft. Nothing in it learns.
     Raises LossError, also where a term is not finite.
@@ -665,12 +668,12 @@ class SRLoss(nn.Module):
     picture that equals hr."""
 
     def __init__(self, weights="pix", eps=1e-3, highpass=False, edge_kernel=3, perceptual="vgg", vgg_weights=None,
-                 anime_weights=None, detector=None, gan="ragan", mask=False):
+                 anime_weights=None, detector=None, gan="ragan", mask=False, rmse=False):
         super().__init__()
         self.weights, self.gan, self.mask = parse_weights(weights), gan, mask
         if gan not in GANS:
             raise LossError(f"adv: there are {', '.join(GANS)}, not '{gan}'")
-        self.pix, self.freq, self.edge = Charbonnier(eps), Laplacian(highpass=highpass), Edge(edge_kernel)
+        self.pix, self.freq, self.edge = Charbonnier(eps, rmse), Laplacian(highpass=highpass), Edge(edge_kernel)
         self.texture, self.lock = Texture(), FrequencyLock()
         if "perc" in self.weights:
             self.perc = Perceptual(perceptual, vgg_weights, anime_weights)

@@ -56,7 +56,7 @@ STAGES = {   # what a stage sets where no flag says otherwise; of two: on a CPU,
 }
 # Adam moves every weight by the learning rate, so a sum over n inputs moves by n times as much. A 3x3 convolution of HAT
 # sums over some 550 inputs, a linear layer over 60: at one rate for all the convolutions throw the picture about.
-SERVES = {("pix", "luma", "art_cls", "art_feat"): ("eps", "eps_end"),           # which terms a flag is for
+SERVES = {("pix", "luma", "art_cls", "art_feat"): ("eps", "eps_end", "rmse"),   # which terms a flag is for
           ("adv",): ("gan_after", "gan", "lr_d", "d_features", "r1"), ("edge", "adv"): ("mask",),
           ("art_cls", "art_feat"): ("detector",),
           ("edge",): ("edge_kernel",), ("perc",): ("perceptual", "vgg_weights", "anime_weights")}
@@ -107,6 +107,8 @@ def parse(argv=None):
       "it is L1, under which a hair of wrong colour in flat areas drowns what lines and texture teach")
     a("--eps-end", type=float, help="--eps glides to this over the run, by the same factor each step: a fast start and nearly L1 "
       "for the last tenths of a dB")
+    a("--rmse", action="store_true", help="pix and luma of each patch's root mean square error, not of each value's: in a patch "
+      "large errors count, as in PSNR, and patches alike, flat or not")
     a("--gan-after", type=int, default=0, help="steps before the adversarial term begins")
     a("--gan", choices=GANS, default="ragan", help="kind of adversarial loss")
     a("--lr-d", type=float, default=1e-4, help="learning rate of the discriminator")
@@ -625,7 +627,7 @@ def train(args, rank, ranks, until=None, place="patches"):
     if matrices:
         optimisers["muon"] = Muon([dict(params=[p for p in learning if id(p) in matrices], share=1.0)], args.lr)
     loss_fn = SRLoss(args.loss, args.eps, edge_kernel=args.edge_kernel, perceptual=args.perceptual, vgg_weights=args.vgg_weights,
-                     anime_weights=args.anime_weights, detector=args.detector, gan=args.gan, mask=args.mask).to(args.device)
+                     anime_weights=args.anime_weights, detector=args.detector, gan=args.gan, mask=args.mask, rmse=args.rmse).to(args.device)
     weights = dict(loss_fn.weights)
     critic = critic_optimiser = None
     if "adv" in weights:

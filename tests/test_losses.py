@@ -96,7 +96,7 @@ def slope(f, sr, seed=7):
 
 
 TERMS = {
-    "charbonnier": lambda: Charbonnier(), "rounder": lambda: Charbonnier(0.1), "laplacian": lambda: Laplacian(),
+    "charbonnier": lambda: Charbonnier(), "rounder": lambda: Charbonnier(0.1), "rmse": lambda: Charbonnier(rmse=True), "laplacian": lambda: Laplacian(),
     "highpass": lambda: Laplacian(highpass=True), "texture": lambda: Texture(), "edge": lambda: Edge(),
     "edge1": lambda: Edge(1), "edge5": lambda: Edge(5), "sobel": lambda: Edge(3, 1, 0, 0),
     "canny": lambda: Edge(3, 0, 1, 0), "colour": lambda: Edge(3, 0, 0, 1),
@@ -215,6 +215,18 @@ def test_charbonnier():
     assert torch.allclose(Charbonnier()(sr, hr), ((sr - hr) ** 2 + 1e-6).sqrt().mean() - 1e-3)
     assert Charbonnier()(hr + 1, hr) == pytest.approx(1 - 1e-3, abs=1e-6)
     assert Charbonnier(0.1)(hr + 0.01, hr) == pytest.approx(0.01 ** 2 / 0.2, rel=0.01)
+
+
+def test_rmse_counts_pictures_alike_and_within_one_by_squares():
+    hr, d = torch.full((2, 3, 8, 8), 0.5), picture(2, 3, 8, 8) * torch.tensor([0.4, 0.04]).view(2, 1, 1, 1)
+    x = (hr + d).requires_grad_(True)
+    value = Charbonnier(1e-6, rmse=True)(x, hr)
+    each = d.square().mean((1, 2, 3)).sqrt()
+    assert torch.allclose(value, each.mean(), atol=1e-5)
+    g, = torch.autograd.grad(value, x)
+    a, b = g.flatten(1).norm(dim=1).tolist()
+    assert a == pytest.approx(b, rel=1e-3)                                  # a tenth of the error, the same pull
+    assert torch.allclose(g, d / each.view(2, 1, 1, 1) / d.numel(), rtol=1e-3)      # along the error
 
 
 def test_laplacian_sees_detail_and_not_colour():
@@ -668,13 +680,13 @@ def test_sum_and_gradient_norms(small_sum, files, both, d):
     hr, sr, lr = picture(1, 3, 32, 32), picture(1, 3, 32, 32, seed=1), picture(1, 3, 16, 16, seed=2)
     weights = {name: 0.1 + 0.2 * i for i, name in enumerate(L.WEIGHTS)}
     loss = small_sum(",".join(f"{k}={v}" for k, v in weights.items()), eps=0.1, edge_kernel=5, highpass=True,
-                     gan="lsgan")
+                     gan="lsgan", rmse=True)
     x = sr.clone().requires_grad_(True)
     total, values = loss(x, hr, lr, d)
     cls, feat = L.artifact_losses(files["detector"], x, hr)
-    alone = dict(pix=Charbonnier(0.1)(x, hr), freq=Laplacian(highpass=True)(x, hr), edge=Edge(5)(x, hr),
+    alone = dict(pix=Charbonnier(0.1, rmse=True)(x, hr), freq=Laplacian(highpass=True)(x, hr), edge=Edge(5)(x, hr),
                  texture=Texture()(x, hr), lock=FrequencyLock()(x, lr), perc=both(x, hr), art_cls=cls, art_feat=feat,
-                 adv=L.generator_loss(d, x, hr, "lsgan"), luma=Charbonnier(0.1)(L.luma(x), L.luma(hr)))
+                 adv=L.generator_loss(d, x, hr, "lsgan"), luma=Charbonnier(0.1, True)(L.luma(x), L.luma(hr)))
     for name, value in alone.items():
         assert torch.allclose(values[name], value) and not values[name].requires_grad, name
     assert torch.allclose(total, sum(weights[k] * v for k, v in alone.items()))

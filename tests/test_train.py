@@ -537,10 +537,10 @@ def test_the_averages_have_no_history(drawings, tmp_path, monkeypatch, capsys):
 
 
 def test_eps_glides(drawings, tmp_path, monkeypatch, capsys):
-    """By the same factor each step, in the loss that is trained with."""
+    """By the same factor each step, in the loss that is trained with; --rmse is its too."""
     seen, real = [], train.SRLoss.terms
-    monkeypatch.setattr(train.SRLoss, "terms", lambda self, *a: seen.append(self.pix.eps) or real(self, *a))
-    args = flags(drawings, tmp_path / "run", steps=5, every=5, eps=0.1, eps_end=0.001, patch=8, batch=1)
+    monkeypatch.setattr(train.SRLoss, "terms", lambda self, *a: seen.append(self.pix.eps * self.pix.rmse) or real(self, *a))
+    args = [*flags(drawings, tmp_path / "run", steps=5, every=5, eps=0.1, eps_end=0.001, patch=8, batch=1), "--rmse"]
     assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
     assert np.allclose(seen[:5], 0.1 * 0.01 ** (np.arange(5) / 4))
     assert train.rounding(7, train.parse(flags(drawings, tmp_path, eps=0.02))) == 0.02
