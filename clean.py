@@ -111,8 +111,7 @@ def in_parallel(function, jobs, workers, what):
     for i, (job, result) in enumerate(zip(jobs, loader)):
         progress(what, i, len(jobs), start)
         if isinstance(result, Failed):
-            loader, error = None, result.error
-            raise error
+            raise result.error
         yield job, result
     tile.Progress.clear()
 
@@ -148,11 +147,10 @@ def listing(folders, without=()):
     folders, names = tile.paths_of(folders), {}
     real, barred = functools.lru_cache(None)(Path.resolve), [Path(w).resolve() for w in without]
     for k, folder in enumerate(folders):
-        if any(w in (real(folder), *real(folder).parents) for w in barred):
+        if any(real(folder).is_relative_to(w) for w in barred):
             raise ValueError(f"{tile.printable(folder)} lies where the results go; choose another --out")
         for path in tile.find_pictures([folder]):
-            above = [real(path.parent), *real(path.parent).parents]
-            if not any(w in above for w in barred):
+            if not any(real(path.parent).is_relative_to(w) for w in barred):
                 names.setdefault(path, f"{k}/{path.relative_to(folder).as_posix() if folder.is_dir() else path.name}")
     if not names:
         raise ValueError(f"no picture in {', '.join(map(tile.printable, folders))}; give a folder of PNG, JPEG or WebP")
@@ -433,7 +431,10 @@ def rows_of(file, fields):
     content = file.read()
     ours(file.name, content, fields)
     whole = content[:content.rfind(b"\n") + 1]
-    rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"), newline="")))
+    try:
+        rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"), newline="")))
+    except csv.Error as e:
+        raise ValueError(f"{tile.printable(file.name)} is damaged ({e}); remove it, and every picture is looked at again") from None
     if not rows or tuple(rows[0]) != fields:
         rows, whole = [], b""
     if len(whole) < len(content):
@@ -444,9 +445,9 @@ def rows_of(file, fields):
 
 
 def ours(path, content, fields):
-    """ValueError where the CSV path, with these bytes, does not begin as ours do."""
-    first = content.split(b"\n")[0]
-    if not ",".join(fields).encode().startswith(first) and first.split(b",")[0] != fields[0].encode():
+    """ValueError where the CSV path, with these bytes, does not begin as ours do, or those of an older version."""
+    header = ",".join(fields).encode()
+    if not header.startswith(content) and content.split(b",", 2)[:2] != header.split(b",", 2)[:2]:
         raise ValueError(f"{tile.printable(path)} is not from here; choose an empty --out")
 
 
@@ -541,6 +542,11 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             if is_copy and stamp(there) not in [stamp(path) for path in given if path]:
                 raise ValueError(f"{tile.printable(there)} is a copy of a picture that is not given this time, perhaps the "
                                  "last; choose an empty --out")
+        for target, name in targets.items():
+            there, newer = out / target, int(stamp(out / target)[1] or 0) - int(stamp(paths[name])[1] or 0)
+            if newer > 2e9 and not there.is_symlink() and stamp(there) not in {key[1:] for key in known}:   # 2 s: FAT
+                raise ValueError(f"{tile.printable(there)} was edited since it was put there; move it away, or to "
+                                 f"{tile.printable(paths[name])}")
         if going:
             log(f"{len(going)} pictures of an earlier run go from {tile.printable(out)}")
         # In this order whatever lies in pictures/ is named in the report at any time, so the next run knows it as ours.
@@ -580,8 +586,8 @@ def smaller(job, min_side):
         short = min(width, height)
         factors = {**SCALES, str(SHORTEST): SHORTEST / short}
         factors = {f"{stem}_{ending}.png": f for ending, f in factors.items() if f < 1 and round(short * f) >= min_side}
-        todo = {Path(t): f for t, f in factors.items()
-                if not os.path.exists(t) or os.stat(t).st_mtime_ns < os.stat(path).st_mtime_ns}
+        changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)      # an older picture may take its place
+        todo = {Path(t): f for t, f in factors.items() if not os.path.exists(t) or os.stat(t).st_mtime_ns < changed}
         if not todo:
             return 0
         picture = picture or read(path)

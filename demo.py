@@ -379,7 +379,7 @@ def draw_demo(folder, seed=0, train=28, val=6, progress=None):
     there already, OSError if it cannot be written.
     """
     folder, scenes = Path(folder), (meadow, portrait, city, page)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists; use it, or remove it to draw again")
     part, start = folder.with_name(f"{folder.name}.{os.getpid()}.part"), time.time()
     try:

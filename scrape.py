@@ -177,7 +177,7 @@ class Client:
             except ssl.SSLCertVerificationError as e:
                 raise Failed(f"its certificate is not valid: {clean(e.verify_message)}") from None
             except (OSError, http.client.HTTPException) as e:
-                reason = clean(getattr(e, "strerror", None) or e or type(e).__name__)[:200]
+                reason = clean(getattr(e, "strerror", None) or e)[:200] or type(e).__name__
             if asked > PATIENCE:
                 raise Stop(f"{host} asks to wait for {clock(asked)} ({reason}); the same command goes on then")
             wait = max(asked, min(PATIENCE, self.pause * 2 ** attempt))
@@ -191,7 +191,7 @@ class Client:
     def save(self, response, out, limit):
         """A response's body into out -> (md5, bytes)."""
         digest, total, begun, length = hashlib.md5(usedforsecurity=False), 0, time.monotonic(), response.length
-        while length is None or total < min(length, limit + 1):
+        while length is None or total < length:
             chunk = response.read1(65536 if length is None else min(65536, length - total))
             if not chunk:
                 break
@@ -384,11 +384,8 @@ def add_row(path, row):
 
 
 def is_there(folder, row):
-    """Whether the picture of a row of the manifest stands in the folder with the size it had."""
-    try:
-        return str(os.stat(folder / row["file"]).st_size) == row["size"]
-    except (OSError, ValueError):
-        return False
+    """Whether the picture of a row of the manifest stands in the folder, perhaps edited since."""
+    return os.path.isfile(folder / row["file"])
 
 
 def fetch(client, row, folder, known):
@@ -397,7 +394,10 @@ def fetch(client, row, folder, known):
     target, due, size = folder / row["file"], int(row["size"]), 0
     part = target.with_name(f"{target.name}.part")
     try:
-        if not (target.is_file() and hashlib.md5(target.read_bytes(), usedforsecurity=False).hexdigest() == row["md5"]):
+        if target.exists():
+            if hashlib.md5(target.read_bytes(), usedforsecurity=False).hexdigest() != row["md5"]:
+                raise Failed("what stands there under this name has another md5; move it away, and the picture comes")
+        else:
             with open(part, "wb") as file:
                 md5, size = client.get(row["url"], file, due or FILE_BYTES)
                 file.flush()
@@ -451,6 +451,8 @@ def main():
     p.add_argument("--pause", type=float, default=1.0, help="seconds between requests, 1 or more (default: 1)")
     p.add_argument("--url", help="another board of that kind, such as http://localhost:3000: the one address that may "
                                  "be private; on loopback --pause may be below 1")
+    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a folder in Japanese
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = run(prepare(p.parse_args()))
     except Stop as e:
@@ -464,15 +466,14 @@ def main():
 
 def prepare(args):
     """Checks the arguments and adds base, kind, name, ratings and opted_out. Raises Stop."""
-    args.base, args.kind = (args.url or BOARDS[args.board]).rstrip("/"), "moebooru"
+    args.base = (args.url or BOARDS[args.board]).rstrip("/")
+    args.kind = "danbooru" if args.board == "danbooru" else "moebooru"
     try:
         parts = urlsplit(args.base)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.port == 0:
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.port == 0:
             raise ValueError
     except ValueError:
         raise Stop(f"--url {clean(args.url)} is no address; give one such as http://localhost:3000") from None
-    if args.board == "danbooru":
-        args.kind = "danbooru"
     if not (args.contact.isascii() and args.contact.isprintable() and re.search(r"\w@\w|https?://\w", args.contact)):
         raise Stop(f"--contact {clean(args.contact)} is neither a mail nor a web address; give one that reaches you")
     if not (0 if args.url and is_loopback(parts.hostname) else 1) <= args.pause <= PATIENCE:
@@ -487,7 +488,7 @@ def prepare(args):
         raise Stop(f"cannot read {clean(args.opt_out)}: {clean(getattr(e, 'strerror', None) or e)}") from None
     args.opted_out = {"_".join(line.lower().split()) for line in lines if line.strip()}
     args.ratings = {letter for letter, (asked, _) in RATINGS[args.kind].items() if asked in args.rating}
-    place = parts.netloc.rpartition("@")[2].lower() if args.url else args.board
+    place = parts.netloc.lower() if args.url else args.board
     args.name = re.sub("[^a-z0-9.]+", "-", place).strip("-.")[:60]
     return args
 
@@ -495,8 +496,7 @@ def prepare(args):
 @contextlib.contextmanager
 def alone(path, what):
     """Raises Stop if another process is within, and OSError; whoever is killed within leaves the file path, and no lock."""
-    file = open(path, "ab")
-    try:
+    with open(path, "ab") as file:
         try:
             try:
                 import fcntl
@@ -513,8 +513,6 @@ def alone(path, what):
         finally:
             with contextlib.suppress(OSError):      # Windows removes nothing that is open
                 path.unlink()
-    finally:
-        file.close()
 
 
 def run(args):
@@ -541,6 +539,11 @@ def fetch_all(args):
     rows, passed = search(client, args)
     here = {row["md5"] for row in kept if is_there(args.out, row)}
     todo = [row for row in rows if row["md5"] not in here]
+    changed = [row["file"] for row in kept if is_there(args.out, row)
+               and str(os.stat(args.out / row["file"]).st_size) != row["size"]]
+    if changed:
+        say(f"{len(changed)} pictures are no longer as they were fetched, and stay so, as {clean(changed[0])}; move away "
+            "what is to be fetched again")
     skipped = f"; passed over: {', '.join(f'{n} {why}' for why, n in passed.most_common())}" if passed else ""
     if args.dry_run:
         say(f"{len(rows) - len(todo)} of {len(rows)} pictures are here{skipped}")

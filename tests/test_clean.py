@@ -3,6 +3,7 @@ import csv
 import io
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -472,14 +473,42 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
         file.write(b"x")
 
 
+@pytest.mark.parametrize("table", ("my,own,file\n1,2,3\n", "name,price\nlamp,7\n", "name\nlamp\n", "\nmy,own\n1,2\n"))
 @pytest.mark.parametrize("name", ("scan.csv", "report.csv"))
-def test_a_strangers_table_is_left_alone(tmp_path, name):
+def test_a_strangers_table_is_left_alone(tmp_path, name, table):
     save(tmp_path / "in/a.png", painting())
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_text("my,own,file\n1,2,3\n")
+    (tmp_path / "out" / name).write_text(table)
     with pytest.raises(ValueError, match=f"{name} is not from here"):
         clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
-    assert (tmp_path / "out" / name).read_text() == "my,own,file\n1,2,3\n"
+    assert (tmp_path / "out" / name).read_text() == table
+
+
+@pytest.mark.parametrize("copy", (False, True))
+def test_what_was_edited_among_the_pictures_stays(tmp_path, copy):
+    """An editor that renames its result over the file makes a file of the link."""
+    source, out = save(tmp_path / "in/1.png", painting(1)), tmp_path / "set"
+    os.utime(source, (1e9, 1e9))
+    (tmp_path / "in/2.png").write_bytes(b"broken")
+    os.utime(tmp_path / "in/2.png", (1e9, 1e9))
+    clean([tmp_path / "in"], out, naming="id", copy=copy, log=lambda _: None)
+    edited = [out / "pictures/1.png", *(out / "quarantine").iterdir()]
+    for path in edited:
+        content = save(tmp_path / "edited.png", painting(2)).read_bytes()
+        before = tree(out)
+        os.replace(tmp_path / "edited.png", path)
+        for copying in (False, True):
+            with pytest.raises(ValueError, match="edited since"):
+                clean([tmp_path / "in"], out, naming="id", copy=copying, log=lambda _: None)
+        assert tree(out) == before | {str(path.relative_to(out)): content}
+        path.unlink()
+        clean([tmp_path / "in"], out, naming="id", copy=copy, log=lambda _: None)
+        assert tree(out) == before
+    for n in range(2):      # a picture that itself has changed is followed
+        save(source, painting(3 + n))
+        os.utime(source, (1e9 - n, 1e9 - n))
+        clean([tmp_path / "in"], out, naming="id", copy=copy, log=lambda _: None)
+        assert (out / "pictures/1.png").read_bytes() == source.read_bytes()
 
 
 def test_users_mistakes(tmp_path, monkeypatch):
@@ -583,6 +612,16 @@ def test_copies_are_made_once_and_after_changes_again(tmp_path):
     save(source, painting(1, 500, 500))
     os.utime(source, ns=(2 * 10 ** 18, 2 * 10 ** 18))
     assert multiscale([tmp_path / "in"], tmp_path / "in/smaller", workers=2, **quiet) == 4
+    os.utime(save(tmp_path / "older.png", painting(3, 500, 500)), ns=(10 ** 18, 10 ** 18))
+    os.utime(source, ns=(10 ** 18, 10 ** 18))
+    multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet)
+    os.replace(tmp_path / "older.png", source)
+    assert multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet) == 4
+    assert multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet) == 0
+    source.unlink()
+    source.symlink_to(os.fspath(tmp_path / "other.png"))
+    os.utime(save(tmp_path / "other.png", painting(4, 500, 500)), ns=(10 ** 18, 10 ** 18))
+    assert multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet) == 4
     save(tmp_path / "in/a.webp", painting(2, 500, 500))
     with pytest.raises(ValueError, match="copies of the same name"):
         multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet)
@@ -622,3 +661,77 @@ def test_workers_of_a_killed_process_end(tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.time() < until:
         time.sleep(0.1)
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def test_nothing_lies_in_pictures_that_the_report_does_not_name(tmp_path, monkeypatch):
+    """Wherever it is stopped, or the next run would take it for a stranger's."""
+    for i in range(2):
+        save(tmp_path / "in" / f"{i}.png", painting(i))
+    clean([tmp_path / "in"], tmp_path / "out", naming="id", log=lambda _: None)
+    unlink = Path.unlink
+
+    def stopped(path, **how):
+        if path.parent.name == "pictures" and path.suffix == ".png":
+            raise KeyboardInterrupt
+        unlink(path, **how)
+    monkeypatch.setattr(Path, "unlink", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        clean([tmp_path / "in/1.png"], tmp_path / "out", naming="id", log=lambda _: None)
+    named = {row["kept_as"] for row in verdicts(tmp_path / "out").values()}
+    assert {f"pictures/{p.name}" for p in (tmp_path / "out/pictures").iterdir()} <= named
+
+
+def deaf(_):
+    return [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_IGN] * 2
+
+
+def test_workers_leave_ctrl_c_to_the_main_process():
+    assert [result for _, result in room.in_parallel(deaf, [0], 1, "listening")] == [True]
+
+
+def test_what_cannot_be_read_need_not_be_put_apart(tmp_path, monkeypatch):
+    save(tmp_path / "in/a.png", painting())
+    (tmp_path / "in/b.png").write_bytes(b"")
+    place, refused = room.place, "quarantine"
+
+    def refusing(source, target, copy):
+        if target.parent.name == refused:
+            raise PermissionError(13, "Permission denied")
+        place(source, target, copy)
+    monkeypatch.setattr(room, "place", refusing)
+    assert len(clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)) == 2
+    refused = "pictures"
+    with pytest.raises(PermissionError):
+        clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
+
+
+def test_links_follow_a_folder_that_was_moved(tmp_path):
+    save(tmp_path / "in/a.png", painting())
+    for folder in ("b", "c"):       # two of one name
+        (tmp_path / "in" / folder).mkdir()
+        (tmp_path / "in" / folder / "broken.png").write_bytes(folder.encode())
+    clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
+    (tmp_path / "in").rename(tmp_path / "moved")
+    (row, *broken) = clean([tmp_path / "moved"], tmp_path / "out", log=lambda _: None)
+    assert os.readlink(tmp_path / "out" / row["kept_as"]) == str(tmp_path / "moved/a.png")
+    assert {p.read_text() for p in (tmp_path / "out/quarantine").iterdir()} == {"b", "c"}
+
+
+def test_a_table_of_an_older_version_is_begun_anew(tmp_path):
+    save(tmp_path / "in/a.png", painting())
+    clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
+    table = tmp_path / "out/scan.csv"
+    whole = table.read_bytes()
+    table.write_bytes(b"name,bytes,animated\n0/a.png,1,2\n")
+    clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
+    assert table.read_bytes() == whole
+    table.write_bytes(whole + b'0/x,"' + b"x" * 200000 + b"\n")
+    with pytest.raises(ValueError, match="scan.csv is damaged"):
+        clean([tmp_path / "in"], tmp_path / "out", log=lambda _: None)
+
+
+def test_what_transparency_hides_does_not_count(tmp_path):
+    path = save(tmp_path / "a.png", np.dstack([painting(), np.zeros((320, 384), np.uint8)]))
+    assert room.examine((path, "a"))["sharpness"] == ""
+    plain = {room.perceptual_hash(np.full((300, 300, 3), v, np.uint8)) for v in (1, 77, 130, 254, 255)}
+    assert len(plain) == 1          # and no rounding error is a feature

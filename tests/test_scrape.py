@@ -126,6 +126,7 @@ def make(request):
 def go(monkeypatch, capsys, tmp_path):
     """go(board, flag, ...) -> (exit code, stdout, stderr) of scrape.py's main() into tmp_path/out."""
     def run(board, *flags, pause=0.002, kind="konachan", out=tmp_path / "out"):
+        monkeypatch.setattr(scrape.say, "__defaults__", (False, [time.monotonic()]))     # as in a process of its own
         monkeypatch.setattr(sys, "argv", ["scrape.py", kind, "--url", board.url, "--pause", str(pause), "-o", str(out),
                                           "--contact", CONTACT, *map(str, flags)])
         with pytest.raises(SystemExit) as end:
@@ -330,6 +331,8 @@ def test_retry_after(value, seconds):
 
 
 CHALLENGES = dict(html=lambda h: h.send(200, HTML, Content_Type="text/html"),
+                  indented=lambda h: h.send(200, b"\n  " + HTML),
+                  worded=lambda h: h.send(403, b"Attention Required!", Content_Type="text/html"),
                   forbidden=lambda h: h.send(403, HTML, Content_Type="text/html", Server="cloudflare"),
                   old=lambda h: h.send(503, HTML, Content_Type="text/html", Server="cloudflare"),
                   mitigated=lambda h: h.send(403, b"{}", cf_mitigated="challenge"))
@@ -700,13 +703,13 @@ def test_pages_without_end(make, go, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(board, out, *flags, preexec_fn=lambda: None):
+def start(board, out, *flags, preexec_fn=lambda: None, env=None):
     def first():    # a shell that starts the tests in the background makes them, and what they start, deaf to SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
         preexec_fn()
     return subprocess.Popen([sys.executable, SCRIPT, "konachan", "--url", board.url, "--pause", "0.002", "-o", out,
                              "--contact", CONTACT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=first)
+                            preexec_fn=first, env=env)
 
 
 @pytest.mark.parametrize("with_signal, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
@@ -738,7 +741,7 @@ def test_killed_anywhere(make, go, tmp_path):
     board, out, runs = make(*map(post, range(1, 61))), tmp_path / "out", 0
     for wanted in (5, 18, 33, 47):
         run = start(board, out)
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while len(set(board.asked("/image"))) < wanted and time.monotonic() < end:
             time.sleep(0.0007)
         run.kill()
@@ -801,15 +804,22 @@ def test_a_boards_own_reason_is_shown(make, go, status):
     assert "Daily limit exceeded" in go(board)[2]
 
 
-def test_a_picture_that_was_damaged_or_removed_comes_again(make, go, tmp_path):
+def test_a_picture_that_was_removed_comes_again_and_an_edited_one_stays(make, go, tmp_path):
     board, out = make(*map(post, range(1, 6))), tmp_path / "out"
     go(board)
     before, names = (out / "manifest.csv").read_bytes(), {r["id"]: r["file"] for r in manifest(out)}
     (out / names["2"]).unlink()
-    (out / names["4"]).write_bytes(picture(4)[:10])
+    (out / names["4"]).write_bytes(b"cropped by hand")
     board.log.clear()
-    assert go(board)[0] == 0 and in_order(out, range(1, 6)) and (out / "manifest.csv").read_bytes() == before
-    assert sorted(board.asked("/image")) == ["/image/2.png", "/image/4.png"]
+    code, _, said = go(board)
+    assert code == 0 and (out / "manifest.csv").read_bytes() == before and f"stay so, as {names['4']}" in said
+    assert board.asked("/image") == ["/image/2.png"] and (out / names["4"]).read_bytes() == b"cropped by hand"
+    (out / "manifest.csv").unlink()
+    code, _, said = go(board)
+    assert code == 1 and f"failed: {names['4']}: what stands there" in said and len(board.asked("/image")) == 1
+    assert (out / names["4"]).read_bytes() == b"cropped by hand"
+    (out / names["4"]).unlink()
+    assert go(board)[0] == 0 and in_order(out, range(1, 6))
 
 
 def test_a_picture_that_the_board_replaced_is_another_file(make, go, tmp_path):
@@ -894,6 +904,7 @@ def test_anothers_manifest_is_left_alone(make, go, tmp_path):
     (["--max", "0"], "--max"), (["--min-width", "-1"], "--min-width"), (["--rating", "x"], "--rating"),
     (["--rating", ""], "--rating"), (["--url", "localhost:3000"], "--url"), (["--url", "file:///x"], "--url"),
     (["--url", "http://[::1"], "--url"), (["--url", "http://"], "--url"), (["--url", "http://a:99999"], "--url"),
+    (["--url", "https://me:secret@a.b"], "--url"),
     (["--contact", "nobody"], "--contact"),
     (["--contact", "a@b.c\r\nX: y"], "--contact"), (["--opt-out", "missing"], "missing"), (["--opt-out", "."], "read"),
     (["--contact", "\u58c1@b.c"], "--contact")])
@@ -927,3 +938,62 @@ def test_help_alone_in_an_empty_folder(tmp_path):
     code = "import sys, scrape; sys.exit(bool({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": ""}
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env).returncode == 0
+
+
+def test_only_silence_in_a_row_means_that_the_board_is_down(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "TRIES", 1)
+    board = make(*map(post, range(1, 9)))
+    board.always = {f"/image/{n}.png": lambda h, n=n: h.send(404 if n == 3 else 500) for n in (1, 2, 3, 4, 6, 7)}
+    code, told, _ = go(board)
+    assert code == 1 and "6 failed" in told and in_order(tmp_path / "out", [5, 8])
+
+
+def test_a_manifest_and_a_list_that_an_editor_saved(make, go, tmp_path):
+    board, path = make(post(1), post(2)), tmp_path / "out" / "manifest.csv"
+    (tmp_path / "leave").write_bytes("\ufeffsomeone\r\n".encode())
+    assert go(board, "--opt-out", tmp_path / "leave")[0] == 0 and not board.asked("/image")
+    go(board)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    board.log.clear()
+    assert go(board)[0] == 0 and not board.asked("/image")
+
+
+def test_the_next_address_of_a_name_is_tried(make, monkeypatch):
+    board, look_up = make(), socket.getaddrinfo
+    places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (1, board.server.server_port)]
+    monkeypatch.setattr(scrape.socket, "getaddrinfo", lambda *a, **how: places if how else look_up(*a))
+    scrape.Client(board.url, True, CONTACT, 1.0).connect(f"{board.url}/x")[0].close()
+
+
+def test_a_full_disk_is_found_before_the_board_is_asked(make, tmp_path):
+    board, limit = make(post(1)), (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    run = start(board, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 2 and "File too large" in one_error(said) and not board.log
+
+
+def test_the_back_off_has_an_end_and_holds_for_the_next_picture(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "PATIENCE", 0.3)
+    board = make(post(1), post(2))
+    board.always = {"/image/1.png": lambda h: h.send(500)}
+    code, _, said = go(board, pause=0.05)
+    t = board.times()
+    assert code == 1 and in_order(tmp_path / "out", [2]) and said.count("waiting 0.3 s") == 3
+    assert t[-1] - t[-2] >= 0.3
+
+
+def test_ctrl_c_in_the_manifest_leaves_it_as_it_was(tmp_path, monkeypatch):
+    def stopped(_):
+        raise KeyboardInterrupt
+    scrape.add_row(tmp_path / "a", dict.fromkeys(scrape.COLUMNS, "x"))
+    before = (tmp_path / "a").read_bytes()
+    monkeypatch.setattr(os, "fsync", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scrape.add_row(tmp_path / "a", dict.fromkeys(scrape.COLUMNS, "y"))
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_an_answer_in_ascii(make, tmp_path):
+    run = start(make(post(1)), tmp_path / "\u58c1\u7d19", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    told, said = run.communicate(timeout=60)
+    assert run.returncode == 0 and r"\u58c1\u7d19" in told and "Traceback" not in said
