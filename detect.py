@@ -99,13 +99,14 @@ def learn(detector, x, targets):
     return F.cross_entropy(logits, targets) + 0.5 * order
 
 
-def readable(paths):
-    """(number, path, picture (3, H, W) on white) of those that can be read; the others are named."""
+def readable(paths, say=True):
+    """(number, path, picture (3, H, W) on white) of those that can be read; the others are named, unless say is False."""
     for k, path in enumerate(paths):
         try:
             yield k, path, composite(read_picture(path), 1.0)
         except PictureError as e:
-            print(f"skipped: {e}", file=sys.stderr)
+            if say:
+                print(f"skipped: {e}", file=sys.stderr)
 
 
 def held_out(paths, side=128, count=4, seed=1):
@@ -231,7 +232,7 @@ def main():
         paths = find_pictures([args.folder])
         crops, whole = held_out(paths), torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.long)
         wrong, judged = dict(jpeg=[], blur=[]), 0
-        for k, path, rgb in readable(paths):
+        for k, path, rgb in readable(paths, say=False):      # held_out named those already
             if min(rgb.shape[1:]) < LEAST:
                 print(f"skipped: {printable(path)} is smaller than {LEAST}x{LEAST}", file=sys.stderr)
                 continue
@@ -249,7 +250,10 @@ def main():
         for kind, what in (("jpeg", "JPEG 90 < 60 < 30"), ("blur", "blur 0.5 < 1 < 2")):
             print(f"{what} in {judged - len(wrong[kind])} of {judged} pictures"
                   + (f", not in {', '.join(wrong[kind])}" if wrong[kind] else ""))
-    except (ValueError, OSError, RuntimeError) as e:        # RuntimeError: a device that is not there
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, AssertionError) as e:        # the last two: a device that is not there
         print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 

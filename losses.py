@@ -840,7 +840,7 @@ def main():
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as e:        # RuntimeError: a device that is not there
+    except (ValueError, OSError, RuntimeError, AssertionError) as e:        # the last two: a device that is not there
         print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 

@@ -95,10 +95,9 @@ def wide_heads(p, heads, dim=0):
     p = p.unflatten(dim, (heads, -1))
     return F.pad(p, (0, 0) * (p.dim() - dim - 2) + (0, -p.shape[dim + 1] % 8)).flatten(dim, dim + 1)
 
-def attend(q, k, v, bias, mask=None, scale=None):
+def attend(q, k, v, bias, mask, scale):
     """softmax(scale q k^T + bias + mask) v, with q (N, n, heads, d), k and v (N, m, heads, d), bias (heads, n, m),
-    mask (windows, n, m) or None; N is a multiple of windows. scale: 1 / sqrt(d) if None. Returns (N, n, heads * d)."""
-    scale = scale or q.shape[-1] ** -0.5
+    mask (windows, n, m) or None; N is a multiple of windows. Returns (N, n, heads * d)."""
     if q.is_cuda:
         bias = (bias[None] if mask is None else bias + mask[:, None]).to(q.dtype)       # before it is one for each window
         bias = bias.expand(len(q), -1, -1, -1) if mask is None else bias.repeat(len(q) // len(mask), 1, 1, 1)
@@ -429,6 +428,8 @@ def sizes(state):
             scale=4 if hat + "upsample.2.weight" in state else math.isqrt(len(state[hat + "upsample.0.weight"]) // FEATURES))
         if "residual_block.0.weight" in state:
             found["refiner_dim"] = len(state["residual_block.0.weight"])
+        elif preset_of(found):      # a plain HAT gets the refiner of its preset
+            found["refiner_dim"] = PRESETS[preset_of(found)]["refiner_dim"]
     except (KeyError, IndexError, ValueError, TypeError):
         raise WeightsError("this is no HAT: its layers have other names") from None
     return found

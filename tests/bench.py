@@ -284,7 +284,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to time (default: everything)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    p.add_argument("--presets", nargs="+", choices=PRESETS, default=["low", "mid", "hat"])
+    p.add_argument("--presets", nargs="+", choices=WORK["cpu"], default=["low", "mid", "hat"])
     p.add_argument("--rounds", type=int, default=5, help="counted rounds, of which the median is taken")
     p.add_argument("--compile", action="store_true", help="ours with its blocks compiled")
     p.add_argument("--checkpoint", action="store_true", help="ours with activation checkpointing")

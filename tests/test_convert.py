@@ -13,7 +13,7 @@ import torch
 import convert
 import degrade
 import demo
-from model import HATRefiner, WeightsError, load, save
+from model import WeightsError, load, save
 from test_model import same_picture, tiny       # noqa: F401; a fixture
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 def test_plain_hat_opens_in_spandrel(tiny, tmp_path, suffix):
     spandrel = pytest.importorskip("spandrel")
     convert.export_hat(tiny, tmp_path / f"hat{suffix}")
+    assert suffix != ".pth" or list(torch.load(tmp_path / "hat.pth")) == ["params_ema"]       # as HAT's own options have it
     theirs = spandrel.ModelLoader().load_from_file(tmp_path / f"hat{suffix}")
     x = torch.rand(1, 3, 16, 16)
     with torch.no_grad():

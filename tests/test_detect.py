@@ -132,6 +132,8 @@ def test_the_loss_of_a_batch():
     assert loss.item() == pytest.approx(math.log(8) + 0.5 * math.log(2))
     slope, = torch.autograd.grad(loss, logits)
     assert slope[0, 0] < 0 < slope[0, 2] and slope[1, 2] < 0 and slope[3, 5] < 0
+    slope, = torch.autograd.grad(detect.learn(Says(lambda x: logits), torch.zeros(4, 3, 8, 8), torch.full((4, 8), 1 / 8)), logits)
+    assert slope[0, 1] > 0 > slope[2, 1] and slope[3, 1] < 0       # nothing but the order pulls there
     right, wrong = torch.eye(8)[[0, 0, 2, 5]] * 9, torch.eye(8)[[2, 0, 0, 0]] * 9
     losses = [detect.learn(Says(lambda x: r), torch.zeros(4, 3, 8, 8), targets).item() for r in (right, wrong)]
     assert losses[1] > losses[0] + 5
@@ -200,6 +202,10 @@ def test_it_is_trained_resumed_and_used(drawn, tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, capsys, train.main, *args, "--out", "twice")[0] == 130
     assert run(monkeypatch, capsys, train.main, *args, "--out", "twice")[0] == 0
     assert Path("twice/detector.safetensors").read_bytes() == once, "stopped and resumed is unbroken"
+    assert run(monkeypatch, capsys, train.main, *args, "--out", "again", "--weights", "once/detector.safetensors")[0] == 0
+    one, two = (load_detector(f"{name}/detector.safetensors").state_dict() for name in ("once", "again"))
+    moved = {k for k in one if not torch.equal(one[k], two[k])}
+    assert moved and not any("running" in k for k in moved), "batch norms stay as they are in what is learned further"
     more = ["--stage", "1", "--preset", "tiny", "--patch", "16", "--batch", "2", "--steps", "2", "--every", "2",
             "--workers", "0", "--amp", "off", "--device", "cpu", "--data", drawn / "train", "--val", drawn / "val",
             "--out", "sr", "--loss", "pix,art_cls,art_feat", "--detector", "once/detector.safetensors"]
@@ -231,9 +237,16 @@ def test_no_picture_to_measure_on_is_one_line(drawn, tmp_path, monkeypatch, caps
 def test_a_small_picture_is_left_out(drawn, tmp_path, monkeypatch, capsys):
     shutil.copytree(drawn / "val", tmp_path / "val")
     Image.new("RGB", (20, 20)).save(tmp_path / "val" / "icon.png")
+    (tmp_path / "val" / "broken.png").write_bytes(b"nothing")
     save_detector(ArtifactDetector(2).eval(), tmp_path / "d.safetensors")
     code, said, err = run(monkeypatch, capsys, detect.main, tmp_path / "val", "--detector", tmp_path / "d.safetensors")
     assert code == 0 and " of 3 pictures" in said and "icon.png is smaller than 32x32" in err
+    assert err.count("broken.png") == 1
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(detect, "confusion", stopped)
+    assert run(monkeypatch, capsys, detect.main, tmp_path / "val", "--detector", tmp_path / "d.safetensors")[0] == 130
 
 
 def test_command(drawn, tmp_path, monkeypatch, capsys):
@@ -243,8 +256,15 @@ def test_command(drawn, tmp_path, monkeypatch, capsys):
     code, said, err = run(monkeypatch, capsys, detect.main, drawn / "val", "--detector", "d.safetensors")
     assert code == 0, err
     assert said.count("called") > 3 and "12 crops of 128x128" in said and " of 3 pictures" in said
+    asked, confusion = [], detect.confusion
+    with monkeypatch.context() as m:
+        m.setattr(detect, "confusion", lambda *a: asked.append(a[2:]) or confusion(*a))
+        code, _, err = run(monkeypatch, capsys, detect.main, drawn / "val", "--detector", "d.safetensors", "--strength", "0.3",
+                           "--seed", "7")
+    assert code == 0 and asked == [(0.3, 7), (0.3, 8), (0.3, 9), (0.3, 7)], err
     for args, what in (((drawn / "val", "--detector", "gone"), "no detector gone"),
                        (("gone", "--detector", "d.safetensors"), "gone"),
+                       ((drawn / "val", "--detector", "d.safetensors", "--device", "xpu"), "not compiled"),
                        ((drawn / "val", "--detector", "d.safetensors", "--strength", "2"), "of 0 to 1"),
                        ((drawn / "val", "--detector", "d.safetensors", "--device", "gpu9"), "gpu9")):
         code, said, err = run(monkeypatch, capsys, detect.main, *args)

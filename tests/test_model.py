@@ -1,11 +1,8 @@
 import contextlib
 import errno
 import io
-import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +32,15 @@ def shake(model, std=0.03):
 
 def official_hat(ours, scale, sizes):
     """spandrel's HAT with the sizes and weights of ours."""
-    arch = pytest.importorskip("spandrel.architectures.HAT").HATArch
-    import inspect
-    hat = inspect.signature(arch.load).return_annotation and sys.modules["spandrel.architectures.HAT"].HAT
+    hat = pytest.importorskip("spandrel.architectures.HAT").HAT
     theirs = hat(img_size=64, patch_size=1, in_chans=3, embed_dim=sizes["embed_dim"], depths=sizes["depths"],
                  num_heads=[sizes["heads"]] * len(sizes["depths"]), window_size=sizes["window"],
                  compress_ratio=sizes["compress"], squeeze_factor=sizes["squeeze"], conv_scale=0.01, overlap_ratio=0.5,
                  mlp_ratio=2.0, upscale=scale, img_range=1.0, upsampler="pixelshuffle", resi_connection="1conv",
                  num_feat=64)
-    theirs.load_state_dict(ours.state_dict(), strict=True)
+    own = ours.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in theirs.state_dict().items() if "index" in k)      # before ours replace them
+    theirs.load_state_dict(own, strict=True)
     return theirs.eval()
 
 
@@ -82,6 +79,7 @@ def test_equals_the_golden_picture():
     golden = load_file(HERE / "golden_hat.safetensors")
     x, want = golden.pop("input"), golden.pop("output")
     ours = HAT(scale=2, embed_dim=12, depths=(2, 2), heads=3, window=4, compress=3, squeeze=2)
+    assert all(torch.equal(v, golden[k].long()) for k, v in ours.state_dict().items() if "index" in k)
     ours.load_state_dict({k: v.float() if v.is_floating_point() else v.long() for k, v in golden.items()})
     with torch.no_grad():
         got = ours.eval()(x)
@@ -218,11 +216,17 @@ def test_drop_path_drops_whole_pictures_only_in_training():
     assert abs(y.mean() - 1) < 0.05 and M.drop_path(x, 0.25, False) is x
     deep = HATRefiner.from_preset("low", drop_path=0.11)
     assert np.allclose([m.p for m in deep.modules() if isinstance(m, M.HAB)], np.linspace(0, 0.11, 12))
+    block, x = shake(M.HAB(16, 4, 2, 4, 4, 0, 0.9999)).train(), torch.randn(2, 8, 8, 16)       # drops nearly always
+    index = M.position_index(4, 4)
+    assert torch.equal(block(x, index, None), x + block.conv_block(block.norm1(x)))     # what alone is never dropped
+    assert not torch.allclose(block.eval()(x, index, None), x + block.conv_block(block.norm1(x)), atol=0.01)
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))
-def test_bf16_is_close_and_finite(tiny, value):
-    low = HATRefiner.from_preset("low").eval()
+def test_bf16_is_close_and_finite(value):
+    low, kinds = HATRefiner.from_preset("low").eval(), set()
+    low.hat_model.layers[0].register_forward_hook(lambda m, x, y: kinds.update((x[0].dtype, y.dtype)))
+    low.hat_model.conv_last.register_forward_hook(lambda m, x, y: kinds.add(y.dtype))
     for x in (torch.full((1, 3, 16, 16), value), torch.rand(1, 3, 16, 16)):
         with torch.no_grad():
             want = low(x)
@@ -230,6 +234,7 @@ def test_bf16_is_close_and_finite(tiny, value):
                 got = low(x)
         assert got.dtype == torch.float32 and got.isfinite().all()
         assert -10 * (got - want).square().mean().log10() > 45
+    assert kinds == {torch.float32}, "the residual stream and the picture itself"
 
 
 def test_untrained_refiner_changes_nothing_and_a_trained_one_does():
@@ -277,7 +282,8 @@ def test_saved_in_bf16_is_half_as_big(tiny, tmp_path):
     save(tiny, tmp_path / "full.safetensors")
     save(tiny, tmp_path / "half.safetensors", dtype=torch.bfloat16)
     sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "full")]
-    assert sizes[0] < 0.6 * sizes[1] and load(tmp_path / "half.safetensors").hat_model.conv_first.weight.dtype == torch.float32
+    assert sizes[0] < 0.6 * sizes[1]
+    assert {v.dtype for v in read_weights(tmp_path / "half.safetensors")[0].values()} == {torch.float32, torch.int64}
 
 
 def test_an_untrained_refiner_is_left_out(tmp_path):
@@ -292,6 +298,7 @@ def test_official_files_load(tiny, tmp_path, wrap, prefix):
     torch.save({wrap: state} if wrap else state, tmp_path / "HAT.pth")
     again = load(tmp_path / "HAT.pth")
     assert again.header["preset"] == "tiny" and same_picture(tiny.hat_model, again)
+    fit(HATRefiner.from_preset("tiny"), again.state_dict(), "")     # its refiner too is of that preset
 
 
 def test_params_ema_wins_over_params(tiny, tmp_path):
@@ -406,11 +413,21 @@ def test_full_disk_leaves_the_old_file(tiny, tmp_path, monkeypatch):
 def test_attention_in_chunks_is_the_same(batch, monkeypatch):
     """Without gradients windows are taken some at a time; shifted ones keep their own masks."""
     torch.manual_seed(0)
-    net = HAT(2, **{k: v for k, v in PRESETS["tiny"].items() if k != "refiner_dim"}).eval()
-    for p in net.parameters():
-        p.data.add_(torch.randn_like(p) * 0.05)
+    net = shake(HAT(2, **sizes_of("tiny")), 0.05)
     x = torch.rand(batch, 3, 20, 28)
     whole = net(x)
     monkeypatch.setattr(M, "CHUNK", 4)
     with torch.no_grad():
         assert (net(x) - whole).abs().max() < 1e-5
+
+
+def test_attention_as_a_gpu_does_it_is_the_same(monkeypatch):
+    """By one call, with bias and mask in one."""
+    torch.manual_seed(0)
+    q, k, v, bias = torch.randn(6, 16, 2, 8), *torch.randn(2, 6, 36, 2, 8), torch.randn(2, 16, 36)
+    for mask in None, (torch.rand(3, 16, 36) < 0.3) * -100.0:
+        want = M.attend(q, k, v, bias, mask, 0.2)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            got = M.attend(q, k, v, bias, mask, 0.2)
+        assert torch.allclose(got, want, atol=1e-5)
