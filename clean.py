@@ -587,7 +587,7 @@ def smaller(job, min_side):
         factors = {**SCALES, str(SHORTEST): SHORTEST / short}
         factors = {f"{stem}_{ending}.png": f for ending, f in factors.items() if f < 1 and round(short * f) >= min_side}
         changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)      # an older picture may take its place
-        todo = {Path(t): f for t, f in factors.items() if not os.path.exists(t) or os.stat(t).st_mtime_ns < changed}
+        todo = {Path(t): f for t, f in factors.items() if not os.path.exists(t) or os.stat(t).st_mtime_ns <= changed}     # clocks tick slowly
         if not todo:
             return 0
         picture = picture or read(path)
@@ -608,7 +608,7 @@ def smaller(job, min_side):
 def multiscale(folders, out, min_side=128, workers=0, log=print):
     """Smaller copies of pictures, antialiased (Lanczos), sRGB PNG -> how many were made. NAME becomes NAME_075.png,
     NAME_050.png, NAME_033.png and NAME_400.png (shortest side 400) in the same sub-folders of out; none is larger than
-    its picture or has a side below min_side. Copies that are there and not older than their picture are not made again.
+    its picture or has a side below min_side. Copies that are there and younger than their picture are not made again.
     ValueError: no picture, two of one name. OSError: cannot write."""
     stems = {}
     for path, name in listing(folders, [out]).items():

@@ -135,7 +135,8 @@ def parse(argv=None):
     a("--amp", choices=("bf16", "fp16", "off"), help="precision [bf16 where the device has it]", default=argparse.SUPPRESS)
     a("--compile", action="store_true", help="compile HAT's blocks: slow to start, then faster")
     a("--checkpoint", action="store_true", help="recompute activations in backward: slower, far less memory")
-    a("--workers", type=int, default=1, help="processes that make batches")
+    a("--workers", type=int, help="processes that make batches [1; on a GPU as many as there are cores, 8 at most]",
+      default=argparse.SUPPRESS)
     a("--every", type=int, help="steps between reports [a tenth of the run, a fifth where it is tiled]", default=argparse.SUPPRESS)
     a("--val-count", type=int, default=8, help="validation pictures to use at most, 0 for all")
     a("--patience", type=int, default=0, help="stop after so many reports without a better validation; 0: never")
@@ -177,7 +178,8 @@ def parse(argv=None):
         p.exit(2, f"error: --device {args.device}: {str(e).splitlines()[0].split('. ')[0]}\n")
     amp = "bf16" if bf16_is_native(torch.device(args.device)) else "off"
     for name, value in dict(data=None, val=None, weights=None, amp=amp, vgg_weights=None, anime_weights=None, detector=None,
-                            d_features=64 if on else 16, out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
+                            workers=min(8, os.cpu_count() or 1) if on else 1, d_features=64 if on else 16,
+                            out=f"runs/stage{args.stage}-{args.preset}-{args.scale}x").items():
         default(name, value)
     default("every", max(1, args.steps // (5 if args.use_tiling else 10)))     # tiled, a validation costs several times more
     return args

@@ -616,6 +616,9 @@ def test_copies_are_made_once_and_after_changes_again(tmp_path):
     os.utime(source, ns=(10 ** 18, 10 ** 18))
     multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet)
     os.replace(tmp_path / "older.png", source)
+    tick = os.lstat(source).st_ctime_ns             # a copy of the old one, made within the same tick of the clock
+    os.utime(tmp_path / "in/smaller/a_400.png", ns=(tick, tick))
+    time.sleep(0.05)
     assert multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet) == 4
     assert multiscale([tmp_path / "in"], tmp_path / "in/smaller", **quiet) == 0
     source.unlink()
