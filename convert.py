@@ -68,7 +68,7 @@ def jpeg_grid(x):
 
 
 @torch.inference_mode()
-def undamaged(repairing, plain, rgb, least=(53.0, 62.0), most=1.5):
+def undamaged(repairing, plain, rgb, least=(56.0, 62.0), most=1.5):
     """Whether a model that also repairs, as web-low does, finds nothing to repair in rgb (3, H, W), [0, 1], on the CPU;
     plain is one that does not, as clean-low.
 
@@ -76,12 +76,11 @@ def undamaged(repairing, plain, rgb, least=(53.0, 62.0), most=1.5):
     held against them. r is the mean square of what differs, d that of their detail, each pixel less the mean of 3x3;
     told apart by the median of d / r^2 in dB, against least: without and with the traces of JPEG. What passes is
     enlarged by plain too: the first model's detail may have most dB more, in the median, or it takes away a blur. On
-    33 drawings of the training set these were 59.2 to 70.7 and up to 0.6 dB when they were reduced by bicubic; blurred
-    then (sigma 0.3 to 0.9) 20 to 63, and two of them pass, three more are held by 1.6 to 1.8 dB; after WebP of 80 to 95
-    38 to 59, and seven pass: plain costs these 9 of 66 0.3 dB on average, and brings undamaged ones 1.4. least stands 6
-    below what undamaged ones gave, as both models have learned from those. With an earlier web-low, 49 others came to 57.3
-    to 68.8, with Lanczos to 56.5 to 70.1, and 48 of them as JPEG of quality 85 to 95 to 56.3 and less; 62 is from an older one still,
-    which gave up to 61.7 but for one that clean-low did better. What has less than 32 pixels a side counts as damaged."""
+    32 drawings of the training set these were 62.3 to 74.7 and up to 0.6 dB when they were reduced by bicubic, 59.3 to 72.2
+    by Lanczos; as JPEG of quality 85 to 95 all had its traces and at most 57.6. Of 64 blurred ones (sigma 0.3 to 0.9) nine
+    pass, none with sigma above 0.42, of 32 WebP of 80 to 95 seven. On crops of 25 of them plain brings undamaged ones 1.3
+    dB and costs the six WebP that passed 0.7. least stands 6 below what undamaged ones gave, as both models have learned
+    from those. What has less than 32 pixels a side counts as damaged."""
     side, device = min(96, *rgb.shape[1:]) // 16 * 16, next(repairing.parameters()).device
     if side < 32:
         return False

@@ -37,7 +37,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)   # of DIV2K
 CONV_SCALE = 0.01                     # weight of the convolutional branch; not stored in official files, so fixed
 OVERLAP = 0.5                         # overlapping windows are this much wider than plain ones
 FEATURES = 64                         # channels of the upsampler
-CHUNK = 16                            # windows, or rows, that a thread takes at a time without gradients, on a CPU
+BAND = 4096                           # pixels that a thread takes at a time on a CPU, without gradients
 
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message is one line and says why."""
@@ -64,30 +64,14 @@ def shift_mask(h, w, window, device):
     r = rearrange(r, "(y i) (x j) -> (y x) (i j)", i=window, j=window)
     return (r[..., :, None] != r[..., None, :]) * -100.0
 
-def in_parts(f, x, *more):
-    """f(x, *more), where f treats every row of its inputs (N, ...) alone. Without gradients on a CPU some rows at a time:
-    what fits the cache is done sooner."""
-    n = CHUNK * torch.get_num_threads()
-    if torch.is_grad_enabled() or x.device.type != "cpu" or len(x) <= n:
-        return f(x, *more)
-    out = None
-    for i in range(0, len(x), n):
-        y = f(*(z[i:i + n] for z in (x, *more)))
-        if out is None:
-            out = y.new_empty(len(x), *y.shape[1:])
-        out[i:i + n] = y
-    return out
+def banded(x):
+    """Whether blocks take the picture x (B, H, W, C) a band of windows at a time, doing all that they do to it: on a CPU what
+    fits the cache is done sooner, and gradients are not in the way."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
-def plus_in_parts(x, f):
-    """x + f(x), where f treats every pixel of x (B, H, W, C) alone. Without gradients x itself becomes it, on a CPU some
-    rows at a time."""
-    if torch.is_grad_enabled():
-        return x + f(x)
-    x = x.contiguous()
-    rows = x.view(-1, *x.shape[2:])
-    for some in rows.split(CHUNK * torch.get_num_threads() if x.device.type == "cpu" else len(rows)):
-        some += f(some)
-    return x
+def band_of(x, window=1):
+    """How many rows of the picture x (B, H, W, C) are a band, a multiple of window."""
+    return window * max(1, round(BAND * torch.get_num_threads() / (len(x) * x.shape[2] * window)))
 
 def wide_heads(p, heads, dim=0):
     """A parameter whose dimension dim runs over heads, each filled up with zeros to a multiple of 8 channels: with 30 the
@@ -95,31 +79,46 @@ def wide_heads(p, heads, dim=0):
     p = p.unflatten(dim, (heads, -1))
     return F.pad(p, (0, 0) * (p.dim() - dim - 2) + (0, -p.shape[dim + 1] % 8)).flatten(dim, dim + 1)
 
-def attend(q, k, v, bias, mask, scale):
-    """softmax(scale q k^T + bias + mask) v, with q (N, n, heads, d), k and v (N, m, heads, d), bias (heads, n, m),
-    mask (windows, n, m) or None; N is a multiple of windows. Returns (N, n, heads * d)."""
-    if q.is_cuda:
-        bias = (bias[None] if mask is None else bias + mask[:, None]).to(q.dtype)       # before it is one for each window
-        bias = bias.expand(len(q), -1, -1, -1) if mask is None else bias.repeat(len(q) // len(mask), 1, 1, 1)
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale, attn_mask=bias)
+def cast(*parameters):
+    """Parameters in the type that autocast computes in: once for all the parts of a picture."""
+    device = parameters[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+    return [p.to(dtype) for p in parameters]
+
+def attend(q, k, v, bias, scale):
+    """softmax(scale q k^T + bias) v, with q (N, n, heads, d), k and v (N, m, heads, d), bias (heads, n, m), or one for each
+    window of a picture, (windows, heads, n, m); N is a multiple of windows. Returns (N, n, heads * d)."""
+    def for_all(b):     # (heads, n, m) or (windows, heads, n, m), or those of one head
+        n = len(q) // len(b)
+        return b.expand(len(q), *b.shape) if bias.dim() == 3 else b if n == 1 else b.repeat(n, *[1] * (b.dim() - 1))
+    if q.is_cuda or not torch.is_grad_enabled():
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale, attn_mask=for_all(bias))
         return out.transpose(1, 2).flatten(2)
-    # there plain products, head by head, beat it at these sizes: nothing is copied, and the bias gets its gradient
-    out = []
-    for q, k, v, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.to(q.dtype)):
-        a = torch.baddbmm(b.expand(len(q), -1, -1), q, k.mT, alpha=scale)
-        if mask is not None:
-            a.unflatten(0, (-1, len(mask))).add_(mask)
-        out.append(a.softmax(-1) @ v)
-    return torch.cat(out, -1)
+    # on a CPU plain products, head by head, hand the bias its gradient soonest
+    return torch.cat([torch.baddbmm(for_all(b), q, k.mT, alpha=scale).softmax(-1) @ v
+                      for q, k, v, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.unbind(-3))], -1)
 
 class LayerNorm(nn.LayerNorm):
     """Normalises the fp32 residual stream and hands on the type that autocast computes in, cast once."""
     def forward(self, x):
-        y, device = super().forward(x), x.device.type
-        return y.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if not banded(x):
+            return super().forward(x).to(dtype)
+        y, rows = torch.empty_like(x, dtype=dtype), band_of(x)
+        for part, done in zip(x.split(rows, 1), y.split(rows, 1)):
+            done.copy_(super().forward(part))
+        return y
 
-def mlp(dim):
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 2 * dim), act=nn.GELU(), fc2=nn.Linear(2 * dim, dim)))
+class MLP(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+
+    def prepared(self):
+        """A function that works on any part of the picture."""
+        into, out = cast(self.fc1.weight, self.fc1.bias), cast(self.fc2.weight, self.fc2.bias)
+        return lambda x: F.linear(F.gelu(F.linear(x, *into)), *out)
 
 class WindowAttention(nn.Module):
     """Queries of a window look at keys and values of a window `wide` >= window pixels wide around it."""
@@ -131,30 +130,30 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def prepared(self, index):
-        """Two functions that work on any part of the picture: qkv(x), (..., C) -> (..., 3 * heads * d), and attention(q, k,
-        v, mask) as attend() has it, but projected: (N, n, C). d is the width of a head, or a little more."""
+        """Two functions that work on any part of the picture, qkv(x), (..., C) -> (..., 3 * heads * d), and attention(q, k,
+        v, bias) as attend() has it, but projected, (N, n, C); and the bias (heads, n, m). d is the width of a head, or a
+        little more."""
         h, scale = self.heads, (self.qkv.in_features // self.heads) ** -0.5
-        weight, offset = (wide_heads(p, 3 * h) for p in (self.qkv.weight, self.qkv.bias))
-        proj = wide_heads(self.proj.weight, h, 1)
-        bias = self.relative_position_bias_table.t().contiguous()[:, index]     # (heads, n, m)
-        return (lambda x: F.linear(x, weight, offset),
-                lambda q, k, v, mask=None: F.linear(attend(q, k, v, bias, mask, scale), proj, self.proj.bias))
+        into = cast(wide_heads(self.qkv.weight, 3 * h), wide_heads(self.qkv.bias, 3 * h))
+        out = cast(wide_heads(self.proj.weight, h, 1), self.proj.bias)
+        return (lambda x: F.linear(x, *into), lambda *qkvb: F.linear(attend(*qkvb, scale), *out),
+                *cast(self.relative_position_bias_table.t().contiguous()[:, index]))
 
-    def forward(self, x, index, mask):
-        (b, h, w, _), t = x.shape, self.window
-        x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
-        qkv, attention = self.prepared(index)
+    def inside(self, index):
+        """A function of some whole windows x (B, h, w, C) and their bias, which is their attention, and the bias (heads, n, n)."""
+        qkv, attention, bias = self.prepared(index)
 
-        def inside(x, mask=None):
-            return attention(*qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2), mask)
-        if mask is not None and len(mask) < len(x) and not torch.is_grad_enabled():
-            mask = mask.repeat(b, 1, 1)
-        x = in_parts(inside, x, *([] if mask is None else [mask]))
-        return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t)
+        def attended(x, bias):
+            (b, h, _, _), t = x.shape, self.window
+            x = rearrange(x, "b (y i) (x j) c -> (b y x) (i j) c", i=t, j=t)
+            x = attention(*qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2), bias)
+            return rearrange(x, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t)
+        return attended, bias
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input. Where that is only a tile,
-    `global_pool`, a callable (B, H, W, C) -> (B, C), puts the mean of the whole picture in its place."""
+    """Squeeze and excitation (Hu et al., CVPR 2018) over the mean of the whole input x (B, H, W, C): what each channel is to be
+    multiplied by, (B, 1, 1, C). Where the input is only a tile, `global_pool`, a callable (B, H, W, C) -> (B, C), puts the
+    mean of the whole picture in its place."""
     global_pool = None
 
     def __init__(self, dim, squeeze):
@@ -163,19 +162,20 @@ class ChannelAttention(nn.Module):
                                        nn.Conv2d(dim // squeeze, dim, 1), nn.Sigmoid())
 
     def forward(self, x):
-        mean = self.global_pool(x) if self.global_pool else x.mean((1, 2))
-        s = self.attention[1:](mean[:, :, None, None]) * CONV_SCALE
-        return x * s.flatten(1)[:, None, None]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean = self.global_pool(x) if self.global_pool else x.mean(1, dtype=dtype).mean(1)
+        return (self.attention[1:](mean[:, :, None, None]) * CONV_SCALE).flatten(1)[:, None, None]
 
 class CAB(nn.Module):
-    """The convolutional branch, its output already times CONV_SCALE."""
+    """The convolutional branch: its output (B, H, W, C) and what that is to be multiplied by, CONV_SCALE in it."""
     def __init__(self, dim, compress, squeeze):
         super().__init__()
         self.cab = nn.Sequential(nn.Conv2d(dim, dim // compress, 3, 1, 1), nn.GELU(),
                                  nn.Conv2d(dim // compress, dim, 3, 1, 1), ChannelAttention(dim, squeeze))
 
     def forward(self, x):
-        return self.cab[3](self.cab[:3](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = self.cab[:3](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x, self.cab[3](x)
 
 def drop_path(x, p, training):
     """Stochastic depth (Huang et al., ECCV 2016): forget a whole branch for some pictures of the batch."""
@@ -193,18 +193,34 @@ class HAB(nn.Module):
         self.attn = WindowAttention(dim, window, window, heads)
         self.conv_block = CAB(dim, compress, squeeze)
         self.norm2 = LayerNorm(dim)
-        self.mlp = mlp(dim)
+        self.mlp = MLP(dim)
 
     def forward(self, x, index, mask):
-        y, s = self.norm1(x), self.shift
-        if s:
-            a = self.attn(y.roll((-s, -s), (1, 2)), index, mask).roll((s, s), (1, 2))
-        else:
-            a = self.attn(y, index, None)
-        x = x + (drop_path(a, self.p, self.training) + self.conv_block(y))
-        if self.p and self.training:
-            return x + drop_path(self.mlp(self.norm2(x)), self.p, True)
-        return plus_in_parts(x, lambda x: self.mlp(self.norm2(x)))
+        """On a CPU without gradients x itself becomes the result."""
+        y, s, t = self.norm1(x), self.shift, self.attn.window
+        (conv, share), mlp, (inside, bias) = self.conv_block(y), self.mlp.prepared(), self.attn.inside(index)
+
+        def masked(windows):
+            return bias + mask[windows, None].to(bias.dtype) if s else bias
+        if not banded(x):
+            a = inside(y.roll((-s, -s), (1, 2)), masked(slice(None))).roll((s, s), (1, 2))
+            x = x + (drop_path(a, self.p, self.training) + conv * share)
+            return x + drop_path(mlp(self.norm2(x)), self.p, self.training)
+        (h, w), step = x.shape[1:3], band_of(x, t)
+        usual = masked(slice(step // t * (w // t)))     # but in the last band all windows have the same neighbours
+        for top in range(s, h + s, step):
+            end = min(top + step, h + s)
+
+            def band(z):        # after the last rows come the first
+                return z[:, top:end] if end <= h else torch.cat([z[:, top:], z[:, :end - h]], 1)
+            here = usual if end <= h else masked(slice((top - s) // t * (w // t), None))
+            a = inside(band(y).roll(-s, 2), here).roll(s, 2)
+            a, c = (z.to(x.dtype) for z in (a, band(conv)))     # sums of mixed types take twice as long
+            z = band(x).add_(a).addcmul_(c, share.to(x.dtype))
+            z += mlp(self.norm2(z)).to(z.dtype)
+            if end > h:
+                x[:, top:], x[:, :end - h] = z[:, :h - top], z[:, h - top:]
+        return x
 
 def widen(x, dim, window, edge):
     """Gives every window along dim `edge` pixels of each neighbour: n windows of `window` become n of window + 2 edge.
@@ -224,18 +240,31 @@ class OCAB(WindowAttention):
         self.edge = int(window * OVERLAP) // 2
         self.norm1 = LayerNorm(dim)
         self.norm2 = LayerNorm(dim)
-        self.mlp = mlp(dim)
+        self.mlp = MLP(dim)
 
     def forward(self, x, index):
-        (b, h, w, _), t, wide = x.shape, self.window, self.window + 2 * self.edge
-        qkv, attention = self.prepared(index)
-        q, kv = qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).tensor_split((1,), 3)
-        q = rearrange(q, "b (y i) (x j) 1 h d -> (b y x) (i j) h d", i=t, j=t)
-        kv = widen(widen(kv, 1, t, self.edge), 2, t, self.edge)
-        k, v = rearrange(kv, "b (y i) (x j) two h d -> two (b y x) (i j) h d", i=wide, j=wide)
-        a = in_parts(attention, q, k, v)
-        x = x + rearrange(a, "(b y x) (i j) c -> b (y i) (x j) c", b=b, y=h // t, i=t)
-        return plus_in_parts(x, lambda x: self.mlp(self.norm2(x)))
+        qkv, attention, bias = self.prepared(index)
+        y, mlp, (b, h, w, _), t, edge = self.norm1(x), self.mlp.prepared(), x.shape, self.window, self.edge
+
+        def heads(y):
+            return qkv(y).unflatten(-1, (3, self.heads, -1)).tensor_split((1,), 3)
+
+        def looked(q, kv):      # kv has rows of the windows above and below already
+            q = rearrange(q, "b (y i) (x j) 1 h d -> (b y x) (i j) h d", i=t, j=t)
+            kv = widen(kv, 2, t, edge)
+            k, v = rearrange(kv, "b (y i) (x j) two h d -> two (b y x) (i j) h d", i=t + 2 * edge, j=t + 2 * edge)
+            return rearrange(attention(q, k, v, bias), "(b y x) (i j) c -> b (y i) (x j) c", b=b, x=w // t, i=t)
+        if not banded(x):
+            q, kv = heads(y)
+            x = x + looked(q, widen(kv, 1, t, edge))
+            return x + mlp(self.norm2(x))
+        for top in range(0, h, t):
+            first, last = max(top - edge, 0), min(top + t + edge, h)
+            q, kv = heads(y[:, first:last])
+            kv = F.pad(kv, (0, 0) * 4 + (first - top + edge, top + t + edge - last))
+            z = x[:, top:top + t].add_(looked(q[:, top - first:top - first + t], kv).to(x.dtype))
+            z += mlp(self.norm2(z)).to(z.dtype)
+        return x
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the network
@@ -250,7 +279,7 @@ class RHAG(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, 1, 1)
 
     def forward(self, x, index_sa, index_oca, mask, run):
-        y = x
+        y = x.clone() if banded(x) else x       # there blocks work on it in place
         for block in self.residual_group["blocks"]:
             y = run(block, y, index_sa, mask)
         y = run(self.residual_group["overlap_attn"], y, index_oca)

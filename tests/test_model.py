@@ -218,8 +218,9 @@ def test_drop_path_drops_whole_pictures_only_in_training():
     assert np.allclose([m.p for m in deep.modules() if isinstance(m, M.HAB)], np.linspace(0, 0.11, 12))
     block, x = shake(M.HAB(16, 4, 2, 4, 4, 0, 0.9999)).train(), torch.randn(2, 8, 8, 16)       # drops nearly always
     index = M.position_index(4, 4)
-    assert torch.equal(block(x, index, None), x + block.conv_block(block.norm1(x)))     # what alone is never dropped
-    assert not torch.allclose(block.eval()(x, index, None), x + block.conv_block(block.norm1(x)), atol=0.01)
+    conv, share = block.conv_block(block.norm1(x))
+    assert torch.equal(block(x, index, None), x + conv * share)     # what alone is never dropped
+    assert not torch.allclose(block.eval()(x, index, None), x + conv * share, atol=0.01)
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))
@@ -410,24 +411,29 @@ def test_full_disk_leaves_the_old_file(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("batch", (1, 3))
-def test_attention_in_chunks_is_the_same(batch, monkeypatch):
-    """Without gradients windows are taken some at a time; shifted ones keep their own masks."""
+@pytest.mark.parametrize("rows", (4, 8, 12, 100))
+def test_band_by_band_is_the_same(batch, rows, monkeypatch):
+    """Without gradients pictures are taken some rows of windows at a time; shifted windows keep their own masks."""
     torch.manual_seed(0)
     net = shake(HAT(2, **sizes_of("tiny")), 0.05)
     x = torch.rand(batch, 3, 20, 28)
-    whole = net(x)
-    monkeypatch.setattr(M, "CHUNK", 4)
+    whole, before = net(x), x.clone()
+    monkeypatch.setattr(M, "BAND", rows * 28 * batch / torch.get_num_threads())
     with torch.no_grad():
-        assert (net(x) - whole).abs().max() < 1e-5
+        assert M.band_of(x.permute(0, 2, 3, 1), 4) == rows
+        assert (net(x) - whole).abs().max() < 1e-5 and torch.equal(x, before)
 
 
-def test_attention_as_a_gpu_does_it_is_the_same(monkeypatch):
-    """By one call, with bias and mask in one."""
+def test_attention_without_gradients_and_as_a_gpu_does_it_is_the_same(monkeypatch):
+    """By one call, for windows of one bias and of one each."""
     torch.manual_seed(0)
-    q, k, v, bias = torch.randn(6, 16, 2, 8), *torch.randn(2, 6, 36, 2, 8), torch.randn(2, 16, 36)
-    for mask in None, (torch.rand(3, 16, 36) < 0.3) * -100.0:
-        want = M.attend(q, k, v, bias, mask, 0.2)
+    q, k, v = torch.randn(6, 16, 2, 8), *torch.randn(2, 6, 36, 2, 8)
+    for bias in torch.randn(2, 16, 36), torch.randn(3, 2, 16, 36), torch.randn(6, 2, 16, 36):
+        want = M.attend(q, k, v, bias, 0.2)
+        a = torch.einsum("nqhd,nkhd->nhqk", q, k) * 0.2 + (bias if bias.dim() == 3 else torch.cat([bias] * (6 // len(bias))))
+        assert torch.allclose(want, torch.einsum("nhqk,nkhd->nqhd", a.softmax(-1), v).flatten(2), atol=1e-5)
+        with torch.no_grad():
+            assert torch.allclose(M.attend(q, k, v, bias, 0.2), want, atol=1e-5)
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
-            got = M.attend(q, k, v, bias, mask, 0.2)
-        assert torch.allclose(got, want, atol=1e-5)
+            assert torch.allclose(M.attend(q, k, v, bias, 0.2), want, atol=1e-5)
