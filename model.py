@@ -202,8 +202,11 @@ class HAB(nn.Module):
 
         def masked(windows):
             return bias + mask[windows, None].to(bias.dtype) if s else bias
+
+        def attended(y, bias, *dims):       # shifted along dims
+            return inside(y.roll([-s] * len(dims), dims), bias).roll([s] * len(dims), dims) if s else inside(y, bias)
         if not banded(x):
-            a = inside(y.roll((-s, -s), (1, 2)), masked(slice(None))).roll((s, s), (1, 2))
+            a = attended(y, masked(slice(None)), 1, 2)
             x = x + (drop_path(a, self.p, self.training) + conv * share)
             return x + drop_path(mlp(self.norm2(x)), self.p, self.training)
         (h, w), step = x.shape[1:3], band_of(x, t)
@@ -214,8 +217,7 @@ class HAB(nn.Module):
             def band(z):        # after the last rows come the first
                 return z[:, top:end] if end <= h else torch.cat([z[:, top:], z[:, :end - h]], 1)
             here = usual if end <= h else masked(slice((top - s) // t * (w // t), None))
-            a = inside(band(y).roll(-s, 2), here).roll(s, 2)
-            a, c = (z.to(x.dtype) for z in (a, band(conv)))     # sums of mixed types take twice as long
+            a, c = (z.to(x.dtype) for z in (attended(band(y), here, 2), band(conv)))    # sums of mixed types take twice as long
             z = band(x).add_(a).addcmul_(c, share.to(x.dtype))
             z += mlp(self.norm2(z)).to(z.dtype)
             if end > h:
