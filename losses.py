@@ -502,7 +502,7 @@ def discriminator_loss(d, sr, hr, kind="ragan", r1=0.0):
 
 
 class ArtifactDetector(nn.Module):
-    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 178,216 parameters.
+    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 689,352 parameters.
 
     It sees the steps of R, G and B to the right and down, in 8-bit levels through asinh, which makes a step of one
     level (banding) visible beside a line; no colour, which would say what is drawn rather than how. Two by two pixels
@@ -511,7 +511,7 @@ class ArtifactDetector(nn.Module):
     whole rows and whole columns, where seams and the grids of codecs stand out however faint they are; some 50 pixels wide.
     The head gets the mean, the deviation and the log-mean-exp (a fault may be rare) of every feature."""
 
-    def __init__(self, width=16):
+    def __init__(self, width=32):
         super().__init__()
         w, v, u = 3 * width // 2, 2 * width, 4 * width
 
