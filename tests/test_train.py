@@ -1053,3 +1053,14 @@ def test_help_has_an_example(capsys):
 
 def test_args_json_holds_every_flag(whole):
     assert set(json.loads((whole[1] / "args.json").read_text())) >= {"stage", "patch", "lr", "steps", "batch", "seed", "recipe"}
+
+
+def test_beside_a_gpu_a_few_threads_are_enough():
+    before = torch.get_num_threads()
+    try:
+        for device, threads, want in (("cuda:1", 16, 4), ("cuda", 2, 2), ("mps", 9, 4), ("cpu", 16, 16)):
+            torch.set_num_threads(threads)
+            train.few_threads(device)
+            assert torch.get_num_threads() == want
+    finally:
+        torch.set_num_threads(before)
