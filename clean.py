@@ -587,7 +587,8 @@ def smaller(job, min_side):
         factors = {**SCALES, str(SHORTEST): SHORTEST / short}
         factors = {f"{stem}_{ending}.png": f for ending, f in factors.items() if f < 1 and round(short * f) >= min_side}
         changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)      # an older picture may take its place
-        todo = {Path(t): f for t, f in factors.items() if not os.path.exists(t) or os.stat(t).st_mtime_ns <= changed}     # clocks tick slowly
+        todo = {Path(t): f for t, f in factors.items()      # clocks tick slowly: of one age may be of the one before
+                if not os.path.exists(t) or os.stat(t).st_mtime_ns <= changed}
         if not todo:
             return 0
         picture = picture or read(path)

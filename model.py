@@ -91,10 +91,10 @@ def attend(q, k, v, bias, scale):
     def for_all(b):     # (heads, n, m) or (windows, heads, n, m), or those of one head
         n = len(q) // len(b)
         return b.expand(len(q), *b.shape) if bias.dim() == 3 else b if n == 1 else b.repeat(n, *[1] * (b.dim() - 1))
-    if q.is_cuda or not torch.is_grad_enabled():
+    if q.is_cuda or banded(q):
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale, attn_mask=for_all(bias))
         return out.transpose(1, 2).flatten(2)
-    # on a CPU plain products, head by head, hand the bias its gradient soonest
+    # elsewhere plain products, head by head; on a CPU they hand the bias its gradient soonest
     return torch.cat([torch.baddbmm(for_all(b), q, k.mT, alpha=scale).softmax(-1) @ v
                       for q, k, v, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.unbind(-3))], -1)
 
@@ -140,7 +140,7 @@ class WindowAttention(nn.Module):
                 *cast(self.relative_position_bias_table.t().contiguous()[:, index]))
 
     def inside(self, index):
-        """A function of some whole windows x (B, h, w, C) and their bias, which is their attention, and the bias (heads, n, n)."""
+        """A function of whole windows x (B, h, w, C) and their bias, which is their attention; and the bias (heads, n, n)."""
         qkv, attention, bias = self.prepared(index)
 
         def attended(x, bias):
