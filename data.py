@@ -508,6 +508,10 @@ class Batches(torch.utils.data.Dataset):
     def __getstate__(self):     # to a worker process: the paths go along, the open files do not
         return {**self.__dict__, "maps": None}
 
+    def count(self, patch):
+        """How many patches of that side a batch holds."""
+        return max(1, round(self.batch * (self.patches[0] / patch) ** 2))
+
     def shuffled(self, epoch):
         if self.order[0] != epoch:
             self.order = epoch, np.random.default_rng((self.seed, epoch, 1)).permutation(self.ends[-1])
@@ -520,7 +524,7 @@ class Batches(torch.utils.data.Dataset):
             self.maps = [(read_tensor(f, "patches"), read_tensor(f, "lr")) for f in self.files]
         rng, n, count = np.random.default_rng((self.seed, step)), self.busiest, int(self.ends[-1])
         patch = self.patches[rng.integers(len(self.patches)) if len(self.patches) > 1 else 0]
-        batch, side = max(1, round(self.batch * (self.patches[0] / patch) ** 2)), patch * self.scale
+        batch, side = self.count(patch), patch * self.scale
         every, mine = batch * self.ranks, slice(self.rank * batch, (self.rank + 1) * batch)
         if self.shares is None:
             first = step * self.batch * self.ranks * n

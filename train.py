@@ -62,7 +62,7 @@ SERVES = {("pix", "luma", "art_cls", "art_feat"): ("eps", "eps_end", "rmse"),   
           ("edge",): ("edge_kernel",), ("perc",): ("perceptual", "vgg_weights", "anime_weights")}
 DEMO = Path("demo")
 FIRST = os.environ.get("RANK", "0") == "0"      # of torchrun's processes the one that speaks
-MAY_CHANGE = {"device", "workers", "compile", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
+MAY_CHANGE = {"device", "workers", "compile", "graphs", "checkpoint", "every", "val_count", "overwrite", "ranks", "keep", "patience",
               "tensorboard", "dry_run", "vgg_weights", "anime_weights", "detector"}   # when a run is resumed
 
 
@@ -92,6 +92,8 @@ def parse(argv=None):
     a("--drop-path", type=float, default=0.0, help="stochastic depth of the last block, growing from 0; HAT's authors use 0.1")
     a("--weights", help="start from this file (stages 2 and 3: the stage before)", default=argparse.SUPPRESS)
     a("--steps", type=int, help="optimiser steps [400, 200, 200 by stage; with --data on a GPU 50000, 10000, 5000]", default=argparse.SUPPRESS)
+    a("--minutes", type=float, help="in place of --steps: train so long, the rate falling by the clock, and report ten times; "
+      "what comes before the first step is not counted")
     a("--batch", type=int, help="patches per step and process, fewer of larger ones [4, 1, 1 by stage; GPU 16, 8, 4]",
       default=argparse.SUPPRESS)
     a("--accum", type=int, default=1, help="batches whose gradients are added up for one step")
@@ -134,6 +136,8 @@ def parse(argv=None):
     a("--tile-pad", type=int, default=32, help="LR pixels a tile sees around that")
     a("--amp", choices=("bf16", "fp16", "off"), help="precision [bf16 where the device has it]", default=argparse.SUPPRESS)
     a("--compile", action="store_true", help="compile HAT's blocks: slow to start, then faster")
+    a("--no-graphs", dest="graphs", action="store_false", help="on one NVIDIA GPU, untiled: launch every kernel anew; without this the "
+      "network's forward and backward are recorded once and replayed as CUDA graphs")
     a("--checkpoint", action="store_true", help="recompute activations in backward: slower, far less memory")
     a("--workers", type=int, help="processes that make batches [1; on a GPU as many as there are cores, 8 at most]",
       default=argparse.SUPPRESS)
@@ -168,6 +172,11 @@ def parse(argv=None):
     stage = STAGES[args.stage]
     default("device", "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     on = args.device != "cpu"
+    if args.minutes is not None:
+        if hasattr(args, "steps"):
+            p.error("--minutes stands in place of --steps: give one of them")
+        default("steps", 10 ** 8)
+        default("every", args.steps)
     for name, value in stage.items():       # demo pictures are no food for a long run, on whatever device
         long = on and (name != "steps" or hasattr(args, "data"))
         default(name, value[long] if isinstance(value, tuple) else value)
@@ -202,7 +211,7 @@ def check(args):
     for names, right, said in (
             (("steps", "batch", "every", "busiest", "accum", "d_features"), lambda n: n >= 1, "at least 1"),
             (("seed", "workers", "patience", "keep", "val_count", "warmup", "gan_after"), lambda n: n >= 0, "0 or more"),
-            (("clip", "eps", "eps_end", "lr", "conv_lr", "lr_d"), lambda n: n is None or 0 < n < math.inf, "above 0, and finite"),
+            (("clip", "eps", "eps_end", "lr", "conv_lr", "lr_d", "minutes"), lambda n: n is None or 0 < n < math.inf, "above 0, and finite"),
             (("ema", "drop_path"), lambda n: 0 <= n < 1, "0 or more, below 1"), (("seed",), lambda n: n < 2 ** 63, "less"),
             (("r1",), lambda n: 0 <= n < math.inf, "0 or more"), (("sharpen_until",), lambda n: 0 <= n <= 1, "0 to 1")):
         for name in names:
@@ -220,8 +229,8 @@ def check(args):
         raise UserError("--loss adv alone leaves nothing to learn before --gan-after: add pix")
     if "adv" in terms and min(patches) * args.scale < 32:
         raise UserError(f"--patch {min(patches)} is too small for --loss adv: its discriminator needs HR patches of 32 pixels")
-    if args.detector == "train" and (args.dry_run or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        raise UserError("--detector trains in one process and has no --dry-run")
+    if args.detector == "train" and (args.dry_run or args.minutes or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise UserError("--detector trains in one process, for --steps, and has no --dry-run")
     if args.dry_run and int(os.environ.get("WORLD_SIZE", 1)) > 1:       # each process would have a folder of its own
         raise UserError("--dry-run is for one process: leave torchrun out")
     if args.tensorboard:
@@ -493,30 +502,29 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["average"] = torch.zeros_like(p)
                 averages = [self.state[p]["average"] for p in same]
                 torch._foreach_lerp_(averages, grads, 1 - m)
-                x = torch.stack([g.lerp(a, m).flatten(1) for g, a in zip(grads, averages)])     # Nesterov's look ahead
+                x = torch.stack(torch._foreach_lerp(grads, averages, m)).flatten(2)     # Nesterov's look ahead
                 tall = x.shape[1] > x.shape[2]
                 x = x.mT if tall else x
                 x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 for _ in range(5):
                     a = x @ x.mT
-                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-                x = x.mT if tall else x
+                    a = torch.baddbmm(a, a, a, beta=-4.775, alpha=2.0315)
+                    x = torch.baddbmm(x, a, x, beta=3.4445)
+                x = (x.mT if tall else x).contiguous()      # for all to be added at once
                 far = 0.2 * max(x.shape[1:]) ** 0.5 * group["lr"]
-                for p, by in zip(same, x):
-                    p.add_(by.reshape(p.shape), alpha=-far)
+                torch._foreach_add_(same, [by.view_as(p) for p, by in zip(same, x)], alpha=-far)
 
 
-def rate(step, args):
-    """Learning rate: a linear rise, then half a cosine down to a hundredth."""
+def rate(step, done, args):
+    """Learning rate: a linear rise, then half a cosine down to a hundredth. done: how much of the run is over, 0 to 1."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    t = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * t)))
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def rounding(step, args):
+def rounding(done, args):
     """eps of the pixel loss: from --eps to --eps-end by the same factor each step."""
-    return args.eps * ((args.eps_end or args.eps) / args.eps) ** (step / max(1, args.steps - 1))
+    return args.eps * ((args.eps_end or args.eps) / args.eps) ** min(1.0, done)
 
 
 def memory(kind):
@@ -529,6 +537,17 @@ def few_threads(device):
     runs on 16 cores were still at the first one after 45 s; with 2 threads each they trained by then."""
     if torch.device(device).type != "cpu":
         torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+def replayed(net, shapes):
+    """net(lr) in training for batches of these shapes alone, its forward and its backward a CUDA graph each (torch's
+    make_graphed_callables, under the autocast of now, which must not cache): thousands of small kernels are told to the GPU at
+    once. Gradients of parameters lie in the graph's own memory, so the next backward overwrites them."""
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording has one of its own
+    device = next(net.parameters()).device
+    graphs = {shape: torch.cuda.make_graphed_callables(torch.nn.Sequential(net), (torch.zeros(shape, device=device),),
+                                                       allow_unused_input=True) for shape in shapes}
+    return lambda lr: graphs[tuple(lr.shape)](lr)
 
 
 def clock(seconds):
@@ -684,6 +703,11 @@ def train(args, rank, ranks, until=None, place="patches"):
                   data=[Path(f).name for f, _ in folders_and_shares(args.data or ["demo"])])
     batches = data.Batches(files, args.steps * args.accum, args.batch, [int(p) for p in args.patch.split(",")], args.scale,
                            args.recipe, args.seed, args.busiest, shares, rank, ranks)
+    # capture is no time for the thread that pins batches, so before there is one; summed gradients need memory of their own
+    graphs = None
+    if kind == "cuda" and args.graphs and ranks == args.accum == 1 and not tiler and not args.checkpoint:
+        with torch.autocast(kind, amp, enabled=amp is not None, cache_enabled=False):
+            graphs = replayed(model, [(batches.count(patch), 3, patch, patch) for patch in batches.patches])
     stop = []
     signals = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     say(f"{args.preset} {args.scale}x, {sum(p.numel() for p in learning):,} parameters learn, stage {args.stage}, "
@@ -691,6 +715,7 @@ def train(args, rank, ranks, until=None, place="patches"):
         f"pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB"
         + (f", going on at step {now['step']}" if now["step"] else ""), flush=True)
     began = last = time.time()
+    used = done = now["spent"] / 60 / args.minutes if args.minutes else 0.0      # share of --minutes that is over
     first, end, live = now["step"], min(args.steps, until or args.steps), sys.stderr.isatty() and rank == 0
     patches, bad, took, judged = 0, 0, [], 0.0      # seen since this start; bad steps in a row; seconds of each; of a validation
 
@@ -706,32 +731,34 @@ def train(args, rank, ranks, until=None, place="patches"):
     if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(out / "tensorboard"))
-    while now["step"] < end and not flat():
+    while now["step"] < end and not flat() and used < 1:
         # a roll-back comes through here again: its batches begin anew too
         started = time.time()       # the time a step takes is from the end of the one before: its batch has to come, too
         stream = iter(data.loader(batches, now["step"] * args.accum, args.workers))
         for group in zip(*[stream] * args.accum):       # so many successive batches at a time
             step = now["step"]
+            final = step + 1 == end or used >= 1
+            report = final or (step + 1) % args.every == 0 or args.minutes and int(10 * used) > int(10 * done)
+            done = used if args.minutes else step / max(1, args.steps - 1)      # share of the run that is over
             for optimiser in optimisers.values():
                 optimiser.zero_grad(set_to_none=True)
                 for g in optimiser.param_groups:
-                    g["lr"] = rate(step, args) * g["share"] * now["slow"]
-            loss_fn.pix.eps = rounding(step, args)
+                    g["lr"] = rate(step, done, args) * g["share"] * now["slow"]
+            loss_fn.pix.eps = rounding(done, args)
             adversarial = critic is not None and step >= args.gan_after
             if adversarial:
                 critic_optimiser.zero_grad(set_to_none=True)
-            report = step + 1 == end or (step + 1) % args.every == 0
             values, distance, grads = {}, 0.0, {}
             loss_fn.weights = {k: w for k, w in weights.items() if k != "adv" or adversarial}
             for i, (lr, hr) in enumerate(group):
                 lr, hr = lr.to(args.device, non_blocking=True), hr.to(args.device, non_blocking=True)
                 target = hr
-                if step < args.sharpen_until * args.steps and step % 2 == 0:
+                if done < args.sharpen_until and step % 2 == 0:
                     target = enhance_lines(hr)
                 together = i + 1 == len(group)      # ranks exchange gradients once a step
                 with contextlib.nullcontext() if together or ranks == 1 else net.no_sync():
                     with torch.autocast(kind, amp, enabled=amp is not None):
-                        sr = net(lr, tiler)
+                        sr = graphs(lr) if graphs else net(lr, tiler)
                         terms = loss_fn.terms(sr, target, lr, critic, hr)
                     if report and together:
                         aside = time.time()
@@ -746,18 +773,19 @@ def train(args, rank, ranks, until=None, place="patches"):
                         critic_scaler.scale(d_loss / len(group)).backward()
                     terms = {**terms, "d": d_loss.detach(), **d_stats}
                 for name, value in terms.items():
-                    values[name] = values.get(name, 0.0) + float(value) / len(group)
-                distance += (sr.detach().float() - hr).abs().mean().item() / len(group)
+                    values[name] = values.get(name, 0.0) + value / len(group)
+                distance += (sr.detach().float() - hr).abs().mean() / len(group)
                 patches += len(lr) * ranks
             for optimiser in optimisers.values():
                 scaler.unscale_(optimiser)
             norm = torch.nn.utils.clip_grad_norm_(learning, args.clip)
-            told = [float(len(stop) > 0), distance, *values.values()]
+            used = (now["spent"] + time.time() - began) / 60 / args.minutes if args.minutes else 0.0
+            told = [float(len(stop) > 0), used, float(distance), *map(float, values.values())]    # not sooner: a GPU would be waited for
             if ranks > 1:       # all stop together, judge alike, and report everyone's mean
                 told = torch.tensor(told, device=args.device) / ranks
                 dist.all_reduce(told)
                 told = told.tolist()
-            stopping, distance, values = told[0] > 0, told[1], dict(zip(values, told[2:]))
+            stopping, used, distance, values = told[0] > 0, *told[1:3], dict(zip(values, told[3:]))
             finite = bool(torch.isfinite(norm)) and all(map(math.isfinite, told))
             away = finite and now["typical"] is not None and distance > max(8 * now["typical"], 0.1)
             bad = 0 if finite and not away else bad + 1
@@ -800,8 +828,9 @@ def train(args, rank, ranks, until=None, place="patches"):
             passed = time.time() - began
             speed = max(1, step - first) / passed
             mean = {name: total / n for name, (total, n) in now["sums"].items()}
-            line = f"step {step}/{args.steps}  {'  '.join(f'{k} {v:.5f}' for k, v in mean.items())}  " \
-                   f"{patches / passed:.1f} patches/s  {clock((args.steps - step) / speed)} left"
+            left = 60 * args.minutes * max(0.0, 1 - used) if args.minutes else (args.steps - step) / speed
+            line = f"step {step}{'' if args.minutes else f'/{args.steps}'}  {'  '.join(f'{k} {v:.5f}' for k, v in mean.items())}  " \
+                   f"{patches / passed:.1f} patches/s  {clock(left)} left"
             if live and time.time() - last > 0.5:
                 print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
                 last = time.time()
@@ -817,7 +846,7 @@ def train(args, rank, ranks, until=None, place="patches"):
                 gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
                 row = dict(step=step, **{k: f"{v:.6g}" for k, v in mean.items()},
                            **{f"{k}_grad": f"{v:.3e}" for k, v in grads.items()},
-                           lr=f"{rate(step - 1, args) * now['slow']:.3e}", patches_per_s=f"{patches / passed:.2f}",
+                           lr=f"{rate(step - 1, done, args) * now['slow']:.3e}", patches_per_s=f"{patches / passed:.2f}",
                            seconds=round(now["spent"] + time.time() - began), memory_mib=round(memory(kind)),
                            skipped=now["skipped"], **{k: round(v, 4) for k, v in scores.items()})
                 now["rows"].append(row)
@@ -845,7 +874,7 @@ def train(args, rank, ranks, until=None, place="patches"):
             if stopping:
                 say(f"\nstopped at step {step}; the same command{without(args)} goes on from there", file=sys.stderr)
                 sys.exit(130)
-            if step == end or flat():
+            if final or flat():
                 break
             started = time.time()
     for s, handler in signals.items():
@@ -870,7 +899,7 @@ def dry_run(args):
     real = copy.copy(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".dry_run_", dir=Path(args.out).parent) as folder:
-        args.out, args.every, args.val_count, args.overwrite = f"{folder}/run", args.steps, 1, False
+        args.out, args.every, args.val_count, args.overwrite, args.minutes = f"{folder}/run", args.steps, 1, False, None
         every = taken = 0       # pictures of --data, and how many of them are in the sample
         if args.data:       # a spread of a few pictures from each folder that are large enough, under the same shares
             samples, side = [], max(map(int, args.patch.split(","))) * args.scale
@@ -897,12 +926,14 @@ def dry_run(args):
         if taken:
             packed *= every / taken
     val_seconds = found["judged"] * len(find_pictures([real.val or DEMO / "val"])[:real.val_count or None])
-    total = real.steps * found["seconds"] + real.steps / real.every * val_seconds
+    steps, reports = real.steps, real.steps // real.every
+    if real.minutes:
+        steps, reports = int(max(0.0, 60 * real.minutes - 10 * val_seconds) / found["seconds"]), 10
+    total = steps * found["seconds"] + reports * val_seconds
     print(f"\nit works, resumed after 2 steps ({clock(time.time() - begun)} for all this)\n"
           f"{found['parameters']:,} parameters, {found['learning']:,} of them learn; {found['memory']:.0f} MiB at most; "
           f"a run folder takes {size:.0f} MiB and the samples, patches/ about {packed:,.0f} MiB more\n"
-          f"{found['seconds']:.2f} s a step, {real.steps} steps with "
-          f"{real.steps // real.every} validations: about {clock(total)}")
+          f"{found['seconds']:.2f} s a step, {steps} steps with {reports} validations: about {clock(total)}")
 
 
 def main():

@@ -406,7 +406,7 @@ class Killed(BaseException):
 
 def killed_in_step(m, number):
     steps, real = iter(range(100)), train.rate
-    m.setattr(train, "rate", lambda step, a: real(step, a) if next(steps) < number else (_ for _ in ()).throw(Killed))
+    m.setattr(train, "rate", lambda *a: real(*a) if next(steps) < number else (_ for _ in ()).throw(Killed))
 
 
 def killed_and_resumed(monkeypatch, capsys, cwd, args, number):
@@ -473,6 +473,40 @@ def test_muon_makes_steps_orthogonal(shape):
             theirs.grad = grad.clone()
             other.step()
         assert (theirs - ours[0]).norm() < 0.05 * (start - ours[0]).norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_replayed_graphs_are_the_network_as_it_now_is():
+    """Same pictures, same gradients, for both shapes and after the weights have changed."""
+    torch.manual_seed(0)
+    model = HATRefiner.from_preset("tiny", drop_path=0.0).cuda().train()
+    model.refine = False
+    shapes = [(2, 3, 16, 16), (1, 3, 24, 24)]
+    replayed = train.replayed(model, shapes)
+    for shape in shapes * 2:
+        lr, seen = torch.rand(shape, device="cuda"), []
+        for net in model, replayed:
+            model.zero_grad(set_to_none=True)
+            sr = net(lr)
+            sr.square().mean().backward()
+            seen.append([sr.detach().clone(), *(p.grad.clone() for p in model.hat_model.parameters())])
+        for a, b in zip(*seen):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+    with pytest.raises(KeyError):
+        replayed(torch.rand(1, 3, 16, 16, device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_run_by_graphs_is_the_run_without(drawings, tmp_path, monkeypatch, capsys):
+    args = flags(drawings, tmp_path / "run", device="cuda", patch="16,32", optimiser="muon", seed=3)
+    losses = []
+    for more in ["--overwrite"], ["--overwrite", "--no-graphs"]:
+        assert run_here(monkeypatch, capsys, tmp_path, args + more)[0] == 0
+        losses.append([float(row["pix"]) for row in rows(tmp_path / "run")])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_a_muon_run_resumes_to_the_bit(drawings, tmp_path, monkeypatch, capsys):
@@ -543,7 +577,29 @@ def test_eps_glides(drawings, tmp_path, monkeypatch, capsys):
     args = [*flags(drawings, tmp_path / "run", steps=5, every=5, eps=0.1, eps_end=0.001, patch=8, batch=1), "--rmse"]
     assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
     assert np.allclose(seen[:5], 0.1 * 0.01 ** (np.arange(5) / 4))
-    assert train.rounding(7, train.parse(flags(drawings, tmp_path, eps=0.02))) == 0.02
+    assert train.rounding(0.7, train.parse(flags(drawings, tmp_path, eps=0.02))) == 0.02
+
+
+def test_minutes_end_a_run_by_the_clock(drawings, tmp_path, monkeypatch, capsys):
+    """It takes that long, reports at each tenth, its rate falls to the end; given again it does nothing more, cut short it goes on."""
+    args = [a for a in flags(drawings, tmp_path / "run", patch=8, batch=1, warmup=1, minutes=0.06)]
+    for name in "--steps", "--every":
+        del args[args.index(name):args.index(name) + 2]
+    began = time.time()
+    code, out, _ = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and 3.6 < time.time() - began < 30
+    log = rows(tmp_path / "run")
+    rates = [float(r["lr"]) for r in log]
+    assert 2 < len(log) <= 11 and rates == sorted(rates, reverse=True) and rates[-1] < 0.02 * 1e-3 < rates[0]
+    assert 3 <= int(log[-1]["seconds"]) < 20 and " 0m00s left" in out
+    before = (tmp_path / "run" / "state.pt").read_bytes()
+    assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
+    assert len(rows(tmp_path / "run")) == len(log) and (tmp_path / "run" / "state.pt").read_bytes() == before
+    for more, said in (["--steps", "3"], "in place of --steps"), (["--overwrite", "--minutes", "0"], "--minutes 0"):
+        code, out, err = run_here(monkeypatch, capsys, tmp_path, args + more)
+        assert code == 2 and said in err
+    code, out, _ = run_here(monkeypatch, capsys, tmp_path, args + ["--dry-run", "--minutes", "3", "--out", str(tmp_path / "dry")])
+    assert code == 0 and re.search(r"\d steps with 10 validations: about (2m5\d|3m00)s", out)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
