@@ -260,7 +260,7 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
                 header = dict(json.loads((f.metadata() or {}).get("kabegami", "{}")))
-                state = {k: f.get_tensor(k) for k in f.keys()}
+                state = {k: f.get_tensor(k).clone() for k in f.keys()}     # or what overwrites the file changes the network
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # pickle's, safetensors' and zip's own errors: whatever a broken file sets off

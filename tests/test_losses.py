@@ -615,6 +615,17 @@ def test_detector_file(files, tmp_path, monkeypatch):
     assert (tmp_path / "other.safetensors").read_bytes() == before and not list(tmp_path.glob(".*"))
 
 
+def test_a_detector_outlives_its_file(tmp_path):
+    """It was mapped into memory: a file copied over it in the middle of a run made every step not finite."""
+    path = tmp_path / "detector.safetensors"
+    L.save_detector(ArtifactDetector(8), path)
+    detector, x = L.load_detector(path), torch.rand(1, 3, 40, 40)
+    before = detector(x)
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert torch.equal(detector(x), before)
+
+
 def test_detector_learns_what_it_is_for():
     """A small one tells, at any offset and after a few steps: lines (clean), an 8-pixel grid, steps of one 8-bit level,
     a single seam of 3 levels."""

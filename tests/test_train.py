@@ -580,11 +580,15 @@ def test_eps_glides(drawings, tmp_path, monkeypatch, capsys):
     assert train.rounding(0.7, train.parse(flags(drawings, tmp_path, eps=0.02))) == 0.02
 
 
-def test_minutes_end_a_run_by_the_clock(drawings, tmp_path, monkeypatch, capsys):
-    """It takes that long, reports at each tenth, its rate falls to the end; given again it does nothing more, cut short it goes on."""
-    args = [a for a in flags(drawings, tmp_path / "run", patch=8, batch=1, warmup=1, minutes=0.06)]
+def by_the_clock(args):
     for name in "--steps", "--every":
         del args[args.index(name):args.index(name) + 2]
+    return args
+
+
+def test_minutes_end_a_run_by_the_clock(drawings, tmp_path, monkeypatch, capsys):
+    """It takes that long, reports at each tenth, its rate falls to the end; given again it does nothing more, cut short it goes on."""
+    args = by_the_clock(flags(drawings, tmp_path / "run", patch=8, batch=1, warmup=1, minutes=0.06))
     began = time.time()
     code, out, _ = run_here(monkeypatch, capsys, tmp_path, args)
     assert code == 0 and 3.6 < time.time() - began < 30
@@ -962,6 +966,14 @@ def test_two_ranks_are_one_with_twice_the_batch(drawings, tmp_path, monkeypatch,
     assert run_here(monkeypatch, capsys, tmp_path, flags(drawings, tmp_path / "one", batch=4, **more))[0] == 0
     one, two = ([float(r["pix"]) for r in rows(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 5 and max(abs(a - b) / a for a, b in zip(one, two)) < 1e-4
+
+
+def test_two_ranks_go_by_one_clock(drawings, tmp_path):
+    """Or one would report while the other still learns, and both would wait for ever."""
+    p = torchrun(by_the_clock(flags(drawings, tmp_path / "run", patch=8, batch=1, warmup=1, minutes=0.05)), tmp_path)
+    out, err = p.communicate(timeout=120)
+    log = rows(tmp_path / "run")
+    assert p.returncode == 0 and len(log) > 2 and float(log[-1]["lr"]) < 0.02 * 1e-3, err
 
 
 def test_a_lost_rank_ends_the_run_and_it_resumes(drawings, tmp_path, monkeypatch, capsys):
