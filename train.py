@@ -542,11 +542,16 @@ def few_threads(device):
 def replayed(net, shapes):
     """net(lr) in training for batches of these shapes alone, its forward and its backward a CUDA graph each (torch's
     make_graphed_callables, under the autocast of now, which must not cache): thousands of small kernels are told to the GPU at
-    once. Gradients of parameters lie in the graph's own memory, so the next backward overwrites them."""
+    once. Gradients of parameters lie in the graph's own memory, so the next backward overwrites them. Raises UserError."""
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording has one of its own
     device = next(net.parameters()).device
-    graphs = {shape: torch.cuda.make_graphed_callables(torch.nn.Sequential(net), (torch.zeros(shape, device=device),),
-                                                       allow_unused_input=True) for shape in shapes}
+    try:
+        graphs = {shape: torch.cuda.make_graphed_callables(torch.nn.Sequential(net), (torch.zeros(shape, device=device),),
+                                                           allow_unused_input=True) for shape in shapes}
+    except RuntimeError as e:
+        if out_of_memory(e):
+            raise
+        raise UserError(f"--no-graphs is needed: this GPU cannot record the network ({str(e).splitlines()[0]})") from None
     return lambda lr: graphs[tuple(lr.shape)](lr)
 
 

@@ -499,6 +499,18 @@ def test_replayed_graphs_are_the_network_as_it_now_is():
         replayed(torch.rand(1, 3, 16, 16, device="cuda"))
 
 
+def test_a_gpu_that_cannot_record_says_so(monkeypatch):
+    def fail(*a, **k):
+        raise RuntimeError(said)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    said = "operation not permitted when stream is capturing\nCUDA kernel errors might be ..."
+    with pytest.raises(train.UserError, match=r"--no-graphs .* \(operation not permitted when stream is capturing\)$"):
+        train.replayed(torch.nn.Linear(2, 2), [(1, 2)])
+    said = "CUDA out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train.replayed(torch.nn.Linear(2, 2), [(1, 2)])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_run_by_graphs_is_the_run_without(drawings, tmp_path, monkeypatch, capsys):
     args = flags(drawings, tmp_path / "run", device="cuda", patch="16,32", optimiser="muon", seed=3)
