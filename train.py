@@ -7,6 +7,7 @@
 
 Stage 1, foundation: HAT alone on patches. Stage 2, tiling adaptation: HAT tile by tile and the refiner, gradients through
 both. Stage 3, artifact removal: HAT frozen, the refiner alone learns what tiles leave behind.
+    python train.py --stage 1 --data wallpapers --compile --minutes 30      # a GPU that is yours for half an hour
     torchrun --nproc_per_node=2 train.py --stage 1 ...                      # several GPUs, or one process for each CPU core
 
 One run is one folder; the same command again goes on where it stopped, to the bit (same machine, CPU, fp32).
