@@ -173,7 +173,7 @@ def parse(argv=None):
     stage = STAGES[args.stage]
     default("device", "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     on = args.device != "cpu"
-    if args.minutes is not None:
+    if args.minutes is not None and not detector:
         if hasattr(args, "steps"):
             p.error("--minutes stands in place of --steps: give one of them")
         default("steps", 10 ** 8)

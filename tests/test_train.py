@@ -611,7 +611,8 @@ def test_minutes_end_a_run_by_the_clock(drawings, tmp_path, monkeypatch, capsys)
     before = (tmp_path / "run" / "state.pt").read_bytes()
     assert run_here(monkeypatch, capsys, tmp_path, args)[0] == 0
     assert len(rows(tmp_path / "run")) == len(log) and (tmp_path / "run" / "state.pt").read_bytes() == before
-    for more, said in (["--steps", "3"], "in place of --steps"), (["--overwrite", "--minutes", "0"], "--minutes 0"):
+    for more, said in (["--steps", "3"], "in place of --steps"), (["--overwrite", "--minutes", "0"], "--minutes 0"), (
+            ["--detector"], "--detector trains in one process, for --steps"):
         code, out, err = run_here(monkeypatch, capsys, tmp_path, args + more)
         assert code == 2 and said in err
     code, out, _ = run_here(monkeypatch, capsys, tmp_path, args + ["--dry-run", "--minutes", "3", "--out", str(tmp_path / "dry")])
