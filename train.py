@@ -2,12 +2,12 @@
 
     python train.py --stage 1 --patch 64                                    # draws demo pictures and learns from them
     python train.py --stage 1 --data wallpapers --val held_out --preset low --out runs/mine
+    python train.py --stage 1 --data wallpapers --compile --minutes 30       # a GPU that is yours for half an hour
     python train.py --detector --data wallpapers --val held_out              # the artifact detector of the losses
     python train.py --stage 2 --data wallpapers --val held_out --weights runs/mine/best.safetensors
 
 Stage 1, foundation: HAT alone on patches. Stage 2, tiling adaptation: HAT tile by tile and the refiner, gradients through
 both. Stage 3, artifact removal: HAT frozen, the refiner alone learns what tiles leave behind.
-    python train.py --stage 1 --data wallpapers --compile --minutes 30      # a GPU that is yours for half an hour
     torchrun --nproc_per_node=2 train.py --stage 1 ...                      # several GPUs, or one process for each CPU core
 
 One run is one folder; the same command again goes on where it stopped, to the bit (same machine, CPU, fp32).
@@ -546,7 +546,7 @@ def replayed(net, shapes):
     once. Gradients of parameters lie in the graph's own memory, so the next backward overwrites them. Raises UserError."""
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording has one of its own
     device = next(net.parameters()).device
-    try:
+    try:        # each shape in a module of its own, whose forward becomes the graph's
         graphs = {shape: torch.cuda.make_graphed_callables(torch.nn.Sequential(net), (torch.zeros(shape, device=device),),
                                                            allow_unused_input=True) for shape in shapes}
     except RuntimeError as e:

@@ -615,6 +615,12 @@ def test_minutes_end_a_run_by_the_clock(drawings, tmp_path, monkeypatch, capsys)
             ["--detector"], "--detector trains in one process, for --steps"):
         code, out, err = run_here(monkeypatch, capsys, tmp_path, args + more)
         assert code == 2 and said in err
+    with monkeypatch.context() as m:
+        m.setattr(train, "rate", lambda *a: time.sleep(1) or os.kill(os.getpid(), signal.SIGINT) or 1e-3)
+        assert run_here(m, capsys, tmp_path, args + ["--overwrite"])[0] == 130
+    code, out, _ = run_here(monkeypatch, capsys, tmp_path, args)
+    assert code == 0 and "going on at step 1" in out and int(rows(tmp_path / "run")[-1]["seconds"]) >= 3
+    assert int(re.findall(r"0m0(\d)s left", out)[0]) <= 2, out      # of 3.6 s one was gone
     code, out, _ = run_here(monkeypatch, capsys, tmp_path, args + ["--dry-run", "--minutes", "3", "--out", str(tmp_path / "dry")])
     assert code == 0 and re.search(r"\d steps with 10 validations: about (2m5\d|3m00)s", out)
 
