@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-import tile
+import images
 
 # Thresholds, chosen on 58 openly licensed drawings and paintings (python tests/measure_data.py thresholds). Of their
 # centre crops they drop, in percent, as upscaled | as JPEG:
@@ -113,7 +113,7 @@ def in_parallel(function, jobs, workers, what):
         if isinstance(result, Failed):
             raise result.error
         yield job, result
-    tile.Progress.clear()
+    images.ProgressLine.clear()
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def alone(path):
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: worker processes would inherit it
             except (BlockingIOError, PermissionError):
-                print(f"{tile.printable(path)}: another process is at work here, waiting for it", file=sys.stderr)
+                print(f"{images.printable(path)}: another process is at work here, waiting for it", file=sys.stderr)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             except OSError as e:        # some network file systems have no locks
                 if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
@@ -144,16 +144,16 @@ def listing(folders, without=()):
     """Folders and files -> {path: name}, the name relative to its folder and led by the folder's number, so that
     moving a folder changes nothing. Whatever lies below one of the folders `without` is left out.
     ValueError: no such folder, one that cannot be listed, no picture at all."""
-    folders, names = tile.paths_of(folders), {}
+    folders, names = images.as_paths(folders), {}
     real, barred = functools.lru_cache(None)(Path.resolve), [Path(w).resolve() for w in without]
     for k, folder in enumerate(folders):
         if any(real(folder).is_relative_to(w) for w in barred):
-            raise ValueError(f"{tile.printable(folder)} lies where the results go; choose another --out")
-        for path in tile.find_pictures([folder]):
+            raise ValueError(f"{images.printable(folder)} lies where the results go; choose another --out")
+        for path in images.find_pictures([folder]):
             if not any(real(path.parent).is_relative_to(w) for w in barred):
                 names.setdefault(path, f"{k}/{path.relative_to(folder).as_posix() if folder.is_dir() else path.name}")
     if not names:
-        raise ValueError(f"no picture in {', '.join(map(tile.printable, folders))}; give a folder of PNG, JPEG or WebP")
+        raise ValueError(f"no picture in {', '.join(map(images.printable, folders))}; give a folder of PNG, JPEG or WebP")
     return names
 
 
@@ -198,7 +198,7 @@ def eight_bit(x):
     """(C, H, W) float in [0, 1] -> uint8 (H, W, C), a strip at a time to spare memory."""
     pixels = np.empty((*x.shape[1:], len(x)), np.uint8)
     for y in range(0, len(pixels), 256):
-        pixels[y:y + 256] = tile.quantised(x[:, y:y + 256], 8)
+        pixels[y:y + 256] = images.quantize(x[:, y:y + 256], 8)
     return pixels
 
 
@@ -220,8 +220,8 @@ def srgb_transform(icc, mode):
 
 
 def in_srgb(picture):
-    """tile.Picture -> the same with its colours in sRGB, by its ICC profile if it has one (8 bits per sample then)."""
-    mode = "L" if tile.colour_space(picture.icc) == b"GRAY" else "RGB"
+    """images.Picture -> the same with its colours in sRGB, by its ICC profile if it has one (8 bits per sample then)."""
+    mode = "L" if images.color_space(picture.icc) == b"GRAY" else "RGB"
     transform = srgb_transform(picture.icc, mode) if picture.icc and (mode == "RGB" or picture.grey) else None
     if transform is None:
         return replace(picture, icc=None)
@@ -234,8 +234,8 @@ def in_srgb(picture):
 
 
 def read(path):
-    """File -> tile.Picture in sRGB, of an animation its first frame. Raises tile.PictureError."""
-    return in_srgb(tile.read_picture(path))
+    """File -> images.Picture in sRGB, of an animation its first frame. Raises images.PictureError."""
+    return in_srgb(images.read_picture(path))
 
 
 def detail(pixels):
@@ -318,14 +318,14 @@ def examine(job, max_pixels=None):
         pass
     try:
         picture = read(path)
-    except tile.PictureError as error:
-        return text(row | dict(problem=str(error).removeprefix(f"{tile.printable(path)}: ")))
+    except images.PictureError as error:
+        return text(row | dict(problem=str(error).removeprefix(f"{images.printable(path)}: ")))
     row |= dict(note=picture.note, height=picture.rgb.shape[1], width=picture.rgb.shape[2])
     planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
     pixels = eight_bit(planes)
     row["content"] = hashlib.blake2b(pixels, key=str(pixels.shape).encode(), digest_size=8).hexdigest()
     if picture.alpha is not None:
-        pixels = eight_bit(tile.composite(picture, 0.5))
+        pixels = eight_bit(images.composite(picture, 0.5))
     squares = busiest(pixels)
     figures = sharpness(squares), blockiness(squares, row["format"] in ("JPEG", "MPO"))
     row["hash"] = f"{perceptual_hash(pixels):016x}"
@@ -434,7 +434,7 @@ def rows_of(file, fields):
     try:
         rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"), newline="")))
     except csv.Error as e:
-        raise ValueError(f"{tile.printable(file.name)} is damaged ({e}); remove it, and every picture is looked at again") from None
+        raise ValueError(f"{images.printable(file.name)} is damaged ({e}); remove it, and every picture is looked at again") from None
     if not rows or tuple(rows[0]) != fields:
         rows, whole = [], b""
     if len(whole) < len(content):
@@ -448,7 +448,7 @@ def ours(path, content, fields):
     """ValueError where the CSV path, with these bytes, does not begin as ours do, or those of an older version."""
     header = ",".join(fields).encode()
     if not header.startswith(content) and content.split(b",", 2)[:2] != header.split(b",", 2)[:2]:
-        raise ValueError(f"{tile.printable(path)} is not from here; choose an empty --out")
+        raise ValueError(f"{images.printable(path)} is not from here; choose an empty --out")
 
 
 def lines(rows):
@@ -483,14 +483,14 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
     files that it did not put there stay. workers: processes that read pictures; each holds one in memory.
     ValueError: no picture, or out cannot be used. OSError: cannot write.
     """
-    out, folders = Path(out), tile.paths_of(folders)
+    out, folders = Path(out), images.as_paths(folders)
     if not -1 <= rules.get("distance", 0) <= 7:
         raise ValueError(f"--distance goes from -1 to 7; it is {rules['distance']}")
     if any(f.resolve() == out.resolve() for f in folders):
-        raise ValueError(f"{tile.printable(out)} is the folder of the pictures themselves; choose another --out")
+        raise ValueError(f"{images.printable(out)} is the folder of the pictures themselves; choose another --out")
     paths = {}          # names on one line each, so that a line of our files is a row
     for path, name in listing(folders, [out / "pictures", out / "quarantine"]).items():
-        paths[tile.printable(name.replace("\\", "\\\\"))] = path
+        paths[images.printable(name.replace("\\", "\\\\"))] = path
     for folder in ("pictures", "quarantine"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     limit = rules.get("max_mp") and rules["max_mp"] * 1e6
@@ -512,7 +512,7 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
                 file.write(lines([row.values()]))
                 file.flush()
             if row["note"] or row["problem"]:
-                tile.Progress.clear()
+                images.ProgressLine.clear()
                 log(f"{row['name']}: {row['note'] or row['problem']}")
 
         decisions, formats = decide(rows, **rules), {row["name"]: row["format"] for row in rows}
@@ -521,7 +521,7 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             if row["verdict"] == "kept":
                 row["kept_as"] = f"pictures/{row['kept_as']}{KINDS.get(formats[row['name']], path.suffix.lower())}"
             elif row["verdict"] == "broken":
-                row["kept_as"] = f"quarantine/{zlib.crc32(row['name'].encode()):08x} {tile.printable(path.name)[-50:]}"
+                row["kept_as"] = f"quarantine/{zlib.crc32(row['name'].encode()):08x} {images.printable(path.name)[-50:]}"
         report, fields = out / "report.csv", ("name", "verdict", "why", "kept_as")
         before = {}
         if report.exists():
@@ -532,7 +532,7 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
         targets = {row["kept_as"]: row["name"] for row in decisions if row["kept_as"]}
         strange = [t for t in targets if t not in before and os.path.lexists(out / t)]
         if strange:
-            raise ValueError(f"{tile.printable(out / strange[0])} is not from here; choose an empty --out")
+            raise ValueError(f"{images.printable(out / strange[0])} is not from here; choose an empty --out")
         going = [t for t in before if t not in targets]
         # A number may be another picture's now; a hash is the same pixels, whatever their file is called.
         taken = [t for t in before if t in targets and targets[t] != before[t]] if rules.get("naming") == "id" else []
@@ -540,15 +540,15 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             there, given = out / target, [paths.get(before[target]), paths.get(targets.get(target))]
             is_copy = target.startswith("pictures") and there.is_file() and not there.is_symlink()
             if is_copy and stamp(there) not in [stamp(path) for path in given if path]:
-                raise ValueError(f"{tile.printable(there)} is a copy of a picture that is not given this time, perhaps the "
+                raise ValueError(f"{images.printable(there)} is a copy of a picture that is not given this time, perhaps the "
                                  "last; choose an empty --out")
         for target, name in targets.items():
             there, newer = out / target, int(stamp(out / target)[1] or 0) - int(stamp(paths[name])[1] or 0)
             if newer > 2e9 and not there.is_symlink() and stamp(there) not in {key[1:] for key in known}:   # 2 s: FAT
-                raise ValueError(f"{tile.printable(there)} was edited since it was put there; move it away, or to "
-                                 f"{tile.printable(paths[name])}")
+                raise ValueError(f"{images.printable(there)} was edited since it was put there; move it away, or to "
+                                 f"{images.printable(paths[name])}")
         if going:
-            log(f"{len(going)} pictures of an earlier run go from {tile.printable(out)}")
+            log(f"{len(going)} pictures of an earlier run go from {images.printable(out)}")
         # In this order whatever lies in pictures/ is named in the report at any time, so the next run knows it as ours.
         for target in going:
             (out / target).unlink(missing_ok=True)
@@ -562,10 +562,10 @@ def clean(folders, out, copy=False, workers=0, log=print, **rules):
             except OSError:
                 if target.startswith("pictures"):
                     raise           # of what cannot be read, the line in the report is enough
-        tile.Progress.clear()
+        images.ProgressLine.clear()
     counts = Counter(row["verdict"] for row in decisions)
     dropped = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()) if verdict != "kept")
-    log(f"{tile.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; dropped: {dropped or 'none'}")
+    log(f"{images.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; dropped: {dropped or 'none'}")
     return decisions
 
 
@@ -602,7 +602,7 @@ def smaller(job, min_side):
             with replacing(target) as part:
                 part.write_bytes(memory.getbuffer())
         return len(todo)
-    except (tile.PictureError, OSError) as error:
+    except (images.PictureError, OSError) as error:
         return error
 
 
@@ -619,23 +619,23 @@ def multiscale(folders, out, min_side=128, workers=0, log=print):
             stem = f"{stem[:len(stem) - len(path.stem) + 40]}_{zlib.crc32(os.fsencode(name)):08x}"
         other = stems.setdefault(str(Path(out) / stem), path)
         if other != path:
-            raise ValueError(f"{tile.printable(other)} and {tile.printable(path)} would have copies of the same name; "
+            raise ValueError(f"{images.printable(other)} and {images.printable(path)} would have copies of the same name; "
                              "rename one, or clean the pictures first, which names them apart")
     made = bad = 0
     jobs = [(path, stem) for stem, path in stems.items()]
     for (path, _), result in in_parallel(functools.partial(smaller, min_side=min_side), jobs, workers, "reducing"):
-        if isinstance(result, tile.PictureError):
-            tile.Progress.clear()
+        if isinstance(result, images.PictureError):
+            images.ProgressLine.clear()
             log(f"skipped: {result}")
             bad += 1
         elif isinstance(result, OSError):
             raise result
         else:
             made += result
-    log(f"{tile.printable(out)}: {made} copies made of {len(jobs)} pictures; {bad} unreadable")
+    log(f"{images.printable(out)}: {made} copies made of {len(jobs)} pictures; {bad} unreadable")
     copies = {f"{stem}_{ending}.png" for stem in stems for ending in (*SCALES, SHORTEST)}
-    others = [p for p in tile.find_pictures([Path(out)]) if str(p) not in copies] if Path(out).is_dir() else []
+    others = [p for p in images.find_pictures([Path(out)]) if str(p) not in copies] if Path(out).is_dir() else []
     if others:
-        log(f"{len(others)} pictures in {tile.printable(out)} are copies of none of these, as {tile.printable(others[0])}; "
+        log(f"{len(others)} pictures in {images.printable(out)} are copies of none of these, as {images.printable(others[0])}; "
             "training reads them too, so delete what is not wanted")
     return made

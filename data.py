@@ -35,6 +35,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import degrade
+import images
 import tile
 from clean import (BLOCKS, DISTANCE, QUALITY, SCALES, SHARPNESS, SHORTEST, alone, clean, detail, eight_bit, in_parallel,
                    listing, look, multiscale, progress, quiet_worker, read, replacing)
@@ -190,24 +191,24 @@ def patches_of(job, size, seed, min_side, scale, per_picture, soft):
         pictures = [read(path)]
         h, w = pictures[0].rgb.shape[1:]
         if min(h, w) < min_side:
-            raise Unsuitable(f"{tile.printable(path)}: {w}x{h}, a side below {min_side}")
+            raise Unsuitable(f"{images.printable(path)}: {w}x{h}, a side below {min_side}")
         if lr_path:
             pictures.append(read(lr_path))
             lh, lw = pictures[1].rgb.shape[1:]
             if (h // scale, w // scale) != (lh, lw):
-                raise Unsuitable(f"{tile.printable(lr_path)}: {lw}x{lh}, but {w}x{h} is to be {scale} times as large")
+                raise Unsuitable(f"{images.printable(lr_path)}: {lw}x{lh}, but {w}x{h} is to be {scale} times as large")
             h, w = lh * scale, lw * scale
         one_opaque = len({p.alpha is None for p in pictures}) > 1      # laid on white already, as degrade.py does
         rgbs = [p.rgb if p.alpha is None else
-                tile.composite(p, 1.0 if one_opaque else ground(f"{seed}/{name}", *p.rgb.shape[1:])) for p in pictures]
+                images.composite(p, 1.0 if one_opaque else ground(f"{seed}/{name}", *p.rgb.shape[1:])) for p in pictures]
         hr, lr = cut(rgbs[0][:, :h, :w], size, scale), cut(rgbs[1], size // scale) if lr_path else None
         details = np.array([detail(p) for p in hr]).round(3)
         if per_picture:
-            chosen = choose(details, per_picture, soft, draws(f"{seed}/{tile.printable(name)}"))
+            chosen = choose(details, per_picture, soft, draws(f"{seed}/{images.printable(name)}"))
             hr, lr, details = hr[chosen], lr[chosen] if lr_path else None, details[chosen]
-    except (tile.PictureError, Unsuitable) as error:
+    except (images.PictureError, Unsuitable) as error:
         return error
-    return hr, lr, details.tolist(), pictures[0].note and f"{tile.printable(path)}: {pictures[0].note}"
+    return hr, lr, details.tolist(), pictures[0].note and f"{images.printable(path)}: {pictures[0].note}"
 
 
 def partners(names, lr):
@@ -267,11 +268,11 @@ def hold_out(folders, place, count=8, side=512):
             break
         try:
             p = read(path)
-        except tile.PictureError:
+        except images.PictureError:
             continue
         if min(p.rgb.shape[1:]) < 64:       # an icon; SSIM needs 11 pixels inside the border
             continue
-        rgb = p.rgb if p.alpha is None else tile.composite(p, ground(names[path], *p.rgb.shape[1:]))
+        rgb = p.rgb if p.alpha is None else images.composite(p, ground(names[path], *p.rgb.shape[1:]))
         held[path] = max(cut(rgb, min(side, *rgb.shape[1:])), key=detail)
     if not held:
         raise ValueError("too few pictures to set some aside for validation; name a folder of others with --val, or give 10")
@@ -279,7 +280,7 @@ def hold_out(folders, place, count=8, side=512):
     folder = Path(place) / f"val-{code:08x}"
     folder.mkdir(parents=True, exist_ok=True)
     for i, square in enumerate(held.values()):
-        with tile.replacing(folder / f"{i}.png") as part:
+        with images.atomic_path(folder / f"{i}.png") as part:
             Image.fromarray(square).save(part, "PNG")
     return folder, [p for path in held for p in firsts[path]]
 
@@ -298,7 +299,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
     out.rows.part, and the same call goes on from there. A single patch file in place of folders is returned as it is.
     ValueError: no such folder, no picture in it, none usable, min_side above size. OSError: cannot write.
     """
-    folders, out = tile.paths_of(folders), Path(out)
+    folders, out = images.as_paths(folders), Path(out)
     if len(folders) == 1 and folders[0].suffix == ".safetensors" and folders[0].is_file():
         log(f"{folders[0]}: {read_header(folders[0])[1]} patches, taken as they are")
         return folders[0]
@@ -331,7 +332,7 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
         if done:
             log(f"{out}: going on after {done} of {len(jobs)} pictures")
         if single:
-            log(f"skipped: {len(single)} pictures without a partner of the same name, as {tile.printable(single[0])}")
+            log(f"skipped: {len(single)} pictures without a partner of the same name, as {images.printable(single[0])}")
 
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(p, "r+b" if p.exists() else "w+b")) for p, _, _ in stores]
@@ -349,10 +350,10 @@ def pack(folders, out, size=256, seed=0, min_side=128, log=print, overwrite=Fals
                     for file, some in zip(files, patches):
                         file.write(some)
                         file.flush()        # before the line that says they are there
-                rows.write(json.dumps([tile.printable(name), details, why]).encode() + b"\n")
+                rows.write(json.dumps([images.printable(name), details, why]).encode() + b"\n")
                 rows.flush()
                 if remark:
-                    tile.Progress.clear()
+                    images.ProgressLine.clear()
                     log(remark)
             rows.seek(0)
             rows.readline()
@@ -387,7 +388,7 @@ def mine(inputs, out, size=256, keep=0.5, per_picture=32, soft=0.1, seed=0, min_
     them. size, min_side, lr, seed, workers, overwrite: see pack, which is taken up where it was; the rest is copying.
     ValueError: as pack, and for patch files that do not go together. OSError: cannot write.
     """
-    inputs, out = tile.paths_of(inputs), Path(out)
+    inputs, out = images.as_paths(inputs), Path(out)
     if not (0 < keep <= 1 and 0 <= soft <= 1 and per_picture >= 1):
         raise ValueError(f"--keep {keep:g}, --soft {soft:g} and --per-picture {per_picture} do not work; the first two "
                          "are shares, from 0 to 1, the third a whole number")
@@ -461,7 +462,7 @@ def elect(files, out, size, scale, fingerprint, keep, per_picture, soft, seed):
             progress("mining", i, len(chosen), start, "patches")
             for file, source in zip(opened, whole[k]):
                 file.write(source[place])
-        tile.Progress.clear()
+        images.ProgressLine.clear()
         seal(opened, size, meta, [names[u] for u in used], picture, ranks[chosen])
     return f"{out}: {len(chosen)} of {sum(len(w[0]) for w in whole)} patches, from {len(used)} pictures"
 
@@ -487,7 +488,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, busiest=1, shares=None, rank=0, ranks=1):
-        self.files = tile.paths_of(patch_files)
+        self.files = images.as_paths(patch_files)
         self.patches = [patch] if isinstance(patch, int) else sorted(patch)
         self.steps, self.batch, self.scale, self.recipe, self.seed = steps, batch, scale, recipe, seed
         self.busiest, self.shares, self.rank, self.ranks = busiest, shares, rank, ranks
@@ -596,7 +597,7 @@ def glance(path, whole):
     try:
         head, seen = look(path)[:3], None
         if whole:
-            rgb = tile.composite(read(path), 1.0)
+            rgb = images.composite(read(path), 1.0)
             image = Image.fromarray(eight_bit(rgb))
             image.thumbnail((CELL, CELL), Image.Resampling.BOX)
             seen = np.mean([detail(p) for p in cut(rgb, 256)]), np.asarray(image)
@@ -616,10 +617,10 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
         return np.linspace(0, n - 1, min(n, count)).astype(int)
 
     if sheet and Path(sheet).suffix.lower() != ".png":
-        raise ValueError(f"{tile.printable(sheet)}: the sheet is a PNG; give it a name that ends in .png")
+        raise ValueError(f"{images.printable(sheet)}: the sheet is a PNG; give it a name that ends in .png")
     if sheet and not overwrite and Path(sheet).exists():
-        raise ValueError(f"{tile.printable(sheet)} is there already; --overwrite replaces it")
-    inputs, cells = tile.paths_of(inputs), []
+        raise ValueError(f"{images.printable(sheet)} is there already; --overwrite replaces it")
+    inputs, cells = images.as_paths(inputs), []
     for file in (f for f in inputs if f.suffix == ".safetensors"):
         meta, n, size = read_header(file)
         patches, details, picture = (read_tensor(file, name) for name in ("patches", "detail", "picture"))
@@ -640,7 +641,7 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=0, overwrite=True):
         heads = [h for _, h in in_parallel(functools.partial(glance, whole=False), paths, workers, "looking at") if h]
         seen = [(*head[3], path.name) for path, head in
                 in_parallel(functools.partial(glance, whole=True), whole, workers, "reading") if head]
-        log(f"{', '.join(map(tile.printable, folders))}: {len(heads)} pictures, {len(paths) - len(heads)} unreadable; "
+        log(f"{', '.join(map(images.printable, folders))}: {len(heads)} pictures, {len(paths) - len(heads)} unreadable; "
             + ", ".join(f"{n} {kind}" for kind, n in Counter(head[0] for head in heads).most_common()))
         if not seen:
             raise ValueError("not one of them can be read")
@@ -743,21 +744,21 @@ def main():
         else:
             dict(multiscale=multiscale, pack=pack, mine=mine, stats=stats)[args.command](args.data, **given)
     except ValueError as error:
-        tile.fail(error)
+        images.fail(error)
     except OSError as error:
         if error.errno is None:     # one of ours, with a sentence of its own
-            tile.fail(error)
+            images.fail(error)
         hint = "" if args.command == "demo" else "; the same command then goes on from here"
-        tile.fail(f"cannot write {getattr(args, 'out', None) or args.sheet}: {error.strerror or error}; free some "
+        images.fail(f"cannot write {getattr(args, 'out', None) or args.sheet}: {error.strerror or error}; free some "
                   f"space or choose another place{hint}")
     except (RuntimeError, MemoryError) as error:
         if tile.out_of_memory(error):
-            tile.fail("not enough memory for this; take fewer --workers or a smaller --size")
+            images.fail("not enough memory for this; take fewer --workers or a smaller --size")
         if "DataLoader worker" not in str(error):
             raise
-        tile.fail("a worker process was killed, most likely for want of memory; give the command again, --workers 1")
+        images.fail("a worker process was killed, most likely for want of memory; give the command again, --workers 1")
     except KeyboardInterrupt:
-        tile.Progress.clear()
+        images.ProgressLine.clear()
         hint = "nothing was written" if args.command == "demo" else "the same command goes on from here"
         print(f"interrupted; {hint}", file=sys.stderr)
         sys.exit(130)

@@ -800,7 +800,7 @@ def main():
 
 def write_sheet(args, names):
     """--sheet: one picture in, one out. Raises ValueError and OSError."""
-    import tile
+    import images
 
     if args.lr_folder or args.jpeg is not None:
         raise ValueError("--sheet writes one file and nothing else; leave the second folder and --jpeg out")
@@ -808,15 +808,15 @@ def write_sheet(args, names):
         raise ValueError(f"{args.sheet} exists already; choose another name or give --overwrite")
     if not args.hr_folder.is_file():
         raise ValueError(f"{args.hr_folder} is not a picture; give one file")
-    page = sheet(tile.composite(tile.read_picture(args.hr_folder), 1.0), args.scale, names, args.seed)
+    page = sheet(images.composite(images.read_picture(args.hr_folder), 1.0), args.scale, names, args.seed)
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    tile.save_picture(args.sheet, tile.Picture(rgb=torch.from_numpy(np.array(page)).permute(2, 0, 1).float().div(255)))
-    print(f"{len(names)} recipes of {tile.printable(args.hr_folder)} in {tile.printable(args.sheet)}")
+    images.save_picture(args.sheet, images.Picture(rgb=torch.from_numpy(np.array(page)).permute(2, 0, 1).float().div(255)))
+    print(f"{len(names)} recipes of {images.printable(args.hr_folder)} in {images.printable(args.sheet)}")
 
 
 def run(args):
     """The command, its arguments parsed; ends the process with 2 where one line says why."""
-    import tile     # opening and saving pictures is its job
+    import images
 
     source, target, recipe = args.hr_folder, args.lr_folder, args.recipe or "web"
     try:
@@ -833,7 +833,7 @@ def run(args):
             raise ValueError(f"{source} is not a folder; give the folder of the HR pictures")
         if target.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"{target} lies inside {source}; choose a folder beside it")
-        jobs = plan(tile.find_pictures([source]), source, target, (".jpg", ".jpeg") if args.jpeg else (".png",))
+        jobs = plan(images.find_pictures([source]), source, target, (".jpg", ".jpeg") if args.jpeg else (".png",))
         if not jobs:
             raise ValueError(f"no picture in {source}; give a folder with some")
         there = [] if args.overwrite else [lr_path for *_, lr_path in jobs if lr_path.exists()]
@@ -841,39 +841,39 @@ def run(args):
             raise ValueError(f"{there[0]} exists already ({len(there)} of {len(jobs)} do); choose another folder or "
                              "give --overwrite")
     except ValueError as e:
-        tile.fail(tile.printable(e))
+        images.fail(images.printable(e))
     except OSError as e:
-        tile.fail(f"cannot write {tile.printable(args.sheet or target)}: {e.strerror or e}")
+        images.fail(f"cannot write {images.printable(args.sheet or target)}: {e.strerror or e}")
 
     terminal, start, shown, done, cropped, bad = sys.stderr.isatty(), time.time(), time.time(), 0, 0, 0
     for count, (name, path, lr_path) in enumerate(jobs, 1):
         try:
-            picture = tile.read_picture(path)
-            hr = tile.composite(picture, 1.0)
+            picture = images.read_picture(path)
+            hr = images.composite(picture, 1.0)
             h, w = (side - side % args.scale for side in hr.shape[-2:])
             cropped += (h, w) != tuple(hr.shape[-2:])
             lr = degrade(hr[None, :, :h, :w], recipe, args.scale, [picture_seed(name, args.seed)])[0]
         except (ValueError, OSError) as e:      # a PictureError is a ValueError and names its file
-            reason = e if isinstance(e, tile.PictureError) else f"{tile.printable(name)}: {e}"
-            tile.Progress.clear()
+            reason = e if isinstance(e, images.PictureError) else f"{images.printable(name)}: {e}"
+            images.ProgressLine.clear()
             print(f"skipped: {reason}", file=sys.stderr)
             bad += 1
             continue
         try:
             lr_path.parent.mkdir(parents=True, exist_ok=True)
-            grey = picture.grey and tile.colour_space(picture.icc) == b"GRAY"     # such a profile fits no other
-            tile.save_picture(lr_path, tile.Picture(rgb=lr, icc=picture.icc, grey=grey), args.jpeg or 95)
+            grey = picture.grey and images.color_space(picture.icc) == b"GRAY"     # such a profile fits no other
+            images.save_picture(lr_path, images.Picture(rgb=lr, icc=picture.icc, grey=grey), args.jpeg or 95)
         except (OSError, ValueError) as e:
-            tile.fail(f"cannot write {tile.printable(lr_path)}: {getattr(e, 'strerror', None) or e}; free some room "
+            images.fail(f"cannot write {images.printable(lr_path)}: {getattr(e, 'strerror', None) or e}; free some room "
                       f"or choose another folder ({done} of {len(jobs)} are done)")
         done += 1
         if terminal or time.time() - shown > 10:
             shown, rate = time.time(), count / (time.time() - start + 1e-9)
             line = f"{count}/{len(jobs)}  {rate:.1f} pictures/s  {(len(jobs) - count) / rate:.0f} s left"
             print(f"\r\033[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    tile.Progress.clear()
+    images.ProgressLine.clear()
     if not done:
-        tile.fail(f"none of the {len(jobs)} pictures in {source} could be used; the reasons stand above")
+        images.fail(f"none of the {len(jobs)} pictures in {source} could be used; the reasons stand above")
     print(f"{done} pictures by recipe {recipe}, {args.scale}x smaller, in {target}"
           + (f"; {cropped} cropped to a multiple of {args.scale} first" if cropped else "")
           + (f"; {bad} skipped" if bad else ""))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import data
 import degrade
 from losses import CLASSES, ArtifactDetector, dirt, load_detector, save_detector
-from tile import PictureError, composite, find_pictures, printable, read_picture, replacing
+from images import PictureError, atomic_path, composite, find_pictures, printable, read_picture
 
 SIDES, VERSIONS, SEEN = (128, 256, 512), 4, 0.3
 LEAST = 32      # pixels a side, of a picture to have faults drawn into it
@@ -202,11 +202,11 @@ def train_detector(args, files, patch_shares, state, anew):
                   f"clean recall {recall:.1%}", flush=True)
             total, shown_at, buffer = 0.0, step, io.BytesIO()
             torch.save(dict(model=detector.state_dict(), optimiser=optimiser.state_dict(), step=step), buffer)
-            with replacing(out / "state.pt") as part:
+            with atomic_path(out / "state.pt") as part:
                 part.write_bytes(buffer.getvalue())
     table = confusion(detector.eval(), crops)
     print(shown(table))
-    with replacing(out / "confusion.csv") as part:
+    with atomic_path(out / "confusion.csv") as part:
         part.write_text("\n".join(["drawn\\said," + ",".join(CLASSES), *(
             ",".join([c, *map(str, row)]) for c, row in zip(CLASSES, table.tolist()))]) + "\n")
     save_detector(detector, out / "detector.safetensors", dict(data=[Path(f).name for f in files], steps=args.steps,

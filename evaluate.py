@@ -23,13 +23,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import degrade
 import losses
 import metrics
+import images
 import tile
 from convert import blend, find_sharp, find_weights, load_any, undamaged
 from metrics import Metric, psnr, ssim
@@ -116,7 +116,7 @@ def cell(value, digits):
 
 def make_row(label, row, width, names, best=()):
     """One line of the table; the columns named in best in bold."""
-    line = f"{tile.printable(label):<{width}}"
+    line = f"{images.printable(label):<{width}}"
     for name in names:
         text = f"{cell(row[name], COLUMNS[name].digits):>{max(10, len(COLUMNS[name].head) + 2)}}"
         line += f"\033[1m{text}\033[0m" if name in best else text
@@ -150,7 +150,7 @@ def best_of(rows, names):
 
 def write_csv(path, results, names):
     """A row per picture and method; whole or not at all. Raises OSError."""
-    with tile.replacing(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with images.atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["picture", "method", "width", "height", *names])
         for picture, method, row in results:
@@ -164,7 +164,7 @@ def write_json(path, results, means, about):
         return {k: (None if math.isnan(v) else str(v) if math.isinf(v) else v) for k, v in row.items()}
     found = dict(about, means={method: plain(row) for method, row in means.items()},
                  each=[dict(picture=picture, method=method, **plain(row)) for picture, method, row in results])
-    with tile.replacing(path) as part:
+    with images.atomic_path(path) as part:
         part.write_text(json.dumps(found, indent=1), encoding="utf-8")      # ASCII: any name comes through
 
 
@@ -189,7 +189,7 @@ class Strip:
             self.most = average.max()
             y, x = (i * step for i in divmod(average.argmax().item(), average.shape[1]))
             shown = {label: made[label] for label in self.labels} | ({} if hr is None else {"HR": hr})
-            self.crops = {label: tile.quantised(sr[:, y:y + side, x:x + side], 8) for label, sr in shown.items()}
+            self.crops = {label: images.quantize(sr[:, y:y + side, x:x + side], 8) for label, sr in shown.items()}
 
     def draw(self):
         side = next(iter(self.crops.values())).shape[0] * self.zoom
@@ -276,11 +276,11 @@ def compare(folders, out, overwrite):
     for (name, rows), own in zip(runs.items(), settings):
         best, last = max(rows, key=lambda row: row["psnr_y"]), rows[-1]
         differs = [f"{k}={own.get(k)}" for k in keys if any(s.get(k) != own.get(k) for s in settings)]
-        print(f"{tile.printable(name):<{width}}{last['step']:>8.0f}{last['seconds']:>9.0f}"
+        print(f"{images.printable(name):<{width}}{last['step']:>8.0f}{last['seconds']:>9.0f}"
               + "".join(f"{cell(last.get(n, math.nan), COLUMNS[n].digits):>10}" for n in final)
               + f"{best['psnr_y']:>9.2f}{best['step']:>9.0f}  {' '.join(differs)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tile.replacing(out) as part:
+    with images.atomic_path(out) as part:
         draw_curves(runs).save(part, "PNG")
     print(f"curves: {out}")
 
@@ -360,14 +360,14 @@ def main():
         else:
             run(args)
     except ValueError as e:     # a user's mistake: PictureError and WeightsError are two of them
-        tile.fail(tile.printable(e))
+        images.fail(images.printable(e))
     except (RuntimeError, MemoryError) as e:
         if not tile.out_of_memory(e):
             raise
-        tile.fail("out of memory; give fewer --weights, --tile-size 64 or another --device")
+        images.fail("out of memory; give fewer --weights, --tile-size 64 or another --device")
     except OSError as e:
         at = e.filename2 or e.filename
-        tile.fail(tile.printable(f"cannot write{f' {at}' if at else ''}: {e.strerror}; free some room or choose "
+        images.fail(images.printable(f"cannot write{f' {at}' if at else ''}: {e.strerror}; free some room or choose "
                                  "another place"))
     except KeyboardInterrupt:
         say("stopped; no table was written, and a page holds what was done")
@@ -398,7 +398,7 @@ def run_blend(args):
     networks = {f"alpha {alpha:g}": network.to(device) for alpha, network in blend(args.files, alphas).items()}
     strip = Strip(list(networks))
     run(args, networks, strip)
-    with tile.replacing(args.out) as part:
+    with images.atomic_path(args.out) as part:
         strip.draw().save(part, "PNG")
     print(f"strip: {args.out}")
 
@@ -505,7 +505,7 @@ def run(args, networks=None, watch=None):
         except ValueError as e:
             leave_out(names, name, e)
     where = f"recipe {recipe}, {scale}x" if recipe else f"LR from {args.lr}, {scale}x" if args.lr else "no LR"
-    where = tile.printable(where) + ("" if args.data else ", no HR")
+    where = images.printable(where) + ("" if args.data else ", no HR")
     page = args.report and Report(
         args.report, where, [Column(n, *COLUMNS[n][:3], middle(n)) for n in names],
         "; ".join([f"border {border}", *notes]), overwrite=args.overwrite)
@@ -562,7 +562,7 @@ def run(args, networks=None, watch=None):
                         made[method] = sr
                         heat[method] = {"artifacts": dirt.numpy()} if detector else {}
             except FloatingPointError as e:
-                broken = f"{method} on {tile.printable(name)}: {e}; its weights are broken, leave it out"
+                broken = f"{method} on {images.printable(name)}: {e}; its weights are broken, leave it out"
                 break
             except ValueError as e:         # too small for the window of SSIM
                 report_skipped(name, e, skipped)
@@ -571,26 +571,26 @@ def run(args, networks=None, watch=None):
                 if not tile.out_of_memory(e):
                     raise
                 way = "give --tile-size 64 or another --device" if method in networks else "leave it out, or try with --limit"
-                broken = f"out of memory at {tile.printable(method)} on {tile.printable(name)}; {way}"
+                broken = f"out of memory at {images.printable(method)} on {images.printable(name)}; {way}"
                 break
             if watch:
                 watch(hr, made)
             if page:
                 reference = None if hr is None else "HR"
-                images = made if hr is None else made | {reference: hr}
-                page.add(name, {m: tile.quantised(x, 8) for m, x in images.items()}, rows, reference, heat)
+                pictures_shown = made if hr is None else made | {reference: hr}
+                page.add(name, {m: images.quantize(x, 8) for m, x in pictures_shown.items()}, rows, reference, heat)
             results += [(name, method, row) for method, row in rows.items()]
             done += 1
-            tile.Progress.clear()
+            images.ProgressLine.clear()
             if args.each:
-                print(tile.printable(name), *(make_row(m, row, width, names) for m, row in rows.items()), sep="\n",
+                print(images.printable(name), *(make_row(m, row, width, names) for m, row in rows.items()), sep="\n",
                       flush=True)
             to_do = len(jobs) - len(skipped)
             shown = show_progress(done, min(to_do, args.limit or to_do), begun, shown)
     finally:
         if page and done:
             page.finish()
-    tile.Progress.clear()
+    images.ProgressLine.clear()
     if not done:
         raise ValueError(broken or f"none of the pictures in {args.data or args.lr or ', '.join(args.sr)} could be used; "
                          "the reasons stand above")

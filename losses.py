@@ -811,20 +811,21 @@ def main():
     args = p.parse_args()
     try:
         detector = load_detector(args.detector)
+        import images
         import tile
         out = args.out or Path(Path(args.picture).stem + "-artifacts.png")
         if out.exists() and not args.overwrite:
-            raise LossError(f"{tile.printable(out)} is there already; --overwrite replaces it")
+            raise LossError(f"{images.printable(out)} is there already; --overwrite replaces it")
         if out.exists() and out.samefile(args.picture):
-            raise LossError(f"{tile.printable(out)} is the picture itself; choose another --out")
+            raise LossError(f"{images.printable(out)} is the picture itself; choose another --out")
         if not out.parent.is_dir():
-            raise LossError(f"{tile.printable(out)}: no folder {tile.printable(out.parent)}")
-        if out.suffix.lower() not in tile.WRITES:
-            raise LossError(f"{tile.printable(out)}: cannot save so; use one of {' '.join(tile.WRITES)}")
-        rgb = tile.composite(tile.read_picture(args.picture), 1.0)
-        name, (h, w) = tile.printable(args.picture), rgb.shape[1:]
+            raise LossError(f"{images.printable(out)}: no folder {images.printable(out.parent)}")
+        if out.suffix.lower() not in images.WRITE_FORMATS:
+            raise LossError(f"{images.printable(out)}: cannot save so; use one of {' '.join(images.WRITE_FORMATS)}")
+        rgb = images.composite(images.read_picture(args.picture), 1.0)
+        name, (h, w) = images.printable(args.picture), rgb.shape[1:]
         found, corners, heat = inspect(detector.to(args.device), rgb, progress=tile.Progress(name, h * w))
-        tile.Progress.clear()
+        images.ProgressLine.clear()
         print(f"{name}: {w}x{h}, {len(corners)} patch{'es' if len(corners) > 1 else ''}")
         for i, kind in enumerate(CLASSES):
             share, (worst, at) = (found.argmax(1) == i).float().mean().item(), found[:, i].max(0)
@@ -832,8 +833,8 @@ def main():
             print(f"{kind:<10}{share:6.0%} of the patches; at most {worst:.2f}, at x {x}, y {y}")
         grey = luma(rgb[None])[0] * 0.8
         red = torch.tensor([1.0, 0.1, 0.1]).view(3, 1, 1)
-        tile.save_picture(out, tile.Picture(rgb=grey + heat * 0.8 * (red - grey)))
-        print(f"where: {tile.printable(out)}")
+        images.save_picture(out, images.Picture(rgb=grey + heat * 0.8 * (red - grey)))
+        print(f"where: {images.printable(out)}")
     except ModuleNotFoundError as e:
         print(f"error: {e}; the command needs tile.py beside losses.py", file=sys.stderr)
         sys.exit(2)

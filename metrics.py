@@ -532,28 +532,28 @@ def main():
     p.add_argument("--note", default="", help="a line for its header: whose pictures, which licence")
     p.add_argument("--overwrite", action="store_true")
     args = p.parse_args()
-    import tile
+    import images
     used = []
 
     def read(folder):
-        for path in tile.find_pictures([folder]):
+        for path in images.find_pictures([folder]):
             try:
-                x = tile.composite(tile.read_picture(path), 1.0)
+                x = images.composite(images.read_picture(path), 1.0)
             except (ValueError, OSError) as e:
                 print(f"skipped: {e}", file=sys.stderr)
                 continue
             if min(x.shape[-2:]) < NIQE_BLOCK:
-                print(f"skipped: {tile.printable(path)} is smaller than {NIQE_BLOCK}x{NIQE_BLOCK}", file=sys.stderr)
+                print(f"skipped: {images.printable(path)} is smaller than {NIQE_BLOCK}x{NIQE_BLOCK}", file=sys.stderr)
                 continue
             used.append(path)
             yield x
     try:
         if args.out.suffix != ".safetensors":
-            raise ValueError(f"a NIQE model's name ends in .safetensors, which {tile.printable(args.out)} does not")
+            raise ValueError(f"a NIQE model's name ends in .safetensors, which {images.printable(args.out)} does not")
         if args.out.exists() and not args.overwrite:
-            raise ValueError(f"{tile.printable(args.out)} exists already; choose another name, or give --overwrite")
+            raise ValueError(f"{images.printable(args.out)} exists already; choose another name, or give --overwrite")
         if not os.access(args.out.parent, os.W_OK):     # now, not after minutes
-            raise ValueError(f"cannot write to {tile.printable(args.out.parent)}: no such file or directory, or not yours; "
+            raise ValueError(f"cannot write to {images.printable(args.out.parent)}: no such file or directory, or not yours; "
                              "choose another --out")
         model = fit_niqe(*map(read, args.data))
         save_niqe(model, args.out, dict(pictures=len(used), folders=len(args.data), note=args.note))
@@ -563,7 +563,7 @@ def main():
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
-    print(f"{tile.printable(args.out)}: {len(used)} pictures")
+    print(f"{images.printable(args.out)}: {len(used)} pictures")
 
 
 if __name__ == "__main__":

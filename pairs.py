@@ -12,14 +12,14 @@ import unicodedata
 from pathlib import Path
 
 import degrade
-import tile
+import images
 
 
 def listed(paths):
     """Files and folders -> [(name, path)]; a name is relative to the folder it was found in, or the file's own."""
     found = []
-    for place in tile.paths_of(paths):
-        for path in tile.find_pictures([place]):
+    for place in images.as_paths(paths):
+        for path in images.find_pictures([place]):
             found.append((path.relative_to(place).as_posix() if place.is_dir() else path.name, path))
     return found
 
@@ -44,7 +44,7 @@ def paired(sides):
             stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])  # é may be one character or two
             twin = stems[kind].setdefault(stem, (name, path))
             if twin[1] != path:
-                raise ValueError(f"{tile.printable(twin[1])} and {tile.printable(path)} differ only in their suffix, "
+                raise ValueError(f"{images.printable(twin[1])} and {images.printable(path)} differ only in their suffix, "
                                  "so they cannot be paired; move one away")
     base, strict, notes = stems[first], [], []
     common = {stem for stem in base if all(stem in own for own in stems.values())}
@@ -52,7 +52,7 @@ def paired(sides):
         for lone, place in (base.keys() - stems[kind], sides[first]), (stems[kind].keys() - base, sides[kind]):
             if lone:
                 some = ", ".join(sorted(lone)[:3]) + ", ..." * (len(lone) > 3)
-                said = tile.printable(f"{len(lone)} only in {place} ({some})")
+                said = images.printable(f"{len(lone)} only in {place} ({some})")
                 (strict if (first, kind) == ("HR", "LR") else notes).append(said)
     if strict:
         raise ValueError(f"the folders do not pair: {'; '.join(strict)}; every HR picture needs an LR picture of its "
@@ -79,7 +79,7 @@ def fitted(found, scale, crop=False):
             by = [f"{abs(n)} pixel{'s' * (abs(n) > 1)} {more if n > 0 else less}" for n, more, less in
                   ((x.shape[-1] - w // k, "wider", "narrower"), (x.shape[-2] - h // k, "higher", "lower")) if n]
             raise ValueError(
-                f"its {tile.printable(kind)} picture is {x.shape[-1]}x{x.shape[-2]}, but {w // k}x{h // k} belongs to "
+                f"its {images.printable(kind)} picture is {x.shape[-1]}x{x.shape[-2]}, but {w // k}x{h // k} belongs to "
                 f"it{f' at {scale}x' if 'LR' in found else ''}: {', '.join(by)}; "
                 + ("that is more than --crop cuts" if crop else "--crop cuts all to what they share"))
         result[kind] = x[:, :h // k, :w // k].contiguous()
@@ -97,7 +97,7 @@ def pictures(jobs, scale, recipe=None, seed=0, limit=None, crop=False, skipped=N
         if count == limit:
             return
         try:
-            found = {kind: tile.composite(tile.read_picture(path), 1.0) for kind, path in paths.items()}
+            found = {kind: images.composite(images.read_picture(path), 1.0) for kind, path in paths.items()}
             found = fitted(found, scale if recipe or "LR" in found else 1, crop)
             hr, lr = found.pop("HR", None), found.pop("LR", None)
             if recipe:
@@ -111,14 +111,14 @@ def pictures(jobs, scale, recipe=None, seed=0, limit=None, crop=False, skipped=N
 
 def report_skipped(name, error, skipped):
     """One line on stderr that names the picture, kept in the list `skipped` too unless that is None."""
-    line = str(error) if isinstance(error, tile.PictureError) else f"{tile.printable(name)}: {error}"
+    line = str(error) if isinstance(error, images.PictureError) else f"{images.printable(name)}: {error}"
     say(f"skipped: {line}")
     if skipped is not None:
         skipped.append(line)
 
 
 def say(line):
-    tile.Progress.clear()
+    images.ProgressLine.clear()
     print(line, file=sys.stderr)
 
 

@@ -46,7 +46,8 @@ import evaluate
 import pairs
 from losses import GANS, WEIGHTS, MultiScaleDiscriminator, SRLoss, discriminator_loss, enhance_lines, parse_weights
 from model import PRESETS, HATRefiner, WeightsError, fit, read_weights, save, write_atomic
-from tile import Tiler, bf16_is_native, find_pictures, keep_freed_memory, memory_peak, out_of_memory, size_of
+from images import find_pictures, picture_size
+from tile import Tiler, bf16_is_native, keep_freed_memory, memory_peak, out_of_memory
 
 STAGES = {   # what a stage sets where no flag says otherwise; of two: on a CPU, on a GPU
     1: dict(patch=("64", "64"), batch=(4, 16), steps=(400, 50000), use_tiling=False, lr=1e-3, conv_lr=0.3, train="hat_model"),
@@ -914,7 +915,7 @@ def dry_run(args):
                     files = find_pictures([f])
                     step = max(1, len(files) // 6)
                     files = [p for k in range(step) for p in files[k::step]]    # a spread of six first
-                    large = [*itertools.islice((p for p in files if min(size_of(p)) >= side), 6)]
+                    large = [*itertools.islice((p for p in files if min(picture_size(p)) >= side), 6)]
                     some, f = large or files[:6], Path(folder) / f"data{i}"
                     f.mkdir()
                     for k, path in enumerate(some):
