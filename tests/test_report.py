@@ -1,9 +1,9 @@
-"""report.py: what is on the page and in its folder, and, where Chromium and selenium are, the page in use."""
+"""report.py: the page and its folder; with chromium and selenium installed also the page in use."""
+import errno
 import html.parser
 import io
 import json
 import math
-import os
 import re
 import shutil
 import statistics
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import images
 import report
 from report import Column, Report
 
@@ -20,29 +21,31 @@ EVIL = ["plain.png", "</script><script>evil = 1</script>\"'&{{data}}.png", "絵\
 
 
 def picture(h=200, w=300, seed=0):
+    """A soft random picture (h, w, 3) uint8."""
     noise = np.random.default_rng(seed).integers(0, 256, (h // 8 + 1, w // 8 + 1, 3), np.uint8)
     return np.asarray(Image.fromarray(noise).resize((w, h), Image.BICUBIC))
 
 
-def damaged(image, y, x, amount=60, side=24):
+def damage(image, y, x, amount=60, side=24):
+    """Change the levels of one square."""
     image = image.copy()
     part = image[y:y + side, x:x + side].astype(int)
     image[y:y + side, x:x + side] = np.where(part > 127, part - amount, part + amount)
     return image
 
 
-def stored(page):
-    """What index.html hands to its script."""
+def page_data(page):
+    """The data in index.html for its script."""
     text = (page.folder / "index.html").read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
-def opened(page, file):
+def read_file(page, file):
     return np.asarray(Image.open(page.folder / file).convert("RGB"))
 
 
 class Tables(html.parser.HTMLParser):
-    """The tables of a page as lists of rows of (text, class); all tags, to see that they close."""
+    """Parse the tables of a page as lists of rows of (text, class), and check that all tags close."""
     VOID = {"meta", "link", "img", "br"}
 
     def __init__(self, text):
@@ -76,20 +79,20 @@ def tables(page):
     return parsed.tables
 
 
-def test_pictures_and_names_come_back_to_the_bit(tmp_path):
+def test_the_page_keeps_every_pixel_and_any_name(tmp_path):
     page = Report(tmp_path / "a page", EVIL[1], COLUMNS, note="two\n<lines>")
-    images = {}
+    added = {}
     for i, name in enumerate(EVIL):
-        images[i] = {"bicubic": picture(seed=i), EVIL[2]: picture(seed=i + 10), "HR": picture(seed=i + 20)}
-        page.add(name, images[i], {"bicubic": {"psnr": 30}, EVIL[2]: {"psnr": 31}}, "HR")
+        added[i] = {"bicubic": picture(seed=i), EVIL[2]: picture(seed=i + 10), "HR": picture(seed=i + 20)}
+        page.add(name, added[i], {"bicubic": {"psnr": 30}, EVIL[2]: {"psnr": 31}}, "HR")
     page.finish()
-    data = stored(page)
+    data = page_data(page)
     assert [p["name"] for p in data] == EVIL
     for i, p in enumerate(data):
         assert [layer["label"] for layer in p["layers"]] == ["bicubic", EVIL[2], "HR"]
         assert (p["width"], p["height"]) == (300, 200)
-        for layer, want in zip(p["layers"], images[i].values()):
-            assert np.array_equal(opened(page, layer["file"]), want)
+        for layer, expected in zip(p["layers"], added[i].values()):
+            assert np.array_equal(read_file(page, layer["file"]), expected)
     each = tables(page)[1]
     assert [row[0][0] for row in each[1:]] == [name.replace("\udcff", "?") for name in EVIL]
     assert {p.name for p in tmp_path.iterdir()} == {"a page"}
@@ -102,8 +105,8 @@ def test_a_side_too_long_for_webp_is_a_png(tmp_path):
     image = picture(8, 16500)
     page.add("long", {"a": image}, {})
     page.finish()
-    file = stored(page)[0]["layers"][0]["file"]
-    assert file.endswith(".png") and np.array_equal(opened(page, file), image)
+    file = page_data(page)[0]["layers"][0]["file"]
+    assert file.endswith(".png") and np.array_equal(read_file(page, file), image)
 
 
 def test_best_and_missing_figures(tmp_path):
@@ -114,55 +117,58 @@ def test_best_and_missing_figures(tmp_path):
     for i, own in enumerate(figures):
         page.add(str(i), {label: picture(40, 50) for label in own}, own)
     mean, psnr, niqe, seconds = tables(page)
-    # c lacks a PSNR for one picture, so all three are compared on the other
+    # c has no PSNR for one picture, so the means are over the other one
     assert mean[0][1:] == [["PSNR-Y, dB (1 of 2 pictures) ↑", None], ["NIQE ↓", None], ["s/MP", None]]
     assert mean[1] == [["a", None], ["34.00", None], ["4.000", "best"], ["1.00", None]]
     assert mean[2] == [["b", None], ["32.00", None], ["4.000", "best"], ["2.00", None]]
-    assert mean[3] == [["c", None], ["∞", "best"], ["–", None], ["–", None]]
-    assert psnr[1:] == [[["0", None], ["30.00", None], ["32.00", "best"], ["–", None]],
-                        [["1", None], ["34.00", None], ["32.00", None], ["∞", "best"]]]
-    assert niqe[1:] == [[["0", None], ["5.000", None], ["4.000", "best"], ["–", None]],
-                        [["1", None], ["3.000", "best"], ["4.000", None], ["–", None]]]
+    assert mean[3] == [["c", None], ["inf", "best"], ["-", None], ["-", None]]
+    assert psnr[1:] == [[["0", None], ["30.00", None], ["32.00", "best"], ["-", None]],
+                        [["1", None], ["34.00", None], ["32.00", None], ["inf", "best"]]]
+    assert niqe[1:] == [[["0", None], ["5.000", None], ["4.000", "best"], ["-", None]],
+                        [["1", None], ["3.000", "best"], ["4.000", None], ["-", None]]]
     assert [cell[1] for row in seconds for cell in row] == [None] * 12
 
 
-def test_a_column_may_be_a_median(tmp_path):
-    page = Report(tmp_path / "p", "t", [Column("s", "s/MP", "", 2, statistics.median), Column("s", "mean", "", 2)])
+def test_mean_of_a_column_may_be_a_median(tmp_path):
+    columns = [Column("s", "s/MP", "", 2, statistics.median), Column("s", "mean", "", 2)]
+    page = Report(tmp_path / "p", "t", columns)
     for i, seconds in enumerate((10, 1, 1)):
         page.add(str(i), {"a": picture(40, 50)}, {"a": {"s": seconds}})
     assert [cell[0] for cell in tables(page)[0][1]] == ["a", "1.00", "4.00"]
 
 
-def test_worst_places_are_where_the_errors_are(tmp_path):
+def test_crops_show_the_largest_errors(tmp_path):
     hr = picture(400, 600)
     noise = np.random.default_rng(5).integers(-6, 7, hr.shape)
-    a = damaged(np.clip(hr + noise, 0, 255).astype(np.uint8), 40, 50)
-    b = damaged(damaged(hr, 310, 480), 300, 60, amount=40)
+    a = damage(np.clip(hr + noise, 0, 255).astype(np.uint8), 40, 50)
+    b = damage(damage(hr, 310, 480), 300, 60, amount=40)
     page = Report(tmp_path / "p", "t", COLUMNS)
     page.add("x", {"a": a, "b": b, "HR": hr}, {}, "HR")
     page.finish()
-    p, = stored(page)
-    # b comes last, so its worst is first; then a's worst; then b's second
-    assert [r["worst"] for r in p["regions"]] == ["b", "a", "b"]
+    p, = page_data(page)
+    # the last method comes first: the worst of b, the worst of a, the second of b
+    assert [r["method"] for r in p["regions"]] == ["b", "a", "b"]
     for region, (y, x) in zip(p["regions"], [(310, 480), (40, 50), (300, 60)]):
-        assert region["y"] <= y and y + 24 <= region["y"] + 96 and region["x"] <= x and x + 24 <= region["x"] + 96
-    strip = opened(page, p["crops"])
+        assert region["y"] <= y and y + 24 <= region["y"] + 96
+        assert region["x"] <= x and x + 24 <= region["x"] + 96
+    strip = read_file(page, p["crops"])
     assert strip.shape == (3 * 96, 3 * 96, 3)
     y, x = p["regions"][1]["y"], p["regions"][1]["x"]
-    assert np.array_equal(strip[96:192], np.concatenate([i[y:y + 96, x:x + 96] for i in (a, b, hr)], 1))
-    mse = np.mean((report.luma(a[y:y + 96, x:x + 96]) - report.luma(hr[y:y + 96, x:x + 96])) ** 2, dtype=float)
-    assert p["regions"][1]["psnr"] == [f"{10 * math.log10(255 ** 2 / mse):.1f} dB", "∞ dB", ""]
+    crop_a, crop_b, crop_hr = (image[y:y + 96, x:x + 96] for image in (a, b, hr))
+    assert np.array_equal(strip[96:192], np.concatenate([crop_a, crop_b, crop_hr], 1))
+    mse = np.mean((report.luma(crop_a) - report.luma(crop_hr)) ** 2, dtype=float)
+    assert p["regions"][1]["psnr"] == [f"{10 * math.log10(255 ** 2 / mse):.1f} dB", "inf dB", ""]
     assert p["regions"][1]["best"] == [False, True, False]
 
 
-def test_places_do_not_overlap_and_small_or_equal_pictures_have_fewer(tmp_path):
+def test_crops_do_not_overlap_and_are_fewer_on_small_or_equal_pictures(tmp_path):
     page = Report(tmp_path / "p", "t", COLUMNS, crops=5)
     hr = picture(300, 500)
     page.add("many", {"a": picture(300, 500, 1), "HR": hr}, {}, "HR")
     page.add("small", {"a": picture(20, 30, 1), "HR": picture(20, 30)}, {}, "HR")
     page.add("equal", {"a": hr, "HR": hr}, {}, "HR")
     page.finish()
-    many, small, equal = stored(page)
+    many, small, equal = page_data(page)
     places = [(r["y"], r["x"]) for r in many["regions"]]
     assert len(places) == 5
     for i, (y, x) in enumerate(places):
@@ -172,16 +178,17 @@ def test_places_do_not_overlap_and_small_or_equal_pictures_have_fewer(tmp_path):
     assert equal["regions"] == [] and "crops" not in equal
 
 
-def test_without_a_reference_the_methods_are_compared_with_each_other(tmp_path):
+def test_methods_are_compared_with_each_other_without_a_reference(tmp_path):
     a = picture(300, 500)
     page = Report(tmp_path / "p", "t", COLUMNS, crops=1)
-    page.add("two", {"a": a, "b": damaged(a, 200, 350)}, {})
+    page.add("two", {"a": a, "b": damage(a, 200, 350)}, {})
     page.add("one", {"a": a}, {})
     page.finish()
-    two, one = stored(page)
+    two, one = page_data(page)
     region, = two["regions"]
     assert region["y"] <= 200 <= region["y"] + 72 and region["x"] <= 350 <= region["x"] + 72
-    assert region["worst"] == "" and region["psnr"] == ["", ""] and not any(layer["heat"] for layer in two["layers"])
+    assert region["method"] == "" and region["psnr"] == ["", ""]
+    assert not any(layer["heat"] for layer in two["layers"])
     assert one["regions"] == []
 
 
@@ -190,10 +197,11 @@ def test_heat_maps(tmp_path):
     given = np.zeros((10, 15))
     given[2, 3], given[5, 5] = 1, math.nan
     page = Report(tmp_path / "p", "t", COLUMNS)
-    page.add("x", {"a": damaged(hr, 100, 200), "HR": hr}, {}, "HR", {"a": {"artifacts": given}})
-    page.add("large", {"a": np.zeros((3000, 40, 3), np.uint8), "HR": np.zeros((3000, 40, 3), np.uint8)}, {}, "HR")
+    page.add("x", {"a": damage(hr, 100, 200), "HR": hr}, {}, "HR", {"a": {"artifacts": given}})
+    black = np.zeros((3000, 40, 3), np.uint8)
+    page.add("large", {"a": black, "HR": black}, {}, "HR")
     page.finish()
-    x, large = stored(page)
+    x, large = page_data(page)
     (kind, file), (other, artifacts) = x["layers"][0]["heat"]
     assert (kind, other) == ("difference to HR", "artifacts") and x["layers"][1]["heat"] == []
     heat = np.asarray(Image.open(page.folder / file).convert("RGBA")).astype(int)
@@ -202,34 +210,34 @@ def test_heat_maps(tmp_path):
     own = np.asarray(Image.open(page.folder / artifacts).convert("RGBA"))
     assert own.shape == (10, 15, 4) and own[2, 3].tolist() == [255] * 4 and np.count_nonzero(own[..., 3]) == 1
     with Image.open(page.folder / large["layers"][0]["heat"][0][1]) as image:
-        assert max(image.size) <= report.HEAT_SIDE
+        assert max(image.size) <= report.MAX_HEAT_SIDE
 
 
-def test_an_interruption_leaves_what_was_added(tmp_path, monkeypatch):
+def test_an_interrupted_page_has_the_pictures_added_before(tmp_path, monkeypatch):
     page = Report(tmp_path / "p", "t", COLUMNS)
-    images = {"a": picture(40, 50), "HR": picture(40, 50, 1)}
-    page.add("first", images, {"a": {"psnr": 30}}, "HR")
-    real, count = report.write, []
+    both = {"a": picture(40, 50), "HR": picture(40, 50, 1)}
+    page.add("first", both, {"a": {"psnr": 30}}, "HR")
+    real, written = report.write_atomic, []
 
     def interrupted(path, data):
-        count.append(path)
-        if len(count) == 2:
+        written.append(path)
+        if len(written) == 2:
             raise KeyboardInterrupt
         real(path, data)
-    monkeypatch.setattr(report, "write", interrupted)
+    monkeypatch.setattr(report, "write_atomic", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        page.add("second", images, {"a": {"psnr": 40}}, "HR")
+        page.add("second", both, {"a": {"psnr": 40}}, "HR")
     monkeypatch.undo()
     assert [row[0][0] for row in tables(page)[1][1:]] == ["first"]
-    page.add("third", images, {"a": {"psnr": 34}}, "HR")
+    page.add("third", both, {"a": {"psnr": 34}}, "HR")
     assert tables(page)[0][1][1][0] == "32.00"
-    assert [p["name"] for p in stored(page)] == ["first", "third"]
-    assert all((page.folder / layer["file"]).exists() for p in stored(page) for layer in p["layers"])
+    assert [p["name"] for p in page_data(page)] == ["first", "third"]
+    assert all((page.folder / layer["file"]).exists() for p in page_data(page) for layer in p["layers"])
 
 
 def test_no_picture_at_all(tmp_path):
     page = Report(tmp_path / "p", "t", [])
-    assert tables(page) == [[[["method", None]]]] and stored(page) == []
+    assert tables(page) == [[[["method", None]]]] and page_data(page) == []
 
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
@@ -237,27 +245,30 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     page.finish()
     before = (page.folder / "index.html").read_bytes()
     page.add("x", {"a": picture(40, 50)}, {})
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(images.UserError, match="index.html: No space left"):
         page.finish()
     assert (page.folder / "index.html").read_bytes() == before and not list(page.folder.rglob("*.part"))
 
 
-def test_folders_in_use_are_refused(tmp_path):
+def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="not an empty folder.*--overwrite"):
+    with pytest.raises(images.UserError, match="--overwrite"):
         Report(tmp_path, "t", COLUMNS)
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(images.UserError, match="mine.txt"):
         Report(tmp_path / "mine.txt", "t", COLUMNS)
     for overwrite in (True, False):
-        with pytest.raises(ValueError, match="cannot write to|not an empty folder"):
+        with pytest.raises(images.UserError, match="mine.txt"):
             Report(tmp_path / "mine.txt" / "below", "t", COLUMNS, overwrite=overwrite)
     page = Report(tmp_path, "t", COLUMNS, overwrite=True)
     for name in "ab":
         page.add(name, {"a": picture(40, 50)}, {})
     page.finish()
     page = Report(tmp_path, "t", COLUMNS, overwrite=True)
-    assert not (tmp_path / "index.html").exists()       # a page without its pictures helps nobody
+    assert not (tmp_path / "index.html").exists()       # its pictures are gone
     page.add("c", {"a": picture(40, 50)}, {})
     page.finish()
     assert sorted(p.name for p in (tmp_path / "report-files").iterdir()) == ["0001-0.webp"]
@@ -267,18 +278,17 @@ def test_folders_in_use_are_refused(tmp_path):
 def test_wrong_pictures_are_refused(tmp_path):
     page = Report(tmp_path / "p", "t", COLUMNS)
     good = picture(40, 50)
-    for images in ({}, {"a": good, "b": good[1:]}, {"a": good / 255}, {"a": good[..., 0]}):
-        with pytest.raises(ValueError, match="x.png: uint8 pictures"):
-            page.add("x.png", images, {})
-    with pytest.raises(ValueError, match="reference HR"):
+    for wrong in ({}, {"a": good, "b": good[1:]}, {"a": good / 255}, {"a": good[..., 0]}):
+        with pytest.raises(ValueError, match="x.png"):
+            page.add("x.png", wrong, {})
+    with pytest.raises(ValueError, match="x.png.*HR"):
         page.add("x.png", {"a": good}, {}, "HR")
     page.finish()
-    assert stored(page) == []
+    assert page_data(page) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page in Chromium
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
+# the page in chromium
 
 
 @pytest.fixture(scope="module")
@@ -299,23 +309,23 @@ def chromium(tmp_path_factory):
     browser.quit()
 
 
-COLOURS = {"bicubic": (200, 40, 40), "ours": (40, 160, 60), "HR": (40, 60, 200)}
+COLORS = {"bicubic": (200, 40, 40), "ours": (40, 160, 60), "HR": (40, 60, 200)}
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     page = Report(tmp_path_factory.mktemp("a ページ"), EVIL[1], COLUMNS, "a note")
     for i, (name, psnr) in enumerate(zip(EVIL, (31, math.nan, 9.5))):
-        images = {label: np.full((400, 600, 3), colour, np.uint8) for label, colour in COLOURS.items()}
-        images["ours"][250:300, 100 + 100 * i:150 + 100 * i] = 255
-        page.add(name, images, {"bicubic": {"psnr": 20}, "ours": {"psnr": psnr}}, "HR",
+        flat = {label: np.full((400, 600, 3), color, np.uint8) for label, color in COLORS.items()}
+        flat["ours"][250:300, 100 + 100 * i:150 + 100 * i] = 255
+        page.add(name, flat, {"bicubic": {"psnr": 20}, "ours": {"psnr": psnr}}, "HR",
                  {"ours": {"artifacts": np.eye(8)}})
     return page.finish()
 
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, freshly opened; at the end, without a complaint in its console."""
+    """The page, opened anew. At the end the console must have no warning."""
     chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     chromium.get("about:blank")
     chromium.get_log("performance")
@@ -329,15 +339,16 @@ def find(browser, css):
 
 
 def view(browser):
-    """(scale, left, top) of the two layers, which must be the same."""
+    """(scale, left, top) of the two layers, which must be equal."""
     both = browser.execute_script("""return [...document.querySelectorAll(".layer")].map(layer => {
-        const m = new DOMMatrix(getComputedStyle(layer).transform); return [m.a, m.e, m.f, m.b, m.d - m.a]})""")
+        const m = new DOMMatrix(getComputedStyle(layer).transform);
+        return [m.a, m.e, m.f, m.b, m.d - m.a]})""")
     assert both[0] == both[1] and both[0][3:] == [0, 0]
     return both[0][:3]
 
 
 def split(browser):
-    """Where the line is, in percent; the two sides end there."""
+    """The position of the slider in percent; checks that the two sides end there."""
     at, left, right = browser.execute_script("""return [document.getElementById("slider").style.left,
         ...[...document.querySelectorAll(".side")].map(side => getComputedStyle(side).clipPath)]""")
     at = float(at.rstrip("%"))
@@ -347,8 +358,8 @@ def split(browser):
     return at
 
 
-def shot(browser):
-    """The stage as it is on the screen, and the colours at 1/4 and 3/4 of its width, half way down."""
+def stage_colors(browser):
+    """The colors of the stage on the screen at 1/4 and 3/4 of its width, at half its height."""
     image = Image.open(io.BytesIO(find(browser, "#stage").screenshot_as_png)).convert("RGB")
     return [image.getpixel((image.width * k // 4, image.height // 2)) for k in (1, 3)]
 
@@ -359,28 +370,31 @@ def wait(browser, script):
 
 
 def loaded(browser):
-    return wait(browser, "document.images.length >= 2 && [...document.images].every(i => i.complete && i.naturalWidth)")
+    return wait(browser, "document.images.length >= 2 && "
+                         "[...document.images].every(i => i.complete && i.naturalWidth)")
 
 
-def test_the_page_shows_the_pictures_and_only_those_in_view(browser):
+def test_the_page_loads_only_the_pictures_in_view(browser):
     loaded(browser)
-    assert shot(browser) == [COLOURS["bicubic"], COLOURS["ours"]]
+    assert stage_colors(browser) == [COLORS["bicubic"], COLORS["ours"]]
     assert browser.title == EVIL[1] and find(browser, "h1").text == EVIL[1]
     assert browser.execute_script("return typeof evil") == "undefined"
-    names = [o.get_property("textContent") for o in browser.find_elements("css selector", "#picture option")[:2]]
-    assert names == EVIL[:2]
+    options = browser.find_elements("css selector", "#picture option")
+    assert [option.get_property("textContent") for option in options[:2]] == EVIL[:2]
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    asked = {url for url in asked if not url.startswith(("about:", "data:"))}
-    assert all(url.startswith("file://") for url in asked)
-    assert {url.rsplit("/", 1)[1] for url in asked} == {"index.html", "0001-0.webp", "0001-1.webp", "0001-crops.webp"}
+    requested = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    requested = {url for url in requested if not url.startswith(("about:", "data:"))}
+    assert all(url.startswith("file://") for url in requested)
+    files = {url.rsplit("/", 1)[1] for url in requested}
+    assert files == {"index.html", "0001-0.webp", "0001-1.webp", "0001-crops.webp"}
 
 
-def test_the_line_follows_the_pointer_and_the_keys(browser):
+def test_pointer_and_keys_move_the_slider(browser):
     from selenium.webdriver import ActionChains, Keys
     slider, width = find(browser, "#slider"), find(browser, "#stage").size["width"]
     assert split(browser) == 50
-    ActionChains(browser).move_to_element_with_offset(slider, 0, 60).click_and_hold().move_by_offset(150, 5).perform()
+    drag = ActionChains(browser).move_to_element_with_offset(slider, 0, 60).click_and_hold()
+    drag.move_by_offset(150, 5).perform()
     assert split(browser) == pytest.approx(50 + 100 * 150 / width, abs=0.5)
     ActionChains(browser).release().move_by_offset(-300, 0).perform()
     assert split(browser) == pytest.approx(50 + 100 * 150 / width, abs=0.5)
@@ -389,7 +403,7 @@ def test_the_line_follows_the_pointer_and_the_keys(browser):
     slider.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert split(browser) == 2 and slider.get_attribute("aria-valuenow") == "2"
     slider.send_keys(Keys.END)
-    assert split(browser) == 100 and shot(browser) == [COLOURS["bicubic"]] * 2
+    assert split(browser) == 100 and stage_colors(browser) == [COLORS["bicubic"]] * 2
 
 
 def test_both_sides_zoom_and_move_together(browser):
@@ -402,12 +416,13 @@ def test_both_sides_zoom_and_move_together(browser):
     scale, left, top = view(browser)
     assert scale == pytest.approx(whole[0] * math.e, rel=0.02)
     at = [stage.size["width"] // 2 + 40, stage.size["height"] // 2 + 30]
-    for k in (0, 1):        # the place under the pointer stayed there
+    for k in (0, 1):        # the pixel under the pointer did not move
         assert (at[k] - whole[k + 1]) / whole[0] == pytest.approx((at[k] - (left, top)[k]) / scale, abs=1)
-    assert "pixels" in stage.get_attribute("class")
+    assert "pixelated" in stage.get_attribute("class")
     stage.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_UP)
     assert view(browser) == [scale, pytest.approx(left - 60), pytest.approx(top + 60)]
-    ActionChains(browser).move_to_element_with_offset(stage, -90, 0).click_and_hold().move_by_offset(25, -35).perform()
+    drag = ActionChains(browser).move_to_element_with_offset(stage, -90, 0).click_and_hold()
+    drag.move_by_offset(25, -35).perform()
     ActionChains(browser).release().perform()
     assert view(browser) == [scale, pytest.approx(left - 35, abs=1), pytest.approx(top + 25, abs=1)]
     stage.send_keys("+")
@@ -415,7 +430,7 @@ def test_both_sides_zoom_and_move_together(browser):
     stage.send_keys("--")
     assert view(browser)[0] == pytest.approx(scale * 0.8, rel=1e-4)
     stage.send_keys("1")
-    assert view(browser)[0] == 1 and find(browser, "#level").text == "100%"
+    assert view(browser)[0] == 1 and find(browser, "#zoom-level").text == "100%"
     stage.send_keys("0")
     assert view(browser) == whole
 
@@ -423,8 +438,8 @@ def test_both_sides_zoom_and_move_together(browser):
 def test_two_fingers_zoom(browser):
     stage = find(browser, "#stage")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", stage)
-    box = browser.execute_script("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top]", stage)
-    x, y = box[0] + 500, box[1] + 350
+    box = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", stage)
+    x, y = box["left"] + 500, box["top"] + 350
 
     def touch(kind, *places):
         points = [dict(x=px, y=py, id=i) for i, (px, py) in enumerate(places)]
@@ -446,10 +461,10 @@ def test_swap_overlay_crops_and_the_next_picture(browser):
     stage = find(browser, "#stage")
     browser.execute_script("arguments[0].focus()", stage)
     ActionChains(browser).key_down("f").perform()
-    assert shot(browser) == [COLOURS["ours"], COLOURS["bicubic"]]
+    assert stage_colors(browser) == [COLORS["ours"], COLORS["bicubic"]]
     assert [t.text for t in browser.find_elements("css selector", ".tag")] == ["ours 31.00", "bicubic 20.00"]
     ActionChains(browser).key_up("f").perform()
-    assert shot(browser) == [COLOURS["bicubic"], COLOURS["ours"]]
+    assert stage_colors(browser) == [COLORS["bicubic"], COLORS["ours"]]
 
     overlay = Select(find(browser, "#heat"))
     assert [o.text for o in overlay.options] == ["none", "difference to HR", "artifacts"]
@@ -459,7 +474,7 @@ def test_swap_overlay_crops_and_the_next_picture(browser):
     assert [o.get_attribute("alt") for o in over] == ["difference to HR"] * 2
     assert find(browser, "#legend").is_displayed()
     assert all(o.rect == f.rect for o, f in zip(over, browser.find_elements("css selector", ".full")))
-    assert shot(browser)[0] not in COLOURS.values()
+    assert stage_colors(browser)[0] not in COLORS.values()
     overlay.select_by_index(2)
     assert len(browser.find_elements("css selector", ".over")) == 1
 
@@ -468,21 +483,22 @@ def test_swap_overlay_crops_and_the_next_picture(browser):
     crops[2].click()
     loaded(browser)
     assert find(browser, "#right").get_property("value") == "HR" and browser.switch_to.active_element == stage
-    scale, left, top = view(browser)        # the wrong place, 100..150 by 250..300, large and on the stage
+    scale, left, top = view(browser)        # the white square, 100..150 by 250..300, is on the stage
     assert scale >= 2 and 0 < 100 * scale + left < 150 * scale + left < stage.size["width"]
     assert 0 < 250 * scale + top < 300 * scale + top < stage.size["height"]
 
     stage.send_keys("n")
     loaded(browser)
-    assert [i.get_attribute("src")[-11:] for i in browser.find_elements("css selector", ".full")] == ["0002-0.webp",
-                                                                                                       "0002-2.webp"]
-    assert find(browser, "#right").get_property("value") == "HR" and find(browser, "#size").text.startswith("2 of 3")
-    assert find(browser, "tr.now a").text == EVIL[1]
+    full = browser.find_elements("css selector", ".full")
+    assert [image.get_attribute("src")[-11:] for image in full] == ["0002-0.webp", "0002-2.webp"]
+    assert find(browser, "#right").get_property("value") == "HR"
+    assert find(browser, "#size").text.startswith("2 of 3")
+    assert find(browser, "tr.current a").text == EVIL[1]
     find(browser, ".each a[href='#3']").click()
     wait(browser, "document.getElementById('size').textContent.startsWith('3 of 3')")
 
 
-def test_heads_sort_by_click_and_by_key(browser):
+def test_a_click_on_a_head_sorts(browser):
     from selenium.webdriver import Keys
 
     def order():
@@ -498,7 +514,8 @@ def test_heads_sort_by_click_and_by_key(browser):
     first.click()
     assert order() == [2, 1, 3] and head.get_attribute("aria-sort") is None
     find(browser, "#figure").send_keys("NIQE")
-    assert [part.is_displayed() for part in browser.find_elements("css selector", ".each")] == [False, True, False]
+    parts = browser.find_elements("css selector", ".each")
+    assert [part.is_displayed() for part in parts] == [False, True, False]
 
 
 @pytest.mark.parametrize("width", [360, 1400])
@@ -509,9 +526,10 @@ def test_no_sideways_scrolling(browser, width):
     inner, whole = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
     assert inner == width and whole <= width
     assert find(browser, "#stage").size["width"] > 0.85 * width
-    assert view(browser)[0] > 0 and shot(browser) == [COLOURS["bicubic"], COLOURS["ours"]]
+    assert view(browser)[0] > 0 and stage_colors(browser) == [COLORS["bicubic"], COLORS["ours"]]
     assert Image.open(io.BytesIO(browser.get_screenshot_as_png())).size == (2 * width, 1480)
 
 
 def test_no_network_and_no_fetch():
-    assert not re.search(r"https?:|//[a-z]|fetch\(|XMLHttp|@import", report.PAGE.split("<style>", 1)[1])
+    template = report.TEMPLATE.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|fetch\(|XMLHttp|@import", template)
