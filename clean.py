@@ -1,344 +1,136 @@
-"""clean.py: which pictures of a collection are worth training on, and smaller copies of those that are.
+"""Choose which pictures and patches are worth training on.
 
-    python data.py clean DOWNLOADS -o CLEAN
-    python data.py multiscale CLEAN/pictures -o CLEAN/smaller
+    python clean.py clean downloads -o cleaned                      # cleaned/pictures, cleaned/report.csv
+    python clean.py multiscale cleaned/pictures -o smaller          # smaller copies
+    python clean.py mine cleaned/pictures smaller -o mined.safetensors          # the most detailed patches
+    python clean.py stats cleaned/pictures mined.safetensors --sheet sheet.png
 
-Every picture is looked at once, and what was found is a row of CLEAN/scan.csv; the decisions are made from these rows
-alone, so trying another threshold takes seconds. What stays is linked (or copied) into CLEAN/pictures, broken files
-into CLEAN/quarantine, and CLEAN/report.csv says what became of each file and why. The given folders are never changed.
-
-Needs torch, numpy, Pillow, and tile.py beside it.
+`clean` examines every picture once and stores the measurements as a row of scan.csv. It decides from these rows alone,
+so another threshold takes seconds. It never changes the input folders.
+Needs torch, numpy, Pillow, and data.py with its imports beside it.
 """
+import argparse
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import io
-import multiprocessing
+import json
 import os
-import pickle
 import re
 import shutil
-import signal
 import sys
-import threading
-import time
-import warnings
 import zlib
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageDraw
 
+import data
 import images
 
-# Thresholds, chosen on 58 openly licensed drawings and paintings (python tests/measure_data.py thresholds). Of their
-# centre crops they drop, in percent, as upscaled | as JPEG:
-#   as they are 2 | 0 (of 174 whole pictures 1 | 0)      blurred, sigma 0.5 2, 0.7 22, 1.0 100 | 0
-#   enlarged 2x bicubic 97, bilinear 93, Lanczos 100; 1.5x 66, 53, 86 | 0, but 5 of Lanczos 2x
-#   JPEG of quality 30, 60 0 | 100, 85 0 | 83, 90 2 | 38, 95 2 | 2
-# What a network enlarged, or a JPEG that was rescaled afterwards, they do not see.
-SHARPNESS = -18.0       # dB; the fine detail of pictures below this was not in the file, it was enlarged or is blurred
-BLOCKS = 1.0            # dB; a grid of 8 pixels that shows more than this
-QUALITY = 88            # of a JPEG file, told by its own quantisation table
-DISTANCE = 6            # bits of 64: rescaled and recompressed copies differ by 0 to 4, others by 14 and more
+# Thresholds, chosen on 58 openly licensed drawings and paintings with `tests/measure_data.py thresholds`. Share of
+# their center crops that is dropped as upscaled | as JPEG, in percent:
+#   unchanged 2 | 0 (whole pictures: 1 | 0 of 174)           blurred, sigma 0.5: 2, 0.7: 22, 1.0: 100 | 0
+#   upscaled 2x bicubic 97, bilinear 93, Lanczos 100; 1.5x 66, 53, 86 | 0, but 5 for Lanczos 2x
+#   JPEG quality 30, 60: 0 | 100, 85: 0 | 83, 90: 2 | 38, 95: 2 | 2
+# They do not detect pictures upscaled by a network, or JPEG files that were resized later.
+MIN_SHARPNESS = -18.0   # dB; below it the picture is upscaled or blurred
+MAX_BLOCKS = 1.0        # dB; strength of an 8-pixel grid
+MIN_QUALITY = 88        # of a JPEG file, from its quantization table
+MAX_DISTANCE = 6        # of 64 hash bits; resized and recompressed copies differ by 0 to 4, others by at least 14
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Work on many pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def progress(what, done, total, start, unit="pictures"):
-    """One line that is written over on a terminal, gone at the end; elsewhere a line every 500."""
-    terminal, rate = sys.stderr.isatty(), max(done, 1) / (time.time() - start + 1e-9)
-    line = f"{what} {done}/{total}  {rate:.1f} {unit}/s  {(total - done) / rate:.0f} s left"
-    if terminal:
-        print("\r\033[K" + line * (done < total), end="", file=sys.stderr, flush=True)
-    elif done % 500 == 499:
-        print(line, file=sys.stderr, flush=True)
+MIN_DETAIL = 0.02       # patches with less detail have one color and teach nothing
+CELL = 160              # pixels of a picture on the sheet of `stats`
 
 
-def quiet_worker(_):
-    torch.set_num_threads(1)
-    for which in signal.SIGINT, signal.SIGTERM:         # Ctrl-C and a shutdown are for the main process, which then ends us
-        signal.signal(which, signal.SIG_IGN)
+# ------------------------------------------------------------------ measurements of one picture
 
-    def orphaned():
-        multiprocessing.parent_process().join()
-        os._exit(1)     # a worker with results that nobody fetches would wait for ever
-    threading.Thread(target=orphaned, daemon=True).start()
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BMP": ".bmp",
+            "TIFF": ".tif", "GIF": ".gif"}
+FIELDS = ("name", "bytes", "mtime", "problem", "note", "format", "width", "height", "quality", "content", "hash",
+          "sharpness", "blocks")
 
 
-class Failed:
-    """What a job raised, on its way out of a worker; raised there it would keep the other workers alive for ever."""
-
-    def __init__(self, error):
-        try:
-            pickle.loads(pickle.dumps(error))
-            self.error = error
-        except Exception:
-            self.error = RuntimeError(f"{type(error).__name__}: {error}")
-
-
-class Jobs(torch.utils.data.Dataset):
-    def __init__(self, function, jobs):
-        self.function, self.jobs = function, jobs
-
-    def __len__(self):
-        return len(self.jobs)
-
-    def __getitem__(self, i):
-        try:
-            return self.function(self.jobs[i])
-        except Exception as e:
-            return Failed(e)
+def file_format(path):
+    """Return (Pillow's format name, JPEG quality or None) of a readable picture file."""
+    with Image.open(path) as im:
+        if im.format not in ("JPEG", "MPO") or not im.quantization:
+            return im.format, None
+        # libjpeg scales the luma table of ITU-T T.81, annex K. The 64 numbers of that table add up to 3688.
+        percent = 100 * sum(im.quantization[min(im.quantization)]) / 3688
+        return im.format, round(100 - percent / 2 if percent <= 100 else 5000 / percent)
 
 
-def as_it_is(result):
-    return result
+def busy_squares(pixels, count=24, side=128):
+    """Return the luma of the squares with most detail: uint8 (H, W, 3) -> float32 (n, side, side), n <= count.
 
-
-def in_parallel(function, jobs, workers, what):
-    """Yields (job, function(job)) for a list of jobs, in order, with progress on stderr. workers: processes that do
-    them, 0 for none; a few results each wait in memory. RuntimeError when a worker dies (it says of which signal)."""
-    start, loader = time.time(), torch.utils.data.DataLoader(
-        Jobs(function, jobs), batch_size=None, collate_fn=as_it_is, num_workers=min(workers, len(jobs)),
-        worker_init_fn=quiet_worker)
-    for i, (job, result) in enumerate(zip(jobs, loader)):
-        progress(what, i, len(jobs), start)
-        if isinstance(result, Failed):
-            raise result.error
-        yield job, result
-    images.ProgressLine.clear()
-
-
-@contextlib.contextmanager
-def alone(path):
-    """path, made if need be, open for reading and appending in one process at a time: others wait for it to close, or
-    for the process to end, however it ends. (On Windows, which has no fcntl, and on disks without locks nobody waits.)"""
-    while True:
-        file = open(path, "a+b")
-        with contextlib.suppress(ImportError):
-            import fcntl
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: worker processes would inherit it
-            except (BlockingIOError, PermissionError):
-                print(f"{images.printable(path)}: another process is at work here, waiting for it", file=sys.stderr)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-            except OSError as e:        # some network file systems have no locks
-                if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()        # the one we waited for was done with it and removed it
-    with file:
-        yield file
-
-
-def listing(folders, without=()):
-    """Folders and files -> {path: name}, the name relative to its folder and led by the folder's number, so that
-    moving a folder changes nothing. Whatever lies below one of the folders `without` is left out.
-    ValueError: no such folder, one that cannot be listed, no picture at all."""
-    folders, names = images.as_paths(folders), {}
-    real, barred = functools.lru_cache(None)(Path.resolve), [Path(w).resolve() for w in without]
-    for k, folder in enumerate(folders):
-        if any(real(folder).is_relative_to(w) for w in barred):
-            raise ValueError(f"{images.printable(folder)} lies where the results go; choose another --out")
-        for path in images.find_pictures([folder]):
-            if not any(real(path.parent).is_relative_to(w) for w in barred):
-                names.setdefault(path, f"{k}/{path.relative_to(folder).as_posix() if folder.is_dir() else path.name}")
-    if not names:
-        raise ValueError(f"no picture in {', '.join(map(images.printable, folders))}; give a folder of PNG, JPEG or WebP")
-    return names
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name beside path; becomes path if the block ends well, disappears if it does not."""
-    part = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.part")     # the same after a kill: no litter
-    try:
-        part.unlink(missing_ok=True)
-        yield part
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One picture
-# ---------------------------------------------------------------------------------------------------------------------
-
-KINDS = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BMP": ".bmp", "TIFF": ".tif",
-         "GIF": ".gif"}
-
-
-def look(path):
-    """The head of a picture file, without decoding it -> (Pillow's name of the format, width, height, quality of a JPEG
-    or None). Raises nearly anything for broken files."""
-    if not Path(path).is_file():
-        raise ValueError("not a file")      # a pipe would keep us waiting
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(path) as im:
-            quality = None
-            if im.format in ("JPEG", "MPO") and im.quantization:
-                # The IJG library scales the table of ITU-T T.81, annex K, whose 64 numbers add up to 3688.
-                percent = 100 * sum(im.quantization[min(im.quantization)]) / 3688
-                quality = round(100 - percent / 2 if percent <= 100 else 5000 / percent)
-            return im.format, *im.size, quality
-
-
-def eight_bit(x):
-    """(C, H, W) float in [0, 1] -> uint8 (H, W, C), a strip at a time to spare memory."""
-    pixels = np.empty((*x.shape[1:], len(x)), np.uint8)
-    for y in range(0, len(pixels), 256):
-        pixels[y:y + 256] = images.quantize(x[:, y:y + 256], 8)
-    return pixels
-
-
-@functools.lru_cache(maxsize=8)
-def srgb_transform(icc, mode):
-    """ICC profile, "RGB" or "L" -> Pillow's transform to sRGB, or None where it is broken or would change nothing."""
-    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    probe = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
-    probe = Image.fromarray(probe).convert(mode)
-    try:
-        transform = ImageCms.buildTransform(
-            ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB"), mode, "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC, 0x2000)     # with black point compensation
-        after = ImageCms.applyTransform(probe, transform)
-    except (ImageCms.PyCMSError, ImportError, OSError, ValueError, TypeError):
-        return None
-    change = np.abs(np.int16(after) - np.int16(probe.convert("RGB"))).max()
-    return transform if change > 2 else None        # sRGB by any name, rounded
-
-
-def in_srgb(picture):
-    """images.Picture -> the same with its colours in sRGB, by its ICC profile if it has one (8 bits per sample then)."""
-    mode = "L" if images.color_space(picture.icc) == b"GRAY" else "RGB"
-    transform = srgb_transform(picture.icc, mode) if picture.icc and (mode == "RGB" or picture.grey) else None
-    if transform is None:
-        return replace(picture, icc=None)
-    rgb = torch.empty_like(picture.rgb)
-    for y in range(0, rgb.shape[1], 256):
-        strip = Image.fromarray(eight_bit(picture.rgb[:, y:y + 256])).convert(mode)
-        strip = np.array(ImageCms.applyTransform(strip, transform))
-        rgb[:, y:y + 256] = torch.from_numpy(strip).permute(2, 0, 1).float().div_(255)
-    return replace(picture, rgb=rgb, icc=None)
-
-
-def read(path):
-    """File -> images.Picture in sRGB, of an animation its first frame. Raises images.PictureError."""
-    return in_srgb(images.read_picture(path))
-
-
-def detail(pixels):
-    """How busy uint8 (H, W, 3) is: the mean step between neighbours."""
-    p = pixels.astype(np.int16)
-    return np.abs(np.diff(p, axis=0)).mean() + np.abs(np.diff(p, axis=1)).mean()
-
-
-def busiest(pixels, count=24, side=128):
-    """The luma of the squares with most detail: uint8 (H, W, 3) -> float32 (n, side, side), n at most count. They lie
-    on a grid of `side` pixels; plain ones are left out, so n is 0 for an empty sheet."""
-    places = [(detail(pixels[y:y + side, x:x + side, 1:2]), y, x) for y in range(0, pixels.shape[0] - side + 1, side)
-              for x in range(0, pixels.shape[1] - side + 1, side)]
-    chosen = [(y, x) for d, y, x in sorted(places, key=lambda p: (-p[0], p[1:]))[:count] if d > 0.5]
-    squares = np.array([pixels[y:y + side, x:x + side] for y, x in chosen], np.float32).reshape(-1, side, side, 3)
+    The squares lie on a grid. Plain squares are left out, so n may be 0. `side` must be a multiple of 8.
+    """
+    h, w = pixels.shape[:2]
+    corners = [(y, x) for y in range(0, h - side + 1, side) for x in range(0, w - side + 1, side)]
+    ranked = sorted((-data.detail(pixels[y:y + side, x:x + side, 1:2]), y, x) for y, x in corners)
+    squares = [pixels[y:y + side, x:x + side] for negative_detail, y, x in ranked[:count] if negative_detail < -0.5]
+    squares = np.array(squares, np.float32).reshape(-1, side, side, 3)
     return squares @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def sharpness(squares):
-    """Luma (n, side, side) -> how much power lies in 0.3..0.5 cycles per pixel against 0.1..0.2, in dB; None without
-    squares. Drawings that fill their resolution have -7 to -16; enlarging by 2 leaves the upper band nearly empty, -20
-    to -30. The upper quartile of the squares: a painting is soft in most places but rarely in all of them."""
+    """Return the power at 0.3 to 0.5 cycles per pixel relative to 0.1 to 0.2, in dB; None without squares.
+
+    squares: luma (n, side, side). Drawings at their true resolution have -7 to -16 dB, pictures upscaled by 2 have -20
+    to -30 dB. The upper quartile of the squares counts, because a painting is soft in most places.
+    """
     if not len(squares):
         return None
     side = squares.shape[1]
     window = np.hanning(side + 1)[:side].astype(np.float32)
     squares = (squares - squares.mean((1, 2), keepdims=True)) * window * window[:, None]
     power = np.abs(np.fft.fft2(squares)) ** 2
-    along = (power.sum(1) + power.sum(2))[:, :side // 2]
+    spectrum = (power.sum(1) + power.sum(2))[:, :side // 2]
     f = np.arange(side // 2) / side
-    high, low = along[:, f >= 0.3].mean(1), along[:, (f >= 0.1) & (f < 0.2)].mean(1)
+    high, low = spectrum[:, f >= 0.3].mean(1), spectrum[:, (f >= 0.1) & (f < 0.2)].mean(1)
     return float(np.quantile(10 * np.log10((high + 1e-6) / (low + 1e-6)), 0.75))
 
 
 def blockiness(squares, jpeg=False):
-    """Luma (n, side, side), side a multiple of 8 -> how much an 8-pixel grid shows, in dB; None without squares.
+    """Return how strongly a JPEG grid of 8 pixels shows, in dB; None without squares.
 
-    JPEG cuts a picture into blocks of 8x8 and drops the finest waves of each. So the three highest frequencies of
-    8-sample DCTs are weak where these sit on the grid of an earlier JPEG, wherever that begins: the weakest of the 8
-    offsets against their median, columns and rows averaged. About 0 without JPEG, 0.5 at quality 95, 6 at 30.
-    jpeg: the file is a JPEG, so offset 0 is the file's own grid and counts half."""
+    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each 8x8 block. So the
+    three highest frequencies of 8-sample DCTs are weak at the offset of the grid: the weakest of 8 offsets is compared
+    with their median, and rows and columns are averaged. About 0 without JPEG, 0.5 at quality 95, 6 at quality 30.
+    jpeg: the file itself is a JPEG, so the offset 0 counts half.
+    """
     if not len(squares):
         return None
     waves = np.cos(np.pi * np.outer(np.arange(5, 8), 2 * np.arange(8) + 1) / 16) / 2
-    length, found = squares.shape[1] - 8, []
+    length, results = squares.shape[1] - 8, []
     for lines in (squares, squares.transpose(0, 2, 1)):
-        strength = sum(np.abs(sum(float(w) * lines[..., i:i + length] for i, w in enumerate(wave))) for wave in waves)
-        offsets = np.minimum(strength, 20).sum((0, 1)).reshape(-1, 8).sum(0)       # a hard edge counts no more than 20
+        coefficients = [sum(float(w) * lines[..., i:i + length] for i, w in enumerate(wave)) for wave in waves]
+        strength = np.minimum(sum(np.abs(c) for c in coefficients), 20)     # a hard edge must not dominate
+        offsets = strength.sum((0, 1)).reshape(-1, 8).sum(0)
         weakness = 10 * np.log10((np.median(offsets) + 1e-3) / (offsets + 1e-3))
         weakness[0] /= 1 + jpeg
-        found.append(weakness.max())
-    return float(np.mean(found))
+        results.append(weakness.max())
+    return float(np.mean(results))
 
 
 def perceptual_hash(pixels):
-    """uint8 (H, W, 3) -> 64 bits that survive rescaling and compression (pHash: Zauner 2010): which of the 8x8 lowest
-    frequencies of a 32x32 copy are above their median."""
+    """Return a 64-bit hash of uint8 (H, W, 3) that survives resizing and compression (pHash, Zauner 2010).
+
+    Each bit tells whether one of the 8x8 lowest frequencies of a 32x32 copy is above their median.
+    """
     small = np.asarray(Image.fromarray(pixels).convert("L").resize((32, 32), Image.Resampling.BOX), float)
     waves = np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
     low = (waves @ small @ waves.T).round(3).ravel()
     return int("".join("01"[bit] for bit in (low > np.median(low)).tolist()), 2)
 
 
-FIELDS = ("name", "bytes", "mtime", "problem", "note", "format", "width", "height", "quality", "content", "hash",
-          "sharpness", "blocks")
-
-
-def examine(job, max_pixels=None):
-    """(path, name) -> a row of scan.csv: {field: text}, empty where it does not apply. content is a hash of the pixels
-    as training sees them. Pictures of more than max_pixels are not decoded: their row has only their size."""
-    path, name = job
-    row = dict.fromkeys(FIELDS, "") | dict(name=name)
-    try:
-        row |= dict(zip(("bytes", "mtime"), stamp(path)))
-        row["format"], width, height, quality = look(path)
-        row |= dict(width=width, height=height, quality=quality or "")
-        if max_pixels and width * height > max_pixels:
-            return text(row)
-    except Exception:       # read names the reason
-        pass
-    try:
-        picture = read(path)
-    except images.PictureError as error:
-        return text(row | dict(problem=str(error).removeprefix(f"{images.printable(path)}: ")))
-    row |= dict(note=picture.note, height=picture.rgb.shape[1], width=picture.rgb.shape[2])
-    planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
-    pixels = eight_bit(planes)
-    row["content"] = hashlib.blake2b(pixels, key=str(pixels.shape).encode(), digest_size=8).hexdigest()
-    if picture.alpha is not None:
-        pixels = eight_bit(images.composite(picture, 0.5))
-    squares = busiest(pixels)
-    figures = sharpness(squares), blockiness(squares, row["format"] in ("JPEG", "MPO"))
-    row["hash"] = f"{perceptual_hash(pixels):016x}"
-    row["sharpness"], row["blocks"] = ("" if figure is None else f"{figure:.2f}" for figure in figures)
-    return text(row)
-
-
-def text(row):
-    return {field: str(value) for field, value in row.items()}
-
-
-def stamp(path):
-    """What tells that a file has not changed since: its size and time, as text; of a missing one nothing."""
+def file_stamp(path):
+    """Return (size, modification time) of a file as text; two empty strings for a missing file."""
     try:
         status = os.stat(path)
         return str(status.st_size), str(status.st_mtime_ns)
@@ -346,14 +138,63 @@ def stamp(path):
         return "", ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decisions, from rows alone
-# ---------------------------------------------------------------------------------------------------------------------
+def examine(job, max_pixels=None):
+    """Measure one picture. job: (path, name). Returns a row of scan.csv: {field: text}.
+
+    "content" is a hash of the sRGB pixels. A picture with more than max_pixels is not decoded; its row has only its
+    size. An unreadable picture has the reason in "problem".
+    """
+    path, name = job
+    size, mtime = file_stamp(path)
+    row = dict.fromkeys(FIELDS, "") | {"name": name, "bytes": size, "mtime": mtime}
+    row["height"], row["width"] = images.picture_size(path)
+    if max_pixels and row["height"] * row["width"] > max_pixels:
+        return as_text(row)
+    try:
+        picture = data.read_srgb(path)
+    except images.PictureError as error:
+        return as_text(row | {"problem": str(error).removeprefix(f"{images.printable(path)}: ")})
+    row["note"] = picture.note
+    row["height"], row["width"] = picture.rgb.shape[1:]
+    row["format"], quality = file_format(path)
+    row["quality"] = quality or ""
+    planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
+    pixels = np.ascontiguousarray(images.to_uint8(planes))
+    row["content"] = hashlib.blake2b(pixels, key=str(pixels.shape).encode(), digest_size=8).hexdigest()
+    if picture.alpha is not None:
+        pixels = np.ascontiguousarray(images.to_uint8(images.composite(picture, 0.5)))
+    squares = busy_squares(pixels)
+    if len(squares):
+        row["sharpness"] = f"{sharpness(squares):.2f}"
+        row["blocks"] = f"{blockiness(squares, row['format'] in ('JPEG', 'MPO')):.2f}"
+    row["hash"] = f"{perceptual_hash(pixels):016x}"
+    return as_text(row)
 
 
-class Near:
-    """Finds 64-bit hashes that differ from a given one in at most 7 bits: then one of four 16-bit bands differs in at
-    most one bit, so 68 look-ups are enough, however many hashes there are."""
+def as_text(row):
+    return {field: str(value) for field, value in row.items()}
+
+
+# ------------------------------------------------------------------ decisions, from the rows alone
+
+@dataclass
+class Rules:
+    """Thresholds of `decide`. naming: kept pictures are named by the "hash" of their pixels, or by the "id" at the
+    beginning of the file name. distance: -1 finds duplicates by equal pixels only; 7 is the maximum."""
+    naming: str = "hash"
+    min_side: int = 256
+    max_mp: float | None = None
+    min_quality: int = MIN_QUALITY
+    max_blocks: float = MAX_BLOCKS
+    min_sharpness: float = MIN_SHARPNESS
+    distance: int = MAX_DISTANCE
+
+
+class HashIndex:
+    """Find 64-bit hashes that differ in at most 7 bits.
+
+    Then one of the four 16-bit bands differs in at most one bit, so 4 * 17 look-ups are enough.
+    """
 
     def __init__(self):
         self.bands = {}
@@ -363,279 +204,523 @@ class Near:
             self.bands.setdefault((band, code >> 16 * band & 0xffff), []).append((code, value))
 
     def find(self, code, distance):
+        """Return the value of a hash at most `distance` bits away, or None."""
         for band in range(4):
             part = code >> 16 * band & 0xffff
             for flip in (0, *(1 << bit for bit in range(16))):
                 for other, value in self.bands.get((band, part ^ flip), ()):
                     if (other ^ code).bit_count() <= distance:
                         return value
+        return None
 
 
-def decide(rows, naming="hash", min_side=256, max_mp=None, min_sharpness=SHARPNESS, max_blocks=BLOCKS,
-           min_quality=QUALITY, distance=DISTANCE):
-    """Rows of scan.csv -> a row for each, by name: dict(name, verdict, why, kept_as). Their order plays no part.
+def defect(row, rules):
+    """Return (verdict, reason) for a picture that is dropped without comparison to others, or None."""
+    width, height = int(row["width"] or 0), int(row["height"] or 0)
+    if row["problem"]:
+        return "broken", row["problem"]
+    if rules.max_mp and width * height > rules.max_mp * 1e6:
+        return "large", f"{width}x{height}, {width * height / 1e6:.1f} megapixels of at most {rules.max_mp:g}"
+    if min(width, height) < rules.min_side:
+        return "small", f"{width}x{height}, a side is below {rules.min_side}"
+    if row["quality"] and int(row["quality"]) < rules.min_quality:
+        return "jpeg", f"JPEG of quality {row['quality']}, below {rules.min_quality}"
+    if row["blocks"] and float(row["blocks"]) > rules.max_blocks:
+        return "jpeg", f"traces of JPEG blocks: {float(row['blocks']):.1f} dB, above {rules.max_blocks:g}"
+    if row["sharpness"] and float(row["sharpness"]) < rules.min_sharpness:
+        return "upscaled", f"sharpness {float(row['sharpness']):.1f} dB, below {rules.min_sharpness:g}"
+    return None
 
-    verdict: kept, broken, small, large, jpeg, upscaled, duplicate. Of pictures with the same pixels, or hashes at most
-    distance bits apart, the largest of those that are otherwise good stays. kept_as is the name without suffix: the
-    content's hash, or with naming "id" the digits that the file's name begins with, if it does."""
-    verdicts, good = {}, []
+
+def decide(rows, rules):
+    """Decide about each picture. Returns a list of {name, verdict, why, kept_as}, sorted by name.
+
+    rows: rows of scan.csv; their order does not matter. verdict: kept, broken, small, large, jpeg, upscaled or
+    duplicate. The largest of several duplicates stays. kept_as: a new file name without suffix.
+    """
+    dropped, good = {}, []
     for row in rows:
-        width, height = int(row["width"] or 0), int(row["height"] or 0)
-        sharp, blocks = float(row["sharpness"] or 0), float(row["blocks"] or 0)
-        if row["problem"]:
-            verdict = "broken", row["problem"]
-        elif max_mp and width * height > max_mp * 1e6:
-            verdict = "large", f"{width}x{height}, {width * height / 1e6:.1f} megapixels of at most {max_mp:g}"
-        elif min(width, height) < min_side:
-            verdict = "small", f"{width}x{height}, a side below {min_side}"
-        elif row["quality"] and int(row["quality"]) < min_quality:
-            verdict = "jpeg", f"JPEG of quality {row['quality']}, below {min_quality}"
-        elif row["blocks"] and blocks > max_blocks:
-            verdict = "jpeg", f"blocks of an earlier JPEG: {blocks:.1f} dB, above {max_blocks:g}"
-        elif row["sharpness"] and sharp < min_sharpness:
-            verdict = "upscaled", f"no fine detail: {sharp:.1f} dB, below {min_sharpness:g}"
+        verdict = defect(row, rules)
+        if verdict:
+            dropped[row["name"]] = verdict
         else:
-            good.append((-width * height, blocks, row["content"], row["name"], row))
-            continue
-        verdicts[row["name"]] = verdict
-    near, seen, taken, kept = Near(), {}, set(), {}
-    for *_, content, name, row in sorted(good, key=lambda g: g[:4]):
-        code = int(row["hash"], 16)
-        twin = seen.get(content) or near.find(code, distance)
-        if twin:
-            verdicts[name] = "duplicate", f"{'same pixels as' if content in seen else 'nearly the same as'} {twin}"
+            good.append(row)
+
+    index, first_of_content, kept = HashIndex(), {}, {}
+
+    def best_first(row):
+        return -int(row["width"]) * int(row["height"]), float(row["blocks"] or 0), row["content"], row["name"]
+
+    for row in sorted(good, key=best_first):
+        name, content, code = row["name"], row["content"], int(row["hash"], 16)
+        same, similar = first_of_content.get(content), index.find(code, rules.distance)
+        if same:
+            dropped[name] = "duplicate", f"same pixels as {same}"
+        elif similar:
+            dropped[name] = "duplicate", f"nearly the same as {similar}"
         else:
-            seen[content] = name
-            near.add(code, name)
+            first_of_content[content] = name
+            index.add(code, name)
             kept[name] = content
+
+    new_names = set()
     for name, content in sorted(kept.items()):
-        number = re.match("[0-9]*", name.rsplit("/", 1)[-1])[0][:60] if naming == "id" else ""
-        if number in taken or not number:
+        number = re.match("[0-9]*", name.rsplit("/", 1)[-1])[0][:60] if rules.naming == "id" else ""
+        if not number or number in new_names:
             number = f"{number}_{content}".strip("_")
-        taken.add(number)
+        new_names.add(number)
         kept[name] = number
-    decisions = [dict(name=n, verdict=v, why=why, kept_as="") for n, (v, why) in verdicts.items()]
-    decisions += [dict(name=n, verdict="kept", why="", kept_as=k) for n, k in kept.items()]
-    return sorted(decisions, key=lambda d: d["name"])
+    decisions = [{"name": name, "verdict": v, "why": why, "kept_as": ""} for name, (v, why) in dropped.items()]
+    decisions += [{"name": name, "verdict": "kept", "why": "", "kept_as": new} for name, new in kept.items()]
+    return sorted(decisions, key=lambda decision: decision["name"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# clean and multiscale
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ clean
 
-
-def rows_of(file, fields):
-    """An open CSV of ours -> its rows; a last line cut short by a kill, or a file with fields of an older version, is cut off.
-    ValueError: it is not ours."""
-    file.seek(0)
-    content = file.read()
-    ours(file.name, content, fields)
-    whole = content[:content.rfind(b"\n") + 1]
-    try:
-        rows = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"), newline="")))
-    except csv.Error as e:
-        raise ValueError(f"{images.printable(file.name)} is damaged ({e}); remove it, and every picture is looked at again") from None
-    if not rows or tuple(rows[0]) != fields:
-        rows, whole = [], b""
-    if len(whole) < len(content):
-        file.truncate(len(whole))
-    if not rows:
-        file.write(lines([fields]))
-    return [dict(zip(fields, row)) for row in rows[1:] if len(row) == len(fields)]
-
-
-def ours(path, content, fields):
-    """ValueError where the CSV path, with these bytes, does not begin as ours do, or those of an older version."""
-    header = ",".join(fields).encode()
-    if not header.startswith(content) and content.split(b",", 2)[:2] != header.split(b",", 2)[:2]:
-        raise ValueError(f"{images.printable(path)} is not from here; choose an empty --out")
-
-
-def lines(rows):
+def csv_bytes(rows):
     memory = io.StringIO()
     csv.writer(memory, lineterminator="\n").writerows(rows)
     return memory.getvalue().encode()
 
 
+def read_table(path, fields):
+    """Read a CSV file as a list of {field: text}; [] for a missing file. Raises UserError for other columns."""
+    if not path.exists():
+        return []
+    text = path.read_bytes().decode("utf-8", "replace")
+    complete = text[:text.rfind("\n") + 1]      # an interrupted run may leave half a line
+    header, *rows = csv.reader(io.StringIO(complete, newline=""))
+    if tuple(header) != fields:
+        raise images.UserError(f"{images.printable(path)} has other columns; choose an empty --out")
+    return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
+
+
+def scan(paths, file, max_pixels, workers, log):
+    """Examine pictures and append the rows to a CSV file. Files with a row in it are not examined again.
+
+    paths: {name: path}. Returns one row per picture.
+    """
+    old_rows = read_table(file, FIELDS)
+    known = {(row["name"], row["bytes"], row["mtime"]): row for row in old_rows}
+    rows, jobs = [], []
+    for name, path in paths.items():
+        row = known.get((name, *file_stamp(path)))
+        # An unreadable picture may be readable now. A picture that was too large may be allowed now.
+        too_large = row and max_pixels and int(row["width"] or 0) * int(row["height"] or 0) > max_pixels
+        if row and (row["content"] or too_large):
+            rows.append(row)
+        else:
+            jobs.append((path, name))
+    if rows:
+        log(f"{len(rows)} of {len(paths)} pictures have been examined already")
+    images.write_atomic(file, csv_bytes([FIELDS, *(row.values() for row in old_rows)]))
+    with open(file, "ab") as table:
+        examine_job = functools.partial(examine, max_pixels=max_pixels)
+        for _, row in data.run_parallel(examine_job, jobs, workers, "examining"):
+            rows.append(row)
+            if known.get((row["name"], row["bytes"], row["mtime"])) != row:
+                table.write(csv_bytes([row.values()]))
+                table.flush()
+            if row["note"] or row["problem"]:
+                images.ProgressLine.clear()
+                log(f"{row['name']}: {row['note'] or row['problem']}")
+    return rows
+
+
 def place(source, target, copy):
-    """Puts a link to source, or a copy, at target, unless it is there already."""
+    """Put a link to `source`, or a copy of it, at `target`, unless it is there already."""
     source = os.path.abspath(source)
     if os.path.islink(target):
-        there = not copy and os.readlink(target) == source
+        up_to_date = not copy and os.readlink(target) == source
     else:
-        there = target.exists() and stamp(target) == stamp(source)
-    if there:
+        up_to_date = target.exists() and file_stamp(target) == file_stamp(source)
+    if up_to_date:
         return
-    with replacing(target) as part:
-        with contextlib.suppress(OSError):      # links are not allowed everywhere, as on Windows
-            if not copy:
+    with images.atomic_path(target) as part:
+        if not copy:
+            with contextlib.suppress(OSError):      # Windows may not allow links
                 os.symlink(source, part)
         if not os.path.islink(part):
             shutil.copy2(source, part)
 
 
-def clean(folders, out, copy=False, workers=0, log=print, **rules):
-    """Sorts the pictures of folders (files too, folders recursively) -> list of decisions, see decide for the rules.
+def clean(folders, out, rules=None, copy=False, workers=None, log=print):
+    """Sort the pictures of folders (with subfolders) and files. Returns the decisions, see `decide`.
 
-    out: a folder that gets pictures/ (links, or copies), quarantine/ (what cannot be read), report.csv (a line per
-    file) and scan.csv (a line per file as it is looked at). Started again it goes on where it was; files that have not
-    changed are not looked at twice. With other rules or pictures, what no longer belongs goes from pictures/ again;
-    files that it did not put there stay. workers: processes that read pictures; each holds one in memory.
-    ValueError: no picture, or out cannot be used. OSError: cannot write.
+    The folder `out` gets pictures/ (links or copies of kept pictures), quarantine/ (links to broken files), report.csv
+    (one line per file) and scan.csv. An interrupted call continues. Links and copies that report.csv lists and that are
+    not kept now are removed. Raises images.UserError for a wrong folder, and OSError if `out` cannot be written.
     """
-    out, folders = Path(out), images.as_paths(folders)
-    if not -1 <= rules.get("distance", 0) <= 7:
-        raise ValueError(f"--distance goes from -1 to 7; it is {rules['distance']}")
-    if any(f.resolve() == out.resolve() for f in folders):
-        raise ValueError(f"{images.printable(out)} is the folder of the pictures themselves; choose another --out")
-    paths = {}          # names on one line each, so that a line of our files is a row
-    for path, name in listing(folders, [out / "pictures", out / "quarantine"]).items():
-        paths[images.printable(name.replace("\\", "\\\\"))] = path
+    out, rules = Path(out), rules or Rules()
+    inputs = data.list_inputs(folders, exclude=[out / "pictures", out / "quarantine"])
+    paths = {images.printable(name.replace("\\", "\\\\")): path for path, name in inputs.items()}
     for folder in ("pictures", "quarantine"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    limit = rules.get("max_mp") and rules["max_mp"] * 1e6
-    with alone(out / "scan.csv") as file:
-        known = {(row["name"], row["bytes"], row["mtime"]): row for row in rows_of(file, FIELDS)}
-        rows, todo = [], []
-        for name, path in paths.items():
-            row = known.get((name, *stamp(path)))
-            # What could not be read may be readable now; what was too large to decode, within a new limit.
-            if row and (row["content"] or limit and int(row["width"] or 0) * int(row["height"] or 0) > limit):
-                rows.append(row)
-            else:
-                todo.append((path, name))
-        if rows:
-            log(f"{len(rows)} of {len(paths)} pictures were looked at before")
-        for _, row in in_parallel(functools.partial(examine, max_pixels=limit), todo, workers, "looking at"):
-            rows.append(row)
-            if known.get((row["name"], row["bytes"], row["mtime"])) != row:
-                file.write(lines([row.values()]))
-                file.flush()
-            if row["note"] or row["problem"]:
-                images.ProgressLine.clear()
-                log(f"{row['name']}: {row['note'] or row['problem']}")
+    rows = scan(paths, out / "scan.csv", rules.max_mp and rules.max_mp * 1e6, workers, log)
+    decisions, formats = decide(rows, rules), {row["name"]: row["format"] for row in rows}
+    for row in decisions:
+        path = paths[row["name"]]
+        if row["verdict"] == "kept":
+            row["kept_as"] = f"pictures/{row['kept_as']}{SUFFIXES.get(formats[row['name']], path.suffix.lower())}"
+        elif row["verdict"] == "broken":
+            code = zlib.crc32(row["name"].encode())
+            row["kept_as"] = f"quarantine/{code:08x} {images.printable(path.name)[-50:]}"
 
-        decisions, formats = decide(rows, **rules), {row["name"]: row["format"] for row in rows}
-        for row in decisions:
-            path = paths[row["name"]]
-            if row["verdict"] == "kept":
-                row["kept_as"] = f"pictures/{row['kept_as']}{KINDS.get(formats[row['name']], path.suffix.lower())}"
-            elif row["verdict"] == "broken":
-                row["kept_as"] = f"quarantine/{zlib.crc32(row['name'].encode()):08x} {images.printable(path.name)[-50:]}"
-        report, fields = out / "report.csv", ("name", "verdict", "why", "kept_as")
-        before = {}
-        if report.exists():
-            content = report.read_bytes()
-            ours(report, content, fields)
-            before = {row["kept_as"]: row["name"] for row in csv.DictReader(io.StringIO(content.decode(errors="replace")))
-                      if re.fullmatch("(pictures|quarantine)/[^/]+", row.get("kept_as") or "")}
-        targets = {row["kept_as"]: row["name"] for row in decisions if row["kept_as"]}
-        strange = [t for t in targets if t not in before and os.path.lexists(out / t)]
-        if strange:
-            raise ValueError(f"{images.printable(out / strange[0])} is not from here; choose an empty --out")
-        going = [t for t in before if t not in targets]
-        # A number may be another picture's now; a hash is the same pixels, whatever their file is called.
-        taken = [t for t in before if t in targets and targets[t] != before[t]] if rules.get("naming") == "id" else []
-        for target in going + taken:
-            there, given = out / target, [paths.get(before[target]), paths.get(targets.get(target))]
-            is_copy = target.startswith("pictures") and there.is_file() and not there.is_symlink()
-            if is_copy and stamp(there) not in [stamp(path) for path in given if path]:
-                raise ValueError(f"{images.printable(there)} is a copy of a picture that is not given this time, perhaps the "
-                                 "last; choose an empty --out")
-        for target, name in targets.items():
-            there, newer = out / target, int(stamp(out / target)[1] or 0) - int(stamp(paths[name])[1] or 0)
-            if newer > 2e9 and not there.is_symlink() and stamp(there) not in {key[1:] for key in known}:   # 2 s: FAT
-                raise ValueError(f"{images.printable(there)} was edited since it was put there; move it away, or to "
-                                 f"{images.printable(paths[name])}")
-        if going:
-            log(f"{len(going)} pictures of an earlier run go from {images.printable(out)}")
-        # In this order whatever lies in pictures/ is named in the report at any time, so the next run knows it as ours.
-        for target in going:
-            (out / target).unlink(missing_ok=True)
-        with replacing(report) as part:
-            part.write_bytes(lines([fields, *([row[f] for f in fields] for row in decisions)]))
-        start = time.time()
-        for i, (target, name) in enumerate(targets.items()):
-            progress("copying" if copy else "linking", i, len(targets), start)
-            try:
-                place(paths[name], out / target, copy)
-            except OSError:
-                if target.startswith("pictures"):
-                    raise           # of what cannot be read, the line in the report is enough
-        images.ProgressLine.clear()
+    report, fields = out / "report.csv", ("name", "verdict", "why", "kept_as")
+    previous = {row["kept_as"] for row in read_table(report, fields) if row["kept_as"]}
+    targets = {row["kept_as"]: paths[row["name"]] for row in decisions if row["kept_as"]}
+    unknown = [target for target in targets if target not in previous and os.path.lexists(out / target)]
+    if unknown:
+        raise images.UserError(f"{images.printable(out / unknown[0])} is not from clean; choose an empty --out")
+    for target in previous - targets.keys():
+        (out / target).unlink(missing_ok=True)
+    images.write_atomic(report, csv_bytes([fields, *(row.values() for row in decisions)]))
+    for target, path in targets.items():
+        # A broken file may be impossible to copy; its line in the report is enough.
+        with contextlib.suppress(OSError) if target.startswith("quarantine") else contextlib.nullcontext():
+            place(path, out / target, copy)
+
     counts = Counter(row["verdict"] for row in decisions)
     dropped = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()) if verdict != "kept")
-    log(f"{images.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; dropped: {dropped or 'none'}")
+    log(f"{images.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; "
+        f"dropped: {dropped or 'none'}")
     return decisions
 
 
-SCALES = {"075": 3 / 4, "050": 1 / 2, "033": 1 / 3}        # Real-ESRGAN's, and the shortest side 400
-SHORTEST = 400
+# ------------------------------------------------------------------ multiscale
 
+def copy_job(job, min_side):
+    """Make the smaller copies of one picture. job: (path, target without suffix).
 
-def smaller(job, min_side):
-    """(path, target without its ending) -> how many copies were made, or the exception that says why none were."""
+    Returns the number of new copies, or the PictureError of an unreadable picture.
+    """
     path, stem = job
-    picture = None
     try:
-        try:
-            width, height = look(path)[1:3]
-        except Exception:       # read says what is wrong
-            picture = read(path)
-            height, width = picture.rgb.shape[1:]
-        short = min(width, height)
-        factors = {**SCALES, str(SHORTEST): SHORTEST / short}
-        factors = {f"{stem}_{ending}.png": f for ending, f in factors.items() if f < 1 and round(short * f) >= min_side}
-        changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)      # an older picture may take its place
-        todo = {Path(t): f for t, f in factors.items()      # clocks tick slowly: of one age may be of the one before
-                if not os.path.exists(t) or os.stat(t).st_mtime_ns <= changed}
+        size = images.picture_size(path)
+        picture = None if min(size) else data.read_srgb(path)       # raises the error of an unreadable file
+        short = min(size if picture is None else picture.rgb.shape[1:])
+        factors = {**data.COPY_SCALES, data.COPY_SHORT_SIDE: data.COPY_SHORT_SIDE / short}
+        changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)
+        todo = {}
+        for suffix, factor in factors.items():
+            target = Path(f"{stem}_{suffix}.png")
+            # mtime is coarse; equal timestamps may be stale, so rebuild.
+            current = target.exists() and target.stat().st_mtime_ns > changed
+            if factor < 1 and round(short * factor) >= min_side and not current:
+                todo[target] = factor
         if not todo:
             return 0
-        picture = picture or read(path)
-        planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
-        image = Image.fromarray(eight_bit(planes))
-        for target, factor in todo.items():
-            memory = io.BytesIO()
-            size = [max(1, round(side * factor)) for side in image.size]
-            image.resize(size, Image.Resampling.LANCZOS).save(memory, "PNG", compress_level=3)     # 6: thrice the time
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as part:
-                part.write_bytes(memory.getbuffer())
-        return len(todo)
-    except (images.PictureError, OSError) as error:
+        picture = picture or data.read_srgb(path)
+    except images.PictureError as error:
         return error
+    planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
+    image = Image.fromarray(images.to_uint8(planes))
+    for target, factor in todo.items():
+        size = [max(1, round(side * factor)) for side in image.size]
+        memory = io.BytesIO()
+        image.resize(size, Image.Resampling.LANCZOS).save(memory, "PNG", compress_level=3)     # 6 takes three times longer
+        images.write_atomic(target, memory.getbuffer())
+    return len(todo)
 
 
-def multiscale(folders, out, min_side=128, workers=0, log=print):
-    """Smaller copies of pictures, antialiased (Lanczos), sRGB PNG -> how many were made. NAME becomes NAME_075.png,
-    NAME_050.png, NAME_033.png and NAME_400.png (shortest side 400) in the same sub-folders of out; none is larger than
-    its picture or has a side below min_side. Copies that are there and younger than their picture are not made again.
-    ValueError: no picture, two of one name. OSError: cannot write."""
+def multiscale(folders, out, min_side=128, workers=None, log=print):
+    """Make smaller copies of pictures: sRGB PNG, resized with Lanczos. Returns the number of new copies.
+
+    NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same subfolder of
+    `out`. No copy is larger than its picture or has a side below min_side. A copy that is newer than its picture is not
+    made again. Raises images.UserError for a wrong folder or two pictures of one name, and OSError.
+    """
     stems = {}
-    for path, name in listing(folders, [out]).items():
-        name = name.split("/", 1)[1]
-        stem = name[:len(name) - len(path.suffix)]
-        if len(os.fsencode(path.name)) > 240:      # too long a name with our ending
-            stem = f"{stem[:len(stem) - len(path.stem) + 40]}_{zlib.crc32(os.fsencode(name)):08x}"
-        other = stems.setdefault(str(Path(out) / stem), path)
+    for path, name in data.list_inputs(folders, exclude=[out]).items():
+        _, name = name.split("/", 1)
+        other = stems.setdefault(str(Path(out) / name.removesuffix(path.suffix)), path)
         if other != path:
-            raise ValueError(f"{images.printable(other)} and {images.printable(path)} would have copies of the same name; "
-                             "rename one, or clean the pictures first, which names them apart")
-    made = bad = 0
+            raise images.UserError(f"{images.printable(other)} and {images.printable(path)} would have copies of the "
+                                   "same name; rename one, or run clean first")
+    made = unreadable = 0
     jobs = [(path, stem) for stem, path in stems.items()]
-    for (path, _), result in in_parallel(functools.partial(smaller, min_side=min_side), jobs, workers, "reducing"):
+    for _, result in data.run_parallel(functools.partial(copy_job, min_side=min_side), jobs, workers, "resizing"):
         if isinstance(result, images.PictureError):
             images.ProgressLine.clear()
             log(f"skipped: {result}")
-            bad += 1
-        elif isinstance(result, OSError):
-            raise result
+            unreadable += 1
         else:
             made += result
-    log(f"{images.printable(out)}: {made} copies made of {len(jobs)} pictures; {bad} unreadable")
-    copies = {f"{stem}_{ending}.png" for stem in stems for ending in (*SCALES, SHORTEST)}
+    log(f"{images.printable(out)}: {made} copies made of {len(jobs)} pictures; {unreadable} unreadable")
+    copies = {f"{stem}_{suffix}.png" for stem in stems for suffix in (*data.COPY_SCALES, data.COPY_SHORT_SIDE)}
     others = [p for p in images.find_pictures([Path(out)]) if str(p) not in copies] if Path(out).is_dir() else []
     if others:
-        log(f"{len(others)} pictures in {images.printable(out)} are copies of none of these, as {images.printable(others[0])}; "
-            "training reads them too, so delete what is not wanted")
+        log(f"{len(others)} pictures in {images.printable(out)} belong to none of these pictures, such as "
+            f"{images.printable(others[0])}; delete them, or training will read them too")
     return made
+
+
+# ------------------------------------------------------------------ mine
+
+def select_patches(details, count, calm_share, rng):
+    """Select patches by their detail. Returns at most `count` sorted indices.
+
+    Most of them are the patches with most detail. A share `calm_share` is drawn from the calmer half of the others, so
+    that the model also sees skies and blur. Patches up to MIN_DETAIL are never selected.
+    """
+    details = np.asarray(details, np.float32)
+    order = np.argsort(-details, kind="stable")
+    order = order[details[order] > MIN_DETAIL]
+    count = min(count, len(order))
+    calm_count = round(count * calm_share)
+    busy, others = order[:count - calm_count], order[count - calm_count:]
+    calm = others[min(len(others) // 2, len(others) - calm_count):]
+    return np.sort(np.concatenate([busy, rng.permutation(calm)[:calm_count]]))
+
+
+def select_of_picture(details, name, per_picture, calm_share, seed):
+    """Select the patches of one picture, see select_patches."""
+    rng = data.rng_of(f"{seed}/{images.printable(name)}")
+    return select_patches(details, per_picture, calm_share, rng)
+
+
+def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share=0.1, seed=0, min_side=data.MIN_SIDE,
+         log=print, overwrite=False, lr_dir=None, workers=None):
+    """Write the patches with most detail, from folders of pictures or from patch files, to one patch file.
+
+    At most per_picture patches of each picture are candidates, and the share `keep` of all candidates stays. Both
+    selections follow select_patches. For size, min_side, seed, lr_dir, workers and overwrite see data.pack; a patch file
+    has its own size. Returns Path(out). Raises images.UserError, also for files that do not fit together, and OSError.
+    """
+    inputs, out = images.as_paths(inputs), Path(out)
+    files, folders = [f for f in inputs if data.is_patch_file(f)], [f for f in inputs if not data.is_patch_file(f)]
+    if not (0 < keep <= 1 and 0 <= calm_share <= 1 and per_picture >= 1):
+        raise images.UserError("--keep and --calm-share are between 0 and 1, --per-picture is at least 1")
+    if out.resolve() in [f.resolve() for f in files]:
+        raise images.UserError(f"{out} is an input; choose another --out")
+    headers = [data.read_header(f) for f in files]
+    fingerprints = [metadata["fingerprint"] for metadata, _, _ in headers]
+    kinds = {(patch_size, int(metadata.get("scale", 0))) for metadata, _, patch_size in headers}
+    if folders:
+        selection = per_picture, calm_share
+        _, scale, fingerprint = data.plan_pack(folders, size, seed, min_side, lr_dir, selection, ())
+        fingerprints.append(fingerprint)
+        kinds.add((size, scale if lr_dir else 0))
+    if len(kinds) > 1:
+        raise images.UserError("all inputs need the same patch size, and pairs of one scale or no pairs")
+    key = json.dumps(["mined", keep, per_picture, calm_share, seed, fingerprints])
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    if data.is_packed(out, fingerprint, overwrite, log):
+        return out
+    candidate_file = out.with_name(out.name + ".candidates")
+    if folders:
+        select = functools.partial(select_of_picture, per_picture=per_picture, calm_share=calm_share, seed=seed)
+        files.append(data.pack(folders, candidate_file, size, seed, min_side, log, lr_dir=lr_dir, workers=workers,
+                               select=select, selection=selection))
+    write_mined(files, out, *kinds.pop(), fingerprint, keep, per_picture, calm_share, seed, log)
+    if folders:
+        candidate_file.unlink()
+    return out
+
+
+def write_mined(files, out, size, scale, fingerprint, keep, per_picture, calm_share, seed, log):
+    """Select the patches of patch files and write them to `out`. For the arguments see `mine`."""
+    pictures, details = [], []      # per picture: file number, name, patch numbers; the details of all candidates
+    tensors = [(data.read_tensor(file, "patches"), data.read_tensor(file, "lr")) for file in files]
+    for k, file in enumerate(files):
+        picture, detail = data.read_tensor(file, "picture"), data.read_tensor(file, "detail")
+        names = data.read_tensor(file, "names").tobytes().decode().split("\n")
+        ends = np.searchsorted(picture, np.arange(picture[-1] + 2))
+        for name, begin, end in zip(names, ends[:-1], ends[1:]):
+            numbers = begin + select_of_picture(detail[begin:end], name, per_picture, calm_share, seed)
+            pictures.append((k, name, numbers))
+            details.append(detail[numbers])
+    counts, details = [len(d) for d in details], np.concatenate(details)
+    chosen = select_patches(details, max(1, round(keep * len(details))), calm_share, np.random.default_rng(seed))
+    if not len(chosen):
+        raise images.UserError("no patch has any detail; give other pictures")
+
+    with data.PatchWriter(out, size, scale or None, fingerprint) as writer:
+        end = 0
+        for (k, name, numbers), count in zip(pictures, counts):
+            begin, end = end, end + count
+            own = chosen[(chosen >= begin) & (chosen < end)]
+            if len(own):
+                patches, lr_patches = tensors[k]
+                rows = numbers[own - begin]
+                writer.add(name, patches[rows], None if lr_patches is None else lr_patches[rows], details[own])
+        writer.finish()
+    total = sum(len(patches) for patches, _ in tensors)
+    log(f"{out}: {len(chosen)} of {total} patches, from {len(writer.names)} pictures")
+
+
+# ------------------------------------------------------------------ stats
+
+def quantiles(values, digits=0):
+    """Return minimum, 5%, median, 95% and maximum as text."""
+    return "  ".join(f"{v:.{digits}f}" for v in np.quantile(values, [0, 0.05, 0.5, 0.95, 1]))
+
+
+def spaced(n, count):
+    """Return at most `count` evenly spaced indices below n."""
+    return np.linspace(0, n - 1, min(n, count)).astype(int)
+
+
+def header_job(path):
+    """Return (format, height, width) of a picture, or None if its header cannot be read."""
+    h, w = images.picture_size(path)
+    return (file_format(path)[0], h, w) if h else None
+
+
+def thumbnail_job(path):
+    """Return (mean detail of the patches, thumbnail, file name) of a picture, or None if it cannot be read."""
+    try:
+        rgb = images.composite(data.read_srgb(path), 1.0)
+    except images.PictureError:
+        return None
+    image = Image.fromarray(images.to_uint8(rgb))
+    image.thumbnail((CELL, CELL), Image.Resampling.BOX)
+    return np.mean([data.detail(patch) for patch in data.cut_patches(rgb, 256)]), np.asarray(image), path.name
+
+
+def stats(inputs, sheet=None, sample=192, log=print, workers=None):
+    """Report number, size and detail of pictures (in folders) and patches (in patch files).
+
+    sheet: a PNG to write, with 48 pictures or patches of each input, sorted by detail. The headers of all pictures are
+    read, and `sample` pictures are decoded. Raises images.UserError and OSError.
+    """
+    inputs, cells = images.as_paths(inputs), []
+    for file in (f for f in inputs if data.is_patch_file(f)):
+        metadata, n, size = data.read_header(file)
+        patches, details, picture = (data.read_tensor(file, name) for name in ("patches", "detail", "picture"))
+        pairs = f" with LR patches at scale 1/{metadata['scale']}" if "scale" in metadata else ""
+        log(f"{file}: {n} patches of {size}x{size}{pairs} from {metadata['pictures']} pictures, "
+            f"{file.stat().st_size / 1e9:.2f} GB")
+        log(f"  per picture      {quantiles(np.unique(picture, return_counts=True)[1])}")
+        log(f"  detail           {quantiles(details, 1)}")
+        order = np.argsort(details, kind="stable")
+        cells += [(f"{details[i]:.1f}", np.array(patches[i])) for i in order[spaced(n, 48)]]
+
+    folders = [f for f in inputs if not data.is_patch_file(f)]
+    if folders:
+        paths = list(data.list_inputs(folders))
+        headers = [header for _, header in data.run_parallel(header_job, paths, workers, "reading headers") if header]
+        chosen = [paths[i] for i in spaced(len(paths), sample)]
+        seen = [result for _, result in data.run_parallel(thumbnail_job, chosen, workers, "reading") if result]
+        if not seen:
+            raise images.UserError(f"no picture in {', '.join(map(images.printable, folders))} can be read")
+        formats = ", ".join(f"{n} {name}" for name, n in Counter(header[0] for header in headers).most_common())
+        log(f"{', '.join(map(images.printable, folders))}: {len(headers)} pictures, "
+            f"{len(paths) - len(headers)} unreadable; {formats}")
+        sides = np.array([header[1:] for header in headers])
+        megapixels = sides.prod(1) / 1e6
+        log(f"  megapixels       {quantiles(megapixels, 2)}   total {megapixels.sum():.0f}")
+        log(f"  shorter side     {quantiles(sides.min(1))}")
+        log(f"  longer side      {quantiles(sides.max(1))}")
+        seen.sort(key=lambda result: (result[0], result[2]))
+        log(f"  detail of {len(seen):<6} {quantiles([mean for mean, _, _ in seen], 1)}")
+        cells += [(f"{mean:.1f} {name[:18]}".encode("ascii", "replace").decode(), pixels)
+                  for mean, pixels, name in (seen[i] for i in spaced(len(seen), 48))]
+    if sheet:
+        draw_sheet(Path(sheet), cells)
+        log(f"{sheet}: {len(cells)} pictures, sorted by detail")
+
+
+def draw_sheet(path, cells):
+    """Write a PNG with a table of pictures, 8 per row. cells: [(label, uint8 (h, w, 3))]."""
+    sheet = Image.new("RGB", (8 * (CELL + 8), -(-len(cells) // 8) * (CELL + 24)), (40, 40, 40))
+    for i, (label, pixels) in enumerate(cells):
+        x, y = i % 8 * (CELL + 8) + 4, i // 8 * (CELL + 24) + 4
+        image = Image.fromarray(pixels)
+        image.thumbnail((CELL, CELL), Image.Resampling.BOX)
+        sheet.paste(image, (x, y))
+        ImageDraw.Draw(sheet).text((x, y + CELL + 2), label, (255, 255, 255))
+    memory = io.BytesIO()
+    sheet.save(memory, "PNG")
+    images.write_atomic(path, memory.getbuffer())
+
+
+# ------------------------------------------------------------------ command
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description="Choose which pictures and patches are worth training on.",
+        epilog="examples, in the usual order:\n  python clean.py clean downloads -o cleaned\n"
+               "  python clean.py multiscale cleaned/pictures -o smaller\n"
+               "  python clean.py mine cleaned/pictures smaller -o patches/mined.safetensors\n"
+               "  python clean.py stats cleaned/pictures patches/mined.safetensors --sheet sheet.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add_command(name, text, inputs):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("data", nargs="+", metavar="IN", help=f"{inputs}, searched with their subfolders")
+        return command
+
+    def add_workers(command):
+        command.add_argument("--workers", type=int, metavar="N", help="processes that read pictures "
+                             f"(default: one per core, at most {data.MAX_WORKERS})")
+
+    p = add_command("clean", "sort out broken, small, JPEG-damaged, upscaled and duplicate pictures",
+                    "folders of pictures")
+    p.add_argument("--out", "-o", required=True, help="folder for pictures/, quarantine/, report.csv and scan.csv")
+    p.add_argument("--name", default="hash", choices=("hash", "id"),
+                   help="name kept pictures by a hash of their pixels, or by the number at the beginning of their "
+                        "file name (default: hash)")
+    p.add_argument("--copy", action="store_true", help="copy pictures to OUT (default: link them)")
+    p.add_argument("--min-side", type=int, default=256, help="shortest side allowed (default: 256)")
+    p.add_argument("--max-mp", type=float, help="most megapixels allowed, such as 25.6 (default: no limit)")
+    p.add_argument("--min-quality", type=int, default=MIN_QUALITY,
+                   help="lowest quality of JPEG files; 0: any (default: %(default)s)")
+    p.add_argument("--max-blocks", type=float, default=MAX_BLOCKS,
+                   help="strongest traces of JPEG blocks in dB; inf: any (default: %(default)s)")
+    p.add_argument("--min-sharpness", type=float, default=MIN_SHARPNESS,
+                   help="lowest sharpness in dB; =-inf: any (default: %(default)s)")
+    p.add_argument("--distance", type=int, default=MAX_DISTANCE, choices=range(-1, 8), metavar="N",
+                   help="near-duplicates differ in at most N of 64 hash bits, up to 7; -1: only equal pixels "
+                        "(default: %(default)s)")
+    add_workers(p)
+
+    p = add_command("multiscale", "make copies at 3/4, 1/2, 1/3 and with shorter side 400", "folders of pictures")
+    p.add_argument("--out", "-o", required=True, help="folder for the copies")
+    p.add_argument("--min-side", type=int, default=128, help="make no copy with a shorter side (default: 128)")
+    add_workers(p)
+
+    p = add_command("mine", "write the patches with most detail to a patch file", "folders of pictures, or patch files")
+    data.add_pack_flags(p)
+    p.add_argument("--keep", type=float, default=0.5, help="share of the patches to keep (default: 0.5)")
+    p.add_argument("--per-picture", type=int, default=32, help="most patches of one picture (default: 32)")
+    p.add_argument("--calm-share", type=float, default=0.1, help="share of calm patches (default: 0.1)")
+
+    p = add_command("stats", "report number, size and detail", "folders of pictures, or patch files")
+    p.add_argument("--sheet", help="a PNG to write, with 48 pictures of each input sorted by detail")
+    p.add_argument("--overwrite", action="store_true", help="replace the sheet")
+    add_workers(p)
+    return parser.parse_args()
+
+
+def run(args):
+    if args.command == "clean":
+        rules = Rules(args.name, args.min_side, args.max_mp, args.min_quality, args.max_blocks, args.min_sharpness,
+                      args.distance)
+        clean(args.data, args.out, rules, args.copy, args.workers)
+    elif args.command == "multiscale":
+        multiscale(args.data, args.out, args.min_side, args.workers)
+    elif args.command == "mine":
+        mine(args.data, args.out, args.size, args.keep, args.per_picture, args.calm_share, args.seed, args.min_side,
+             overwrite=args.overwrite, lr_dir=args.lr_dir, workers=args.workers)
+    else:
+        if args.sheet and os.path.exists(args.sheet) and not args.overwrite:
+            raise images.UserError(f"{images.printable(args.sheet)} exists; replace it with --overwrite")
+        stats(args.data, args.sheet, workers=args.workers)
+
+
+def main():
+    args = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
+    try:
+        run(args)
+    except images.UserError as error:
+        images.fail(error)
+    except OSError as error:
+        out = args.sheet if args.command == "stats" else args.out
+        images.fail(f"cannot write {images.printable(out)}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()
