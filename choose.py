@@ -1,7 +1,7 @@
-"""Choose which of the shipped weights a picture needs: those that also repair damage, or those that only enlarge.
+"""Choose the shipped weights for a picture: those that also repair damage, or those that only enlarge.
 
-    path = default_weights()                            # weights/web-low.safetensors: repairs and enlarges
-    plain = companion_weights(path)                     # weights/clean-low.safetensors: only enlarges, and more sharply
+    path = default_weights()            # weights/web-low.safetensors: repairs and enlarges
+    plain = companion_weights(path)     # weights/clean-low.safetensors: only enlarges, and more sharply
     if is_undamaged(repair_model, plain_model, rgb):    # then use plain_model
 
 Needs torch; copy this file and it works alone.
@@ -15,23 +15,24 @@ import torch.nn.functional as F
 
 SHIPPED = ("web-low", "clean-low")      # names in weights/, the default first
 
-# Thresholds of is_undamaged(), in dB. On 32 drawings the first score is 61.5 to 80.9 after bicubic downscaling and 63.0
-# to 77.9 after Lanczos, but for one soft painting (50.0 and 55.8); after JPEG of quality 85 to 95 it is at most 57.0.
-# The second score is at most 1.3, but for two drawings (3.6 and 1.6). So 61 of the 64 undamaged pictures pass. Of 64
-# blurred ones (sigma 0.3 to 0.9) 9 pass, none with a sigma above 0.43; of 32 WebP pictures of quality 80 to 95, 3 pass.
-# On crops of 17 drawings plain_model gains 1.7 dB of PSNR on what passes. The first threshold is about 6 dB below the
-# score of undamaged pictures, because both models were trained on those drawings.
+# Thresholds of is_undamaged(), in dB. The first score, on 32 drawings: 61.5 to 80.9 after bicubic
+# downscaling and 63.0 to 77.9 after Lanczos, but for one soft painting (50.0 and 55.8); at most 57.0 after
+# JPEG of quality 85 to 95. The second score: at most 1.3, but for two drawings (3.6 and 1.6). So 61 of 64
+# undamaged pictures pass. Of 64 blurred ones (sigma 0.3 to 0.9) 9 pass, none with a sigma above 0.43; of 32
+# WebP of quality 80 to 95, 3 pass. On crops of 17 drawings plain_model gains 1.7 dB of PSNR where they
+# pass. The first threshold is about 6 dB below the scores of undamaged pictures, because both models were
+# trained on these drawings.
 MIN_FIDELITY_DB = 56.0
 MIN_FIDELITY_DB_JPEG = 62.0     # where has_jpeg_grid() finds JPEG blocks
 MAX_GAIN_DB = 1.5
 
 
 def default_weights():
-    """Path of the weights to use when none are given: the shipped file beside this script, else the best of the newest
-    run in runs/. If there are neither, the path of the missing shipped file."""
+    """Path of the weights to use when none are given: the shipped file beside this script, else the best of
+    the newest run in runs/. If there are neither, the path of the missing shipped file."""
     shipped = [Path(__file__).parent / "weights" / f"{name}.safetensors" for name in SHIPPED]
-    runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in (*shipped, *runs) if path.exists()), shipped[0])
+    runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
+    return next((path for path in (*shipped, *reversed(runs)) if path.exists()), shipped[0])
 
 
 def companion_weights(path):
@@ -42,14 +43,15 @@ def companion_weights(path):
 
 
 def has_jpeg_grid(crops):
-    """Whether crops (n, 3, h, w) in [0, 1] of one picture were compressed as JPEG and not resized since. Their positions
-    in the picture must differ by multiples of 8.
+    """Whether crops (n, 3, h, w) in [0, 1] of one picture were compressed as JPEG and not resized since.
+    Their positions in the picture must differ by multiples of 8.
 
-    JPEG rounds the DCT coefficients of 8x8 blocks to multiples of a step, so few small values remain (Fan and de
-    Queiroz, 2003). For each of the 64 possible positions of the block grid, take the coefficients above 1.2 gray levels
-    and compute the fraction below 2.6. The smallest fraction over the median one is at least 0.81 on 54 undamaged
-    drawings, and at most 0.53 after JPEG of quality 85 to 97, in high or in middle frequencies. On 54 other drawings
-    this finds all JPEG of quality 75 to 98, also after blur or cropping, and none of the WebP files."""
+    JPEG rounds the DCT coefficients of 8x8 blocks to multiples of a step, so few small values remain (Fan and
+    de Queiroz, 2003). For each of the 64 possible positions of the block grid, take the coefficients above
+    1.2 gray levels and compute the fraction below 2.6. The smallest fraction over the median one is at least
+    0.81 on 54 undamaged drawings, and at most 0.53 after JPEG of quality 85 to 97, in high or in middle
+    frequencies. On 54 other drawings this finds all JPEG of quality 75 to 98, also after blur or cropping,
+    and none of the WebP files."""
     k = torch.arange(8, device=crops.device)
     dct = torch.cos((2 * k + 1) * k[:, None] * (math.pi / 16)) / 2
     dct[0] /= math.sqrt(2)
@@ -74,7 +76,8 @@ def has_jpeg_grid(crops):
 
 
 def detail_map(x):
-    """Squared difference of each pixel from the mean of its 3x3 neighborhood: (n, 3, h, w) -> (n, 1, h, w)."""
+    """Squared difference of each pixel from the mean of its 3x3 neighborhood: (n, 3, h, w) -> (n, 1, h,
+    w)."""
     return (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).square().mean(1, keepdim=True)
 
 
@@ -95,11 +98,10 @@ def is_undamaged(repair_model, plain_model, rgb, min_fidelity_db=MIN_FIDELITY_DB
     """Whether a model that also repairs finds nothing to repair in rgb (3, H, W), [0, 1], on the CPU.
 
     Two tests on four detailed crops, each on the median over the crops:
-    1. Downscale repair_model's output and compare it with the input. The score is 10 log10(d / r^2), where r is the mean
-       squared difference and d the mean detail of the input. Damaged if it is below min_fidelity_db.
-    2. Compare with plain_model's output. Damaged if repair_model's output has more detail than it by max_gain_db: the
-       model is deblurring.
-    A picture of less than 32 pixels a side counts as damaged."""
+    1. Downscale repair_model's output and compare it with the input. The score is 10 log10(d / r^2), where r
+    is the mean squared difference and d the mean detail of the input. Damaged if it is below min_fidelity_db.
+    2. Compare with plain_model's output. Damaged if repair_model's output has more detail than it by
+    max_gain_db: the model is deblurring. A picture of less than 32 pixels a side counts as damaged."""
     side = min(96, *rgb.shape[1:]) // 16 * 16
     if side < 32:
         return False

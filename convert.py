@@ -1,10 +1,11 @@
 """Load, export and blend weights files.
 
-    python convert.py info runs/mine/best.safetensors                   # sizes and training data of a file
-    python convert.py export runs/mine/best.safetensors hat.pth         # plain HAT in the official format
+    python convert.py info runs/mine/best.safetensors               # sizes and training data of a file
+    python convert.py export runs/mine/best.safetensors hat.pth     # plain HAT in the official format
     python convert.py blend clean.safetensors web.safetensors --alpha 0.3 -o mixed.safetensors
 
-load_any() also loads other architectures, with the optional package spandrel. Needs model.py and its packages.
+load_any() also loads other architectures, with the optional package spandrel. Needs model.py and its
+packages.
 """
 import argparse
 import io
@@ -22,8 +23,8 @@ from model import WeightsError, fit_weights, load, read_weights, refiner_is_trai
 # ------------------------------------------------------------------ other architectures
 
 class SpandrelModel:
-    """A model that spandrel loaded, with the interface that tile.py needs: `scale`, and a call
-    (B, 3, H, W) -> (B, 3, H * scale, W * scale) in [0, 1]. spandrel pads to the sizes that the model supports."""
+    """A model that spandrel loaded, with the interface that tile.py needs: `scale`, and a call (B, 3, H, W)
+    -> (B, 3, H * scale, W * scale) in [0, 1]. spandrel pads to the sizes that the model supports."""
 
     def __init__(self, descriptor):
         self.descriptor, self.scale = descriptor, descriptor.scale
@@ -33,17 +34,18 @@ class SpandrelModel:
             x = x.flatten(0, 1)[:, None]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device)
-        supported = {torch.float16: self.descriptor.supports_half, torch.bfloat16: self.descriptor.supports_bfloat16}
+        supported = {torch.float16: self.descriptor.supports_half,
+                     torch.bfloat16: self.descriptor.supports_bfloat16}
         amp = torch.is_autocast_enabled(device) and supported.get(dtype, False)
-        with torch.autocast(device, dtype, enabled=amp):
-            sr = torch.cat([self.descriptor(picture) for picture in x.split(1)])    # spandrel supports batches of 1 only
+        with torch.autocast(device, dtype, enabled=amp):    # spandrel supports batches of one picture only
+            sr = torch.cat([self.descriptor(picture) for picture in x.split(1)])
         return sr.view(-1, 3, *sr.shape[-2:])
 
 
 def load_any(path, device="cpu"):
-    """A super-resolution model in eval mode: a HATRefiner for our files and official HAT files, or a SpandrelModel for
-    other architectures (ESRGAN, SwinIR, DAT and more) if spandrel is installed. The file is a .safetensors or a pickle
-    with nothing but plain weights. Raises WeightsError."""
+    """A super-resolution model in eval mode: a HATRefiner for our files and official HAT files, or a
+    SpandrelModel for other architectures (ESRGAN, SwinIR, DAT and more) if spandrel is installed. The file is
+    a .safetensors or a pickle with nothing but plain weights. Raises WeightsError."""
     try:
         return load(path, device)
     except WeightsError as e:
@@ -70,16 +72,16 @@ def load_any(path, device="cpu"):
     if descriptor.scale < 2:
         raise WeightsError(f"{path}: this {name} model has scale 1; choose one that enlarges")
     if channels not in ((3, 3), (1, 1)):
-        raise WeightsError(f"{path}: this {name} model has {channels[0]} input and {channels[1]} output channels; "
-                           "both must be 3, or both 1")
+        raise WeightsError(f"{path}: this {name} model has {channels[0]} input and {channels[1]} "
+                           "output channels, not 3 and 3 or 1 and 1")
     return SpandrelModel(descriptor.eval().to(torch.device(device)))
 
 
 # ------------------------------------------------------------------ export and blend
 
 def export_hat(model, path):
-    """Write the plain HAT of a HATRefiner under its official names, as .safetensors or as .pth (`params_ema`). Raises
-    OSError."""
+    """Write the plain HAT of a HATRefiner under its official names, as .safetensors or as .pth
+    (`params_ema`). Raises OSError."""
     state = {name: v.detach().cpu().contiguous() for name, v in model.hat_model.state_dict().items()}
     if Path(path).suffix == ".safetensors":
         write_atomic(path, to_safetensors(state))
@@ -90,14 +92,14 @@ def export_hat(model, path):
 
 
 def blend(files, amounts):
-    """A HATRefiner in eval mode whose weights are the sum of amount * weights over the files; the amounts should add up
-    to 1. Its header records the files. A file without a trained refiner contributes a correction of zero. Raises
-    WeightsError, also if the files hold different networks."""
+    """A HATRefiner in eval mode whose weights are the sum of amount * weights over the files; the amounts
+    should add up to 1. Its header records the files. A file without a trained refiner contributes a
+    correction of zero. Raises WeightsError, also if the files hold different networks."""
     states, headers = zip(*(read_weights(file) for file in files))
     trained = [refiner_is_trained(state) for state in states]
     model = load(files[trained.index(True) if any(trained) else 0])
     refiner = {name: v for name, v in model.state_dict().items() if not name.startswith("hat_model.")}
-    no_correction = {name: torch.zeros_like(v) if name.startswith("out_conv.") else v for name, v in refiner.items()}
+    no_correction = {name: v * 0 if name.startswith("out_conv.") else v for name, v in refiner.items()}
     blended = {}
     for file, state, amount, has_refiner in zip(files, states, amounts, trained):
         fit_weights(model, state if has_refiner else state | no_correction, file)
@@ -115,12 +117,13 @@ def blend(files, amounts):
 # ------------------------------------------------------------------ the command
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="print the header and the size of a weights file")
-    info.add_argument("weights", metavar="FILE", help="a .safetensors file of ours, or an official .pth file")
+    info.add_argument("weights", metavar="FILE", help="our .safetensors, or an official .pth")
     export = commands.add_parser("export", help="write plain HAT, without the refiner, for other programs")
-    export.add_argument("weights", metavar="FILE", help="a .safetensors file of ours, or an official .pth file")
+    export.add_argument("weights", metavar="FILE", help="our .safetensors, or an official .pth")
     export.add_argument("out", metavar="OUT", type=Path, help="a .pth or .safetensors file")
     mix = commands.add_parser("blend", help="mix the weights of two files: (1 - alpha) * A + alpha * B")
     mix.add_argument("weights", nargs=2, metavar=("A", "B"), help="two files of the same network")
@@ -145,7 +148,8 @@ def run(args):
     if args.command == "info":
         total, hat = (sum(p.numel() for p in module.parameters()) for module in (model, model.hat_model))
         print(json.dumps(model.header, indent=1, ensure_ascii=False))
-        print(f"{hat:,} parameters in HAT, {total - hat:,} in the {'' if model.use_refiner else 'untrained '}refiner")
+        trained = "trained" if model.use_refiner else "untrained"
+        print(f"{hat:,} parameters in HAT, {total - hat:,} in the {trained} refiner")
         return
     try:
         if args.command == "export":

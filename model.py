@@ -1,13 +1,13 @@
 """HAT (Hybrid Attention Transformer) with a small residual refiner, for super-resolution by 2, 3 or 4.
 
     model = HATRefiner.from_preset("low", scale=2)
-    sr = model(lr)                                          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W)
-    sr = model(lr, tiler=Tiler(tile_size=64, tile_pad=32))  # HAT tile by tile, then the refiner on the whole picture
+    sr = model(lr)                          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W)
+    sr = model(lr, tiler=Tiler(64, 32))     # HAT tile by tile, then the refiner on the whole picture
 
 HAT: Chen et al., "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023, arXiv 2205.04437.
-Parameters have the official names, so official HAT files load here and files exported from here load elsewhere.
-The blocks use channels-last tensors, (B, H, W, C). Needs torch, einops and safetensors; copy this file and it works
-alone.
+Parameters have the official names, so official HAT files load here and exported files load elsewhere.
+The blocks use channels-last tensors, (B, H, W, C). Needs torch, einops and safetensors; copy this file and it
+works alone.
 """
 import json
 import math
@@ -23,15 +23,17 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
-# low and mid have few, wide heads: each head costs one pass over its own attention matrix
+# tiny is for tests; low and mid have few, wide heads, as each head costs a pass over its attention matrix
 PRESETS = {
-    "tiny": dict(embed_dim=16, depths=(2, 2), heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),  # for tests
+    "tiny": dict(embed_dim=16, depths=(2,) * 2, heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),
     "low": dict(embed_dim=60, depths=(4,) * 3, heads=2, window=8, compress=6, squeeze=6, refiner_dim=32),
     "mid": dict(embed_dim=96, depths=(6,) * 4, heads=3, window=16, compress=6, squeeze=6, refiner_dim=48),
     "high": dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
-    "hat_s": dict(embed_dim=144, depths=(6,) * 6, heads=6, window=16, compress=24, squeeze=24, refiner_dim=64),
+    "hat_s": dict(embed_dim=144, depths=(6,) * 6, heads=6, window=16, compress=24, squeeze=24,
+                  refiner_dim=64),
     "hat": dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
-    "hat_l": dict(embed_dim=180, depths=(6,) * 12, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
+    "hat_l": dict(embed_dim=180, depths=(6,) * 12, heads=6, window=16, compress=3, squeeze=30,
+                  refiner_dim=64),
 }
 RGB_MEAN = (0.4488, 0.4371, 0.4040)     # of DIV2K
 CONV_SCALE = 0.01                       # weight of the convolution branch; official files do not store it
@@ -46,9 +48,9 @@ class WeightsError(ValueError):
 # ------------------------------------------------------------------ attention
 
 def position_index(window, key_window):
-    """Index into the relative position table for each query of a window and each key of the `key_window` >= window wide
-    window around it, int64 (window^2, key_window^2). Some of OCAB's are negative and count from the end of the table,
-    as in the official code."""
+    """Row of the relative position table for each query of a window and each key of the window of
+    `key_window` >= `window` pixels around it: int64 (window^2, key_window^2). Negative rows, which OCAB has,
+    count from the end of the table, as in the official code."""
     def grid(n):
         return torch.stack(torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")).flatten(1)
 
@@ -61,8 +63,8 @@ def position_index(window, key_window):
 
 
 def shift_mask(h, w, window, device):
-    """Attention bias for windows shifted by window / 2: -100 between pixels that are neighbors only through the cyclic
-    shift, else 0. (windows of the picture, window^2, window^2)."""
+    """Attention bias for windows shifted by window / 2: -100 between pixels that are neighbors only through
+    the cyclic shift, else 0. (windows of the picture, window^2, window^2)."""
     def region(n):
         i = torch.arange(n, device=device)
         return (i >= n - window).int() + (i >= n - window // 2).int()
@@ -83,8 +85,9 @@ def join_windows(x, window, h, w):
 
 
 def widen(x, dim, window, edge):
-    """Extend each window along `dim` by `edge` pixels of both neighbors: n windows of `window` pixels become n windows
-    of window + 2 * edge. Beyond the picture there are zeros, which take part in the softmax as in the official code."""
+    """Extend each window along `dim` by `edge` pixels of both neighbors: n windows of `window` pixels become
+    n of window + 2 * edge. Beyond the picture there are zeros; the softmax includes them, as in the official
+    code."""
     # slices and one cat: their backward is many times faster than that of Tensor.unfold
     x = x.unflatten(dim, (-1, window))
     n = x.shape[dim]
@@ -95,16 +98,16 @@ def widen(x, dim, window, edge):
 
 
 def pad_heads(parameter, heads, dim=0):
-    """Zero-pad each head of a parameter along `dim` to a multiple of 8 channels. The result of the attention stays the
-    same, and products of 32 channels are faster than those of 30."""
+    """Zero-pad each head of a parameter along `dim` to a multiple of 8 channels. The result of the attention
+    stays the same, and products of 32 channels are faster than those of 30."""
     p = parameter.unflatten(dim, (heads, -1))
     p = F.pad(p, (0, 0) * (p.dim() - dim - 2) + (0, -p.shape[dim + 1] % 8))
     return p.flatten(dim, dim + 1)
 
 
 def attention(q, k, v, bias, scale):
-    """softmax(scale * q k^T + bias) v. q (N, n, heads, d); k and v (N, m, heads, d); bias (windows, heads, n, m), where
-    windows is 1 or a divisor of N. Returns (N, n, heads * d)."""
+    """softmax(scale * q k^T + bias) v. q (N, n, heads, d); k, v (N, m, heads, d); bias (windows, heads, n,
+    m), where windows is 1 or a divisor of N. Returns (N, n, heads * d)."""
     bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
     if q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -116,8 +119,8 @@ def attention(q, k, v, bias, scale):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention with a relative position bias. Queries come from windows of `window` pixels, keys and values
-    from windows of `key_window` >= window pixels with the same centers."""
+    """Multi-head attention with a relative position bias. Queries come from windows of `window` pixels, keys
+    and values from windows of `key_window` >= window pixels with the same centers."""
     def __init__(self, dim, window, key_window, heads):
         super().__init__()
         self.window, self.heads, self.scale = window, heads, (dim // heads) ** -0.5
@@ -137,7 +140,8 @@ class WindowAttention(nn.Module):
 
     def attend(self, q, k, v, bias):
         """attention() and the output projection: (N, n, C)."""
-        return F.linear(attention(q, k, v, bias, self.scale), pad_heads(self.proj.weight, self.heads, 1), self.proj.bias)
+        weight = pad_heads(self.proj.weight, self.heads, dim=1)
+        return F.linear(attention(q, k, v, bias, self.scale), weight, self.proj.bias)
 
     def forward(self, x, index, mask=None):
         """x (B, H, W, C) with whole windows -> the same shape. mask (windows, n, n) is added to the bias."""
@@ -151,7 +155,7 @@ class WindowAttention(nn.Module):
 # ------------------------------------------------------------------ blocks
 
 class LayerNorm(nn.LayerNorm):
-    """Normalize the fp32 residual stream and return autocast's type, so that it is cast once for all its readers."""
+    """Normalize the fp32 residual stream. Under autocast, cast the result once for all its readers."""
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -169,10 +173,10 @@ class MLP(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation (Hu et al., CVPR 2018): x (B, H, W, C) -> a factor for each channel, (B, 1, 1, C).
+    """Squeeze and excitation (Hu et al., CVPR 2018): x (B, H, W, C) -> a factor per channel, (B, 1, 1, C).
 
-    The factors depend on the mean over the whole picture. A tiler may set `global_pool`, a callable
-    (B, H, W, C) -> (B, C), to supply that mean for a tile."""
+    The factors depend on the mean over the whole picture. A tiler may set `global_pool`, a callable that
+    returns this mean, (B, C), for a tile x."""
     global_pool = None
 
     def __init__(self, dim, squeeze):
@@ -248,7 +252,8 @@ class OCAB(WindowAttention):
         return x + self.mlp(self.norm2(x))
 
     def attend_windows(self, q, kv, bias):
-        """q (B, H, W, 1, heads, d) in plain windows, kv (B, H', W', 2, heads, d) in widened ones -> (B, H, W, C)."""
+        """q (B, H, W, 1, heads, d) and kv (B, H', W', 2, heads, d), widened along both sides -> (B, H, W,
+        C)."""
         h, w, n = *q.shape[1:3], self.window + 2 * self.edge
         q = rearrange(q, "b (y i) (x j) 1 h d -> (b y x) (i j) h d", i=self.window, j=self.window)
         k, v = rearrange(kv, "b (y i) (x j) two h d -> two (b y x) (i j) h d", i=n, j=n)
@@ -256,13 +261,13 @@ class OCAB(WindowAttention):
 
 
 class RHAG(nn.Module):
-    """Residual hybrid attention group: HABs, every second one with shifted windows, then one OCAB and a convolution."""
-    def __init__(self, dim, depth, window, heads, compress, squeeze, drop_path_ps):
+    """Residual hybrid attention group: HABs, every second one shifted, then one OCAB and a convolution."""
+    def __init__(self, dim, window, heads, compress, squeeze, drop_path_ps):
         super().__init__()
         blocks = nn.ModuleList()
-        for i in range(depth):
+        for i, p in enumerate(drop_path_ps):
             shift = window // 2 if i % 2 else 0
-            blocks.append(HAB(dim, window, heads, compress, squeeze, shift, drop_path_ps[i]))
+            blocks.append(HAB(dim, window, heads, compress, squeeze, shift, p))
         self.residual_group = nn.ModuleDict(dict(blocks=blocks, overlap_attn=OCAB(dim, window, heads)))
         self.conv = nn.Conv2d(dim, dim, 3, 1, 1)
 
@@ -280,8 +285,8 @@ class RHAG(nn.Module):
 # ------------------------------------------------------------------ the network
 
 def pad_to(x, multiple):
-    """Mirror (B, C, H, W) at its right and bottom to multiples of `multiple`. Unlike F.pad, it mirrors again and again
-    where the picture is too small for one mirroring."""
+    """Mirror (B, C, H, W) at its right and bottom to multiples of `multiple`. Unlike F.pad, mirror repeatedly
+    where the picture is too small for one reflection."""
     for dim in (2, 3):
         n = x.shape[dim]
         padded = math.ceil(n / multiple) * multiple
@@ -295,24 +300,26 @@ class HAT(nn.Module):
     """HAT. forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped. Any H, W >= 1.
 
     drop_path: stochastic depth of the last block; it grows linearly from 0 (official configurations: 0.1).
-    grad_checkpoint, an attribute: recompute each block in backward, which is slower and takes far less memory."""
-    def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6, drop_path=0.0):
+    The attribute grad_checkpoint: recompute each block in backward; slower, with far less memory."""
+    def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6,
+                 drop_path=0.0):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale must be 2, 3 or 4, not {scale}")
         if window % 4:
-            raise ValueError(f"window must be a multiple of 4, not {window}: OCAB adds a quarter of it on each side")
+            raise ValueError(f"window must be a multiple of 4, not {window}")
         self.scale, self.window, self.grad_checkpoint = scale, window, False
+        key_window = window + int(window * OVERLAP)
         self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("relative_position_index_SA", position_index(window, window))
-        self.register_buffer("relative_position_index_OCA", position_index(window, window + int(window * OVERLAP)))
+        self.register_buffer("relative_position_index_OCA", position_index(window, key_window))
         self.conv_first = nn.Conv2d(3, embed_dim, 3, 1, 1)
         self.patch_embed = nn.Sequential(OrderedDict(norm=LayerNorm(embed_dim)))
         ps = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
         self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
-            first = sum(depths[:i])
-            self.layers.append(RHAG(embed_dim, depth, window, heads, compress, squeeze, ps[first:first + depth]))
+        for depth in depths:
+            self.layers.append(RHAG(embed_dim, window, heads, compress, squeeze, ps[:depth]))
+            ps = ps[depth:]
         self.norm = LayerNorm(embed_dim)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, 1, 1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, FEATURES, 3, 1, 1), nn.LeakyReLU(0.01))
@@ -329,9 +336,9 @@ class HAT(nn.Module):
 
     @torch.no_grad()
     def warm_start(self):
-        """Make the untrained network an interpolation: R, G and B pass through channels 0-2 from conv_first to
-        conv_last. A LeakyReLU of slope a lies between; each color passes it twice, with opposite signs, because
-        f(x) - f(-x) = (1 + a) x. The first convolution of the upsampler holds a quadratic interpolation."""
+        """Make the untrained network an interpolation: R, G and B pass through channels 0-2 from conv_first
+        to conv_last. Through the LeakyReLU f of slope a each color passes twice, with opposite signs, because
+        f(x) - f(-x) = (1 + a) x. The first convolution of the upsampler interpolates."""
         before, relu = self.conv_before_upsample
         for conv, rows in (self.conv_first, 3), (self.conv_after_body, 3), (before, 6), (self.conv_last, 3):
             conv.weight[:rows] = 0
@@ -343,9 +350,9 @@ class HAT(nn.Module):
             before.weight[c + 3, c, 1, 1] = -1
         for i, (conv, shuffle) in enumerate(zip(self.upsample[::2], self.upsample[1::2])):
             r = shuffle.upscale_factor
-            gain = 1 / (1 + relu.negative_slope) if i == 0 else 1       # only the first has two signs to add up
-            t = (torch.arange(r) - (r - 1) / 2) / r                     # position of each new pixel in its old pixel
-            taps = torch.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], 1)    # parabola through three pixels
+            gain = 1 / (1 + relu.negative_slope) if i == 0 else 1
+            t = (torch.arange(r) - (r - 1) / 2) / r     # center of each new pixel, relative to its old pixel
+            taps = torch.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], 1)   # parabola of 3 pixels
             kernel = torch.einsum("iy,jx->ijyx", taps, taps).reshape(r * r, 3, 3) * gain
             conv.weight[:3 * r * r] = 0
             conv.bias[:3 * r * r] = 0
@@ -385,9 +392,9 @@ class HAT(nn.Module):
 
 
 class HATRefiner(nn.Module):
-    """HAT (`hat_model`), then a small residual network (`residual_block`, `out_conv`) on the whole SR picture, which
-    learns to remove the seams that HAT leaves between tiles. `out_conv` starts at zero, so an untrained refiner changes
-    nothing.
+    """HAT (`hat_model`), then a small residual network (`residual_block`, `out_conv`) on the whole SR
+    picture, which learns to remove the seams between HAT's tiles. `out_conv` starts at zero: untrained, it
+    changes nothing.
 
     forward(lr, tiler=None): (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped.
     tiler(hat_model, lr, scale) runs HAT tile by tile. `use_refiner = False` skips the refiner."""
@@ -396,10 +403,12 @@ class HATRefiner(nn.Module):
     def __init__(self, scale=2, refiner_dim=32, **hat):
         super().__init__()
         self.scale, self.header, self.use_refiner = scale, {}, True
+        self.sizes = {"scale": scale, "refiner_dim": refiner_dim, **hat}     # arguments, for save()
         self.hat_model = HAT(scale=scale, **hat)
         d = refiner_dim
-        self.residual_block = nn.Sequential(nn.Conv2d(3, d, 3, 1, 1), nn.LeakyReLU(0.1), nn.Conv2d(d, d, 3, 1, 1),
-                                            nn.LeakyReLU(0.1), nn.Conv2d(d, d, 3, 1, 1), nn.LeakyReLU(0.1))
+        self.residual_block = nn.Sequential(nn.Conv2d(3, d, 3, 1, 1), nn.LeakyReLU(0.1),
+                                            nn.Conv2d(d, d, 3, 1, 1), nn.LeakyReLU(0.1),
+                                            nn.Conv2d(d, d, 3, 1, 1), nn.LeakyReLU(0.1))
         self.out_conv = nn.Conv2d(d, 3, 3, 1, 1)
         nn.init.zeros_(self.out_conv.weight)
         nn.init.zeros_(self.out_conv.bias)
@@ -425,26 +434,22 @@ class HATRefiner(nn.Module):
 # ------------------------------------------------------------------ weights files
 
 def infer_sizes(state):
-    """The arguments of HATRefiner, read from the shapes of its state dict. A plain HAT of a preset gets that preset's
-    refiner_dim; else refiner_dim is missing. Raises WeightsError."""
+    """The arguments of HATRefiner, read from the shapes of its state dict, for files without our header. A
+    plain HAT gets the refiner_dim of its preset, or none. Raises WeightsError."""
     hat, block = "hat_model.", "hat_model.layers.0.residual_group.blocks.0."
-    first, table = hat + "conv_first.weight", block + "attn.relative_position_bias_table"
-    squeezed, excited = block + "conv_block.cab.0.weight", block + "conv_block.cab.3.attention.1.weight"
-    upsample = hat + "upsample.0.weight"
-    if not {first, table, squeezed, excited, upsample} <= state.keys():
+    names = (hat + "conv_first.weight", hat + "upsample.0.weight",
+             block + "attn.relative_position_bias_table",
+             block + "conv_block.cab.0.weight", block + "conv_block.cab.3.attention.1.weight")
+    if not all(name in state for name in names):
         raise WeightsError("not a HAT: its layers have other names")
-    depths = {}
-    for name in state:
-        if ".residual_group.blocks." in name:
-            group, index = name.split(".")[2:6:3]
-            depths[int(group)] = max(depths.get(int(group), 0), int(index) + 1)
-    dim = len(state[first])
-    sizes = dict(embed_dim=dim, depths=tuple(depths[i] for i in sorted(depths)), heads=state[table].shape[1],
-                 window=(math.isqrt(len(state[table])) + 1) // 2,
-                 compress=dim // len(state[squeezed]), squeeze=dim // len(state[excited]),
-                 scale=4 if hat + "upsample.2.weight" in state else math.isqrt(len(state[upsample]) // FEATURES))
+    first, upsample, table, compressed, squeezed = (state[name] for name in names)
+    groups = [name.split(".")[2] for name in state if name.endswith("conv_block.cab.0.weight")]
+    sizes = dict(embed_dim=len(first), depths=tuple(groups.count(str(i)) for i in range(len(set(groups)))),
+                 heads=table.shape[1], window=(math.isqrt(len(table)) + 1) // 2,
+                 compress=len(first) // len(compressed), squeeze=len(first) // len(squeezed),
+                 scale=4 if hat + "upsample.2.weight" in state else math.isqrt(len(upsample) // FEATURES))
     if sizes["scale"] not in (2, 3, 4) or sizes["window"] % 4:
-        raise WeightsError(f"a HAT of window {sizes['window']} and scale {sizes['scale']} is not supported")
+        raise WeightsError(f"a HAT of scale {sizes['scale']} and window {sizes['window']} is not supported")
     if "residual_block.0.weight" in state:
         sizes["refiner_dim"] = len(state["residual_block.0.weight"])
     elif preset_name(sizes):
@@ -454,6 +459,7 @@ def infer_sizes(state):
 
 def preset_name(sizes):
     """The name of the first preset with these sizes, or None. A missing refiner_dim fits every preset."""
+    sizes = {**sizes, "depths": tuple(sizes["depths"])}
     for name, preset in PRESETS.items():
         if all(sizes.get(key, value) == value for key, value in preset.items()):
             return name
@@ -480,15 +486,15 @@ def read_weights(path, header_only=False):
         elif not header_only:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:      # a broken file can raise nearly anything
-        raise WeightsError(f"cannot read {path}: it is cut short or holds more than plain weights "
-                           f"({type(e).__name__})") from None
+        reason = type(e).__name__
+        raise WeightsError(f"{path} cannot be read: cut short, or not plain weights ({reason})") from None
     if header_only:
         return {}, header
     for key in ("params_ema", "params", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{path} holds no weights")
     state = {str(name).replace("module.", "").replace("_orig_mod.", ""): v for name, v in state.items()}
     prefix = "hat_model." if "conv_first.weight" in state else ""
@@ -496,39 +502,38 @@ def read_weights(path, header_only=False):
 
 
 def fit_weights(model, state, path, strict=True):
-    """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that did not fit:
-    missing from the file, unknown to the model, or of another shape. With strict, these raise WeightsError instead,
-    and nothing is loaded; path is for its message."""
+    """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that
+    did not fit: missing from the file, unknown to the model, or of another shape. With strict, these raise
+    WeightsError instead and nothing is loaded; path is for its message."""
     own = model.state_dict()
     if not any(name.startswith(("residual_block.", "out_conv.")) for name in state):
         own = {name: v for name, v in own.items() if name.startswith("hat_model.")}
     missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
+    unknown = sorted(state.keys() - own.keys())
     reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
-    if strict and missing + unexpected + reshaped:
-        shapes = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}" for name in reshaped]
-        parts = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
-        details = "; ".join(f"{label}: {', '.join(names)}" for label, names in parts.items() if names)
+    if strict and missing + unknown + reshaped:
         try:
             sizes = infer_sizes(state)
             what = f"it is {preset_name(sizes) or sizes} {sizes['scale']}x"
         except WeightsError as e:
             what = str(e)
+        shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in reshaped]
+        problems = {"missing": missing, "unknown": unknown, "other shape": shapes}
+        details = "; ".join(f"{label}: {', '.join(names)}" for label, names in problems.items() if names)
         raise WeightsError(f"{path} does not fit this model ({what}); {details}")
-    model.load_state_dict({name: v for name, v in state.items() if name in own and name not in reshaped}, strict=False)
-    return missing + unexpected + reshaped
+    fitting = {name: v for name, v in state.items() if name in own and name not in reshaped}
+    model.load_state_dict(fitting, strict=False)
+    return missing + unknown + reshaped
 
 
 def load(path, device="cpu"):
-    """A HATRefiner in eval mode with the sizes and weights of a file. use_refiner is False if the file holds no trained
-    refiner. Raises WeightsError."""
+    """A HATRefiner in eval mode with the sizes and weights of a file. use_refiner is False if the file
+    holds no trained refiner. Raises WeightsError."""
     state, header = read_weights(path)
     try:
-        sizes = infer_sizes(state)
+        sizes = header.get("sizes") or infer_sizes(state)
     except WeightsError as e:
         raise WeightsError(f"{path}: {e}") from None
-    if "refiner_dim" not in sizes and "sizes" in header:
-        sizes["refiner_dim"] = header["sizes"]["refiner_dim"]
     model = HATRefiner(**sizes)
     fit_weights(model, state, path)
     model.header = {"preset": preset_name(sizes), "scale": model.scale, **header}
@@ -552,15 +557,14 @@ def write_atomic(path, data):
 
 
 def save(model, path, header=None, dtype=None):
-    """Write a HATRefiner to a .safetensors file, atomically: its weights (cast to `dtype` if given) and, under the
-    metadata key `kabegami`, a JSON header with sizes, scale and the entries of `header`. With an untrained refiner the
+    """Write a HATRefiner to a .safetensors file: its weights, cast to `dtype` if given, and a JSON header
+    with sizes, scale and the entries of `header` (metadata key `kabegami`). With an untrained refiner the
     file holds plain HAT under the official names, which other programs can open. Raises OSError."""
     state = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}
-    sizes = infer_sizes(state)
-    header = {"preset": preset_name(sizes), "scale": model.scale, "sizes": sizes, **(header or {})}
+    about = {"preset": preset_name(model.sizes), "scale": model.scale, "sizes": model.sizes}
     if not refiner_is_trained(state):
         hat = "hat_model."
         state = {name.removeprefix(hat): v for name, v in state.items() if name.startswith(hat)}
     if dtype:
         state = {name: v.to(dtype) if v.is_floating_point() else v for name, v in state.items()}
-    write_atomic(path, to_safetensors(state, {"kabegami": json.dumps(header)}))
+    write_atomic(path, to_safetensors(state, {"kabegami": json.dumps({**about, **(header or {})})}))

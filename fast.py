@@ -1,0 +1,246 @@
+"""The same outputs sooner. Optional: without this file every command still works, only slower.
+
+    fast.prepare(model)             # faster inference of a HATRefiner, if its outputs stay the same
+    forward = fast.capture_training_graphs(model, shapes)       # faster training on a GPU
+    fast.keep_freed_memory()        # faster allocation on a CPU under Linux
+
+model.py holds the forward to read and to edit. prepare() compares this file with it and steps aside where
+they differ, so an edit of model.py needs no change here.
+"""
+import copy
+import ctypes
+import sys
+import types
+import warnings
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from model import CONV_SCALE, FEATURES, HATRefiner, join_windows, pad_heads, split_windows, widen
+
+STRIP_PIXELS = 4096         # pixels of a strip for each thread: its activations fit the cache
+MERGE_PIXELS = 64 * 64      # merging the upsampler saves time from this many pixels on
+CHECK_SIZE = 61, 67         # picture for check(): not whole windows, and at least MERGE_PIXELS
+TOLERANCE = 1e-4            # largest difference that rounding explains, relative to the largest output
+
+
+# ------------------------------------------------------------------ install and check
+
+def prepare(model):
+    """Install the fast inference forward on this model and return True. It runs without gradients and in eval
+    mode: on a CPU the blocks go strip by strip, on all devices the upsampler is one convolution. Return False
+    and leave the model alone if it is no HATRefiner; or, with a printed line, if its plain forward gives
+    other outputs."""
+    if not isinstance(model, HATRefiner):
+        return False
+    problem = check(model)
+    if problem:
+        print(f"fast.py is off, the plain forward of model.py runs: {problem}", file=sys.stderr, flush=True)
+        return False
+    install(model.hat_model)
+    return True
+
+
+def install(hat):
+    """Replace two steps of this HAT, but not of its class. Methods, unlike closures, survive
+    copy.deepcopy."""
+    hat.enlarge = types.MethodType(enlarge, hat)
+    for layer in hat.layers:
+        layer.forward = types.MethodType(group, layer)
+
+
+@torch.no_grad()
+def check(model):
+    """Compare the fast forward with the plain one on a copy of the model. Returns None or the difference, a
+    line."""
+    generator = torch.Generator().manual_seed(0)        # leaves the global random state alone
+    model = copy.deepcopy(model).cpu().float().eval()
+    for p in model.parameters():        # a branch that starts at zero would hide an edit
+        p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    x = torch.rand(1, 3, *CHECK_SIZE, generator=generator)
+    expected = model(x)
+    try:
+        install(model.hat_model)
+        difference = (model(x) - expected).abs().max() / expected.abs().max()
+    except Exception as e:      # an edited model can lack anything that this file uses
+        return f"{type(e).__name__}: {e}".splitlines()[0]
+    return None if difference < TOLERANCE else f"the outputs differ by {difference:.1%}"
+
+
+def is_training(module):
+    return torch.is_grad_enabled() or module.training
+
+
+# ------------------------------------------------------------------ blocks, strip by strip
+
+def group(layer, x, index_sa, index_oca, mask, grad_checkpoint):
+    """RHAG.forward. On a CPU without gradients, the blocks change their input in place."""
+    if is_training(layer) or x.device.type != "cpu":
+        return type(layer).forward(layer, x, index_sa, index_oca, mask, grad_checkpoint)
+    y = x.clone()
+    for block in layer.residual_group["blocks"]:
+        hybrid_block(block, y, index_sa, mask)
+    overlapping_block(layer.residual_group["overlap_attn"], y, index_oca)
+    return x + layer.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def cast(*tensors):
+    """Tensors in the type that autocast computes in."""
+    if torch.is_autocast_enabled("cpu"):
+        return [x.to(torch.get_autocast_dtype("cpu")) for x in tensors]
+    return tensors
+
+
+class Attention:
+    """The attention of a WindowAttention, with weights padded and cast once for all strips."""
+    def __init__(self, layer, index):
+        self.heads, self.scale = layer.heads, layer.scale
+        self.qkv = cast(*(pad_heads(p, 3 * layer.heads) for p in (layer.qkv.weight, layer.qkv.bias)))
+        self.proj = cast(pad_heads(layer.proj.weight, layer.heads, 1), layer.proj.bias)
+        self.bias = layer.position_bias(index, self.qkv[0].dtype)
+
+    def heads_of(self, x):
+        return F.linear(x, *self.qkv).unflatten(-1, (3, self.heads, -1))
+
+    def attend(self, q, k, v, bias):
+        """One call for all heads. Without gradients it is faster than plain products."""
+        bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return F.linear(x.transpose(1, 2).flatten(2), *self.proj)
+
+
+class MLP:
+    """The MLP of a block, with weights cast once for all strips."""
+    def __init__(self, layer):
+        self.fc1 = cast(layer.fc1.weight, layer.fc1.bias)
+        self.fc2 = cast(layer.fc2.weight, layer.fc2.bias)
+
+    def __call__(self, x):
+        return F.linear(F.gelu(F.linear(x, *self.fc1)), *self.fc2)
+
+
+def strip_rows(x, window=1):
+    """Rows of a strip of x (B, H, W, C), a multiple of window."""
+    pixels = STRIP_PIXELS * torch.get_num_threads()
+    return window * max(1, round(pixels / (len(x) * x.shape[2] * window)))
+
+
+def layer_norm(norm, x):
+    y = torch.empty_like(x, dtype=cast(x[:0])[0].dtype)
+    rows = strip_rows(x)
+    for x_strip, y_strip in zip(x.split(rows, 1), y.split(rows, 1)):
+        y_strip.copy_(norm(x_strip))
+    return y
+
+
+def cyclic_rows(x, top, bottom):
+    """Rows top to bottom of x (B, H, W, C); after the last row comes the first. A view where possible."""
+    h = x.shape[1]
+    return x[:, top:bottom] if bottom <= h else torch.cat([x[:, top:], x[:, :bottom - h]], 1)
+
+
+def hybrid_block(block, x, index, mask):
+    """HAB.forward, in place. A strip is some rows of windows; shifted windows begin at row `shift`."""
+    shift, window, (h, w) = block.shift, block.attn.window, x.shape[1:3]
+    y = layer_norm(block.norm1, x)
+    conv = block.conv_block.cab[:3](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    conv_scale = (block.conv_block.cab[3](conv) * CONV_SCALE).to(x.dtype)
+    attention, mlp, rows = Attention(block.attn, index), MLP(block.mlp), strip_rows(x, window)
+    bias = last_bias = attention.bias
+    if shift:       # the windows of the last row have other neighbors; all rows above have the same mask
+        mask = mask[:, None].to(bias.dtype)
+        bias = attention.bias + mask[:rows // window * (w // window)]
+    for top in range(shift, h + shift, rows):
+        bottom = min(top + rows, h + shift)
+        if bottom > h:
+            last_bias = attention.bias + mask[(top - shift) // window * (w // window):]
+        strip = cyclic_rows(y, top, bottom).roll(-shift, 2) if shift else y[:, top:bottom]
+        q, k, v = attention.heads_of(split_windows(strip, window)).unbind(2)
+        a = attention.attend(q, k, v, last_bias if bottom > h else bias)
+        a = join_windows(a, window, *strip.shape[1:3])
+        a = a.roll(shift, 2) if shift else a
+        c = cyclic_rows(conv, top, bottom)
+        z = cyclic_rows(x, top, bottom).add_(a.to(x.dtype)).addcmul_(c.to(x.dtype), conv_scale)
+        z += mlp(block.norm2(z)).to(z.dtype)
+        if bottom > h:      # z is a copy
+            x[:, top:], x[:, :bottom - h] = z[:, :h - top], z[:, h - top:]
+
+
+def overlapping_block(block, x, index):
+    """OCAB.forward, in place. A strip is one row of windows; its keys reach `edge` rows above and below."""
+    window, edge, (h, w) = block.window, block.edge, x.shape[1:3]
+    y = layer_norm(block.norm1, x)
+    attention, mlp = Attention(block, index), MLP(block.mlp)
+    for top in range(0, h, window):
+        bottom = top + window
+        first, last = max(top - edge, 0), min(bottom + edge, h)
+        q, kv = attention.heads_of(y[:, first:last]).tensor_split((1,), 3)
+        q = q[:, top - first:bottom - first, :, 0]
+        kv = F.pad(kv, (0, 0) * 4 + (first - top + edge, bottom + edge - last))
+        kv = widen(kv, 2, window, edge)
+        q = rearrange(q, "b i (x j) h d -> (b x) (i j) h d", j=window)
+        k, v = rearrange(kv, "b i (x j) two h d -> two (b x) (i j) h d", j=window + 2 * edge)
+        a = join_windows(attention.attend(q, k, v, attention.bias), window, window, w)
+        z = x[:, top:bottom].add_(a.to(x.dtype))
+        z += mlp(block.norm2(z)).to(z.dtype)
+
+
+# ------------------------------------------------------------------ merged upsampler
+
+def enlarge(hat, x):
+    """HAT.enlarge by one convolution: there is no activation between its layers, so the merged layer does an
+    eighth of the work. Its 5x5 kernels are the impulse responses of the layers. Zero padding acts on each
+    layer alone, so the border is computed by the original layers."""
+    plain = types.MethodType(type(hat).enlarge, hat)
+    if is_training(hat) or x[:, 0].numel() < MERGE_PIXELS:
+        return plain(x)
+    r, n, dtype = hat.scale, FEATURES, hat.conv_last.weight.dtype
+    impulses = torch.zeros(n + 1, n, 5, 5, device=x.device, dtype=dtype)
+    impulses[range(n), range(n), 2, 2] = 1      # the last picture stays empty and gives the bias
+    with torch.autocast(x.device.type, enabled=False):
+        responses = F.pixel_unshuffle(plain(impulses), r)
+        bias = responses[-1]
+        kernel = (responses[:-1] - bias).transpose(0, 1).flip(2, 3).contiguous()
+        y = F.conv2d(x.to(dtype), kernel, bias[:, 2, 2].contiguous(), padding=2)
+        y = F.pixel_shuffle(y, r)
+    for dim in (2, 3):
+        size = x.shape[dim]
+        side = min(3, size)
+        for start, line in (0, 0), (size - side, size - 1):
+            border = plain(x.narrow(dim, start, side)).narrow(dim, (line - start) * r, r)
+            y.narrow(dim, line * r, r).copy_(border)
+    return y
+
+
+# ------------------------------------------------------------------ training and memory
+
+def capture_training_graphs(model, shapes):
+    """Record the forward and the backward of model(lr) as CUDA graphs, so that a GPU gets its thousands of
+    small kernels at once. Returns a callable(lr) for batches of these `shapes` only, or None, with a printed
+    line, if the GPU cannot record the model. Call it under the autocast of the training, with
+    cache_enabled=False. Each backward overwrites the gradients of the one before."""
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording uses its own stream
+    device, graphs = next(model.parameters()).device, {}
+    try:
+        for shape in shapes:        # a graph replaces the forward of its module, so each shape gets its own
+            module, lr = torch.nn.Sequential(model), torch.zeros(shape, device=device)
+            graphs[tuple(shape)] = torch.cuda.make_graphed_callables(module, (lr,), allow_unused_input=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        print(f"no CUDA graphs, recording failed: {e}".splitlines()[0], file=sys.stderr, flush=True)
+        return None
+    return lambda lr: graphs[tuple(lr.shape)](lr)
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory for the next tile or training step: returning it to Linux and getting it
+    back takes up to half of the time on a CPU. No effect without glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)              # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):
+        pass
