@@ -1,15 +1,12 @@
-"""scrape.py against a real board on loopback, well-behaved or not. python -m pytest tests/test_scrape.py"""
+"""Tests of scrape.py against a local test server (loopback only). Time is simulated: no test sleeps."""
 import csv
 import email.utils
 import hashlib
 import json
-import os
 import re
 import resource
-import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -22,22 +19,30 @@ import pytest
 
 import scrape
 
-SCRIPT = Path(scrape.__file__)
 CONTACT = "me@example.org"
 HTML = b"<!DOCTYPE html><title>Just a moment...</title>"
 
 
 def picture(number, size=600):
-    """Bytes that are different for every number; nobody decodes them here."""
+    """Return bytes that differ for each number. scrape.py does not decode pictures."""
     return (b"\x89PNG\r\n\x1a\n" + hashlib.sha256(str(number).encode()).digest() * (size // 32 + 1))[:size]
 
 
-def post(number, body=None, **more):
-    """A Moebooru post that passes every filter."""
+def post(number, body=None, **changes):
+    """Return a Moebooru post that passes all filters."""
     body = picture(number) if body is None else body
-    return dict(id=number, tags="landscape sky someone", md5=hashlib.md5(body).hexdigest(), file_size=len(body),
-                file_url=f"/image/{number}.png", width=3840, height=2160, rating="s", parent_id=None,
-                has_children=False, source=f"https://art.example/{number}", status="active") | more
+    fields = dict(id=number, tags="landscape sky someone", md5=hashlib.md5(body).hexdigest(), file_size=len(body),
+                  file_url=f"/image/{number}.png", width=3840, height=2160, rating="s", parent_id=None,
+                  has_children=False, source=f"https://art.example/{number}")
+    return {**fields, **changes}
+
+
+def danbooru_post(number, rating="g", **changes):
+    """Return a Danbooru post that passes all filters."""
+    fields = post(number, rating=rating, tag_string="landscape sky someone", tag_string_artist="someone",
+                  image_width=3840, image_height=2160)
+    fields = {key: value for key, value in fields.items() if key not in ("tags", "width", "height")}
+    return {**fields, **changes}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -50,11 +55,11 @@ class Handler(BaseHTTPRequestHandler):
     def handle(self):
         try:
             super().handle()
-        except OSError:         # the client has gone
+        except OSError:     # the client closed the connection
             pass
 
     def send(self, status, body=b"", length=True, **headers):
-        """A whole answer; length False leaves it out, a number is sent in its place."""
+        """Send a response. length: False omits the Content-Length header, a number replaces it."""
         self.send_response_only(status)
         if length is not False:
             self.send_header("Content-Length", str(len(body) if length is True else length))
@@ -67,17 +72,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         board, path = self.server.board, unquote(urlsplit(self.path).path)
-        with board.lock:
-            board.log.append((time.monotonic(), self.path, dict(self.headers)))
-            odd = board.once[path].pop(0) if board.once.get(path) else board.always.get(path)
-        if odd:
-            odd(self)
+        board.log.append((board.now(), self.path, dict(self.headers)))
+        special = board.once[path].pop(0) if board.once.get(path) else board.always.get(path)
+        if special:
+            special(self)
         elif path in ("/post.json", "/posts.json"):
-            asked = {k: v[0] for k, v in parse_qs(urlsplit(self.path).query).items()}
-            found, first = board.posts, (int(asked["page"]) - 1) * int(asked["limit"])
-            found = found[first:first + int(asked["limit"])]
-            if asked.get("api_version") == "2":
-                found = dict(posts=found, tags=board.types)
+            found = board.search({k: v[0] for k, v in parse_qs(urlsplit(self.path).query).items()})
             self.send(200, json.dumps(found).encode(), Content_Type="application/json")
         elif urlsplit(self.path).query.isdigit():
             self.send(200, picture(int(urlsplit(self.path).query)))
@@ -88,33 +88,61 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Board:
-    """A board of these posts, whose files are picture(id). once: path -> odd answers to give first; always: path -> one
-    to give every time."""
+    """A test server with these posts, newest first; the file of a post is picture(id).
 
-    def __init__(self, posts):
-        self.posts, self.types = posts, {"someone": "artist", "sky": "general"}
-        self.log, self.lock = [], threading.Lock()
+    once: path -> list of special responses, each sent once. always: path -> special response.
+    """
+
+    def __init__(self, posts, now):
+        self.posts, self.now, self.log, self.once, self.always = list(posts), now, [], {}, {}
+        self.types = {"someone": "artist", "sky": "general"}
         self.files = {urlsplit(p["file_url"]).path: picture(p["id"]) for p in posts if p.get("file_url")}
-        self.once, self.always = {}, {}
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.board, self.server.daemon_threads = self, True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def asked(self, beginning="/"):
-        """The paths that were asked for, searches apart from their questions."""
-        return [unquote(urlsplit(path).path) for _, path, _ in self.log if path.startswith(beginning)]
+    def search(self, query):
+        """Answer like the boards: Danbooru understands page=b<ID>, Moebooru the tag id:<N."""
+        match = re.fullmatch(r"b(\d+)", query["page"]) or re.search(r"(?:^| )id:<(\d+)", query["tags"])
+        posts = [p for p in self.posts if not match or p["id"] < int(match[1])]
+        limit = int(query["limit"])
+        first = 0 if query["page"].startswith("b") else (int(query["page"]) - 1) * limit
+        posts = posts[first:first + limit]
+        return dict(posts=posts, tags=self.types) if query.get("api_version") == "2" else posts
+
+    def paths(self, prefix="/"):
+        """Return the requested paths, without their queries."""
+        return [unquote(urlsplit(path).path) for _, path, _ in self.log if path.startswith(prefix)]
+
+    def queries(self):
+        """Return the queries of the searches."""
+        queries = [urlsplit(path).query for _, path, _ in self.log if path.startswith("/post")]
+        return [{key: value[0] for key, value in parse_qs(query).items()} for query in queries]
 
     def times(self):
-        return [t for t, _, _ in self.log]
+        return [seconds for seconds, *_ in self.log]
 
 
 @pytest.fixture
-def make(request):
+def clock(monkeypatch):
+    """Replace the clock of scrape.py by one that only sleep() moves. `clock[0]` is the time in seconds."""
+    now = [1000.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+    monkeypatch.setattr(scrape, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scrape, "sleep", sleep)
+    return now
+
+
+@pytest.fixture
+def make(clock):
+    """make(post, ...) -> Board"""
     boards = []
 
     def board(*posts):
-        boards.append(Board(list(posts)))
+        boards.append(Board(posts, lambda: clock[0]))
         return boards[-1]
     yield board
     for b in boards:
@@ -123,16 +151,16 @@ def make(request):
 
 
 @pytest.fixture
-def go(monkeypatch, capsys, tmp_path):
-    """go(board, flag, ...) -> (exit code, stdout, stderr) of scrape.py's main() into tmp_path/out."""
-    def run(board, *flags, pause=0.002, kind="konachan", out=tmp_path / "out"):
-        monkeypatch.setattr(scrape.say, "__defaults__", (False, [time.monotonic()]))     # as in a process of its own
-        monkeypatch.setattr(sys, "argv", ["scrape.py", kind, "--url", board.url, "--pause", str(pause), "-o", str(out),
-                                          "--contact", CONTACT, *map(str, flags)])
+def go(clock, monkeypatch, capsys, tmp_path):
+    """go(board, flag, ...) -> (exit code, stdout, stderr) of main(), which downloads into tmp_path/out."""
+    def run(board, *flags, kind="konachan", out=tmp_path / "out", pause=1):
+        monkeypatch.setattr(sys, "argv", ["scrape.py", kind, "--url", board.url, "--pause", str(pause), "-o",
+                                          str(out), "--contact", CONTACT, *map(str, flags)])
         with pytest.raises(SystemExit) as end:
             scrape.main()
-        said = capsys.readouterr()
-        return end.value.code, said.out, said.err
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return end.value.code, printed.out, printed.err
     return run
 
 
@@ -141,859 +169,576 @@ def manifest(out):
         return list(csv.DictReader(file, strict=True))
 
 
-def in_order(out, numbers=None):
-    """Whether the folder holds a manifest and exactly its pictures, each of them whole, and no other file."""
+def check_folder(out, ids):
+    """Assert that the folder holds the manifest, exactly the pictures `ids`, each complete, and no other file."""
     rows = manifest(out) if (out / "manifest.csv").exists() else []
-    assert {p.name for p in out.iterdir()} == {r["file"] for r in rows} | ({"manifest.csv"} if rows else set())
-    assert len({r["file"] for r in rows}) == len(rows)
-    for r in rows:
-        body = (out / r["file"]).read_bytes()
-        assert body == picture(int(r["id"]), len(body)) and hashlib.md5(body).hexdigest() == r["md5"]
-        assert str(len(body)) == r["size"] and all(r[c] is not None for c in scrape.COLUMNS)
-    assert numbers is None or {int(r["id"]) for r in rows} == set(numbers)
-    return True
+    assert sorted(int(row["id"]) for row in rows) == sorted(ids)
+    assert {p.name for p in out.iterdir()} == {row["file"] for row in rows} | ({"manifest.csv"} if rows else set())
+    for row in rows:
+        body = (out / row["file"]).read_bytes()
+        assert body == picture(int(row["id"]), len(body)) and hashlib.md5(body).hexdigest() == row["md5"]
+        assert str(len(body)) == row["size"]
 
 
-def one_error(said):
-    """The single line of an error, after lines about waiting."""
-    lines = [line for line in said.splitlines() if "; waiting " not in line]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in said, said
-    return lines[0]
+# ------------------------------------------------------------------------------------------------------------
+# A board that works
+# ------------------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A well-behaved board
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_300_posts_give_exactly_the_filtered_set_and_a_second_run_fetches_nothing(make, go, tmp_path):
-    odd = [dict(rating="q"), dict(rating="e"), dict(width=3839), dict(parent_id=7), dict(has_children=True),
-           dict(tags="landscape Left_Out"), dict(file_url="/image/film.mp4"), dict(file_url=None), dict(md5="0")]
-    posts = [post(n, **(odd[n // 3 % len(odd)] if n % 3 == 0 else {})) for n in range(300, 0, -1)]
-    board, out = make(*posts), tmp_path / "out"
-    (tmp_path / "leave").write_text("nobody_here\nleft out\n\n")
-    flags = ["--tags", "landscape -chibi", "--max", 1000, "--opt-out", tmp_path / "leave"]
-    code, told, said = go(board, *flags)
-    assert code == 0 and in_order(out, [n for n in range(1, 301) if n % 3])
-    assert "200 pictures fetched" in told and all(f"{n} {why}" in said for n, why in (
-        (23, "of another rating"), (11, "too narrow"), (22, "variants"), (11, "opted out"), (11, "no pictures"),
-        (22, "without a file")))
-    assert sorted(board.asked("/image")) == sorted(f"/image/{n}.png" for n in range(1, 301) if n % 3)
-    assert board.asked("/post.json") == ["/post.json"] * 4      # three pages and an empty one
-    question = parse_qs(urlsplit(board.log[0][1]).query)
-    assert set(question["tags"][0].split()) == {"landscape", "-chibi", "rating:s", "width:>=3840"}
+def test_300_posts_are_filtered_and_a_second_run_downloads_nothing(make, go, tmp_path):
+    changes = [dict(rating="q"), dict(rating="e"), dict(width=3839), dict(parent_id=7), dict(has_children=True),
+               dict(tags="landscape Left_Out"), dict(file_url="/image/film.mp4"), dict(file_url=None), dict(md5="0")]
+    board = make(*(post(n, **(changes[n // 3 % len(changes)] if n % 3 == 0 else {})) for n in range(300, 0, -1)))
+    (tmp_path / "list").write_text("\ufeffnobody_here\nleft out\n\n", "utf-8")
+    flags = ["--tags", "landscape -chibi", "--max", 1000, "--opt-out", tmp_path / "list"]
+    code, printed, _ = go(board, *flags)
+    assert code == 0
+    check_folder(tmp_path / "out", [n for n in range(1, 301) if n % 3])
+    assert all(text in printed for text in ("200 pictures", "56 unread", "22 variant", "11 opted", "11 not a pic"))
+    assert sorted(board.paths("/image")) == sorted(f"/image/{n}.png" for n in range(1, 301) if n % 3)
+    assert set(board.queries()[0]["tags"].split()) == {"landscape", "-chibi", "rating:s", "width:>=3840"}
     assert all(CONTACT in headers["User-Agent"] for *_, headers in board.log)
-    row = {r["id"]: r for r in manifest(out)}["1"]
-    place = board.url[7:].replace(":", "-")
-    assert row == dict(id="1", board=place, page=f"{board.url}/post/show/1", url=f"{board.url}/image/1.png",
-                       md5=posts[-1]["md5"], size="600", width="3840", height="2160", rating="safe",
-                       tags="landscape sky someone", artists="someone", source="https://art.example/1", licence="",
-                       file=f"{place}-1-{posts[-1]['md5'][:8]}.png")
+    name, md5 = board.url[7:].replace(":", "-"), board.posts[-1]["md5"]
+    assert manifest(tmp_path / "out")[-1] == dict(
+        id="1", board=name, page=f"{board.url}/post/show/1", url=f"{board.url}/image/1.png", md5=md5, size="600",
+        width="3840", height="2160", rating="safe", tags="landscape sky someone", artists="someone",
+        source="https://art.example/1", licence="", file=f"{name}-1-{md5[:8]}.png")
 
-    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     board.log.clear()
-    code, told, said = go(board, *flags, "--resume")
-    assert code == 0 and "0 pictures fetched" in told and "200 were here" in said
-    assert board.asked() == ["/post.json"] * 4
-    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+    assert go(board, *flags, "--resume")[0] == 0 and set(board.paths()) == {"/post.json"}
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize("rating, asked, fetched", [("s", "rating:g", "g"), ("sq", "rating:g,q,s", "gsq"),
-                                                    ("q", "rating:q,s", "sq"), ("qse", None, "gsqe")])
-def test_danbooru_and_its_ratings(make, go, tmp_path, rating, asked, fetched):
-    def theirs(number, letter):
-        p = post(number, rating=letter, tag_string="landscape sky someone", tag_string_artist="someone",
-                 image_width=3840, image_height=2160, license="CC BY 4.0")
-        return {k: v for k, v in p.items() if k not in ("tags", "width", "height")}
-    board = make(*(theirs(n, letter) for n, letter in enumerate("gsqe", 1)), theirs(5, "x"),
-                 theirs(6, "g") | dict(is_banned=True))
-    code, *_ = go(board, "--rating", rating, "--tags", "landscape sky", kind="danbooru")
-    assert code == 0 and in_order(tmp_path / "out", ["gsqe".index(letter) + 1 for letter in fetched])
-    question = parse_qs(urlsplit(board.log[0][1]).query)
-    assert board.asked()[0] == "/posts.json" and question["tags"][0].split() == [
-        "landscape", "sky", *filter(None, [asked]), "width:>=3840"]
-    words = {r["id"]: r["rating"] for r in manifest(tmp_path / "out")}
-    assert words == {i: w for i, w, letter in zip("1234", ("general", "sensitive", "questionable", "explicit"), "gsqe")
-                     if letter in fetched}
-    row = manifest(tmp_path / "out")[0]
-    assert (row["artists"], row["licence"]) == ("someone", "CC BY 4.0") and re.search(r"/posts/\d$", row["page"])
+@pytest.mark.parametrize("rating, tag, letters", [("s", "rating:g", "g"), ("sq", "rating:g,q,s", "gsq"),
+                                                  ("qse", None, "gsqe")])
+def test_danbooru_ratings(make, go, tmp_path, rating, tag, letters):
+    board = make(*(danbooru_post(n, letter) for n, letter in enumerate("gsqe", 1)),
+                 danbooru_post(6, is_banned=True))
+    assert go(board, "--rating", rating, "--tags", "landscape sky", kind="danbooru")[0] == 0
+    assert set(board.queries()[0]["tags"].split()) == {"landscape", "sky", "width:>=3840"} | ({tag} - {None})
+    words = dict(g="general", s="sensitive", q="questionable", e="explicit")
+    rows = manifest(tmp_path / "out")
+    assert [row["rating"] for row in rows] == [words[letter] for letter in letters]
+    assert rows[0]["artists"] == "someone" and rows[0]["page"] == f"{board.url}/posts/1"
 
 
-@pytest.mark.parametrize("rating, asked", [("s", ["rating:s"]), ("qs", ["-rating:e"]), ("sqe", [])])
-def test_moebooru_is_asked_for_the_rating(make, go, rating, asked):
-    board = make()
-    assert go(board, "--rating", rating, "--min-width", 0)[0] == 0
-    assert parse_qs(urlsplit(board.log[0][1]).query).get("tags", [""])[0].split() == asked
+@pytest.mark.parametrize("ratings, tags", [("s", ["rating:s"]), ("qs", ["-rating:e"]), ("sqe", [])])
+def test_moebooru_ratings(ratings, tags):
+    assert scrape.board_filters("moebooru", set(ratings), 0) == tags
 
 
 def test_variants_width_and_max(make, go, tmp_path):
     board = make(post(1, parent_id=3), post(2, has_children=True), post(3, width=100), post(4), post(5))
-    code, *_ = go(board, "--variants", "--min-width", 100, "--max", 4)
-    assert code == 0 and in_order(tmp_path / "out", [1, 2, 3, 4]) and board.asked("/post.json") == ["/post.json"]
+    assert go(board, "--variants", "--min-width", 100, "--max", 4)[0] == 0
+    check_folder(tmp_path / "out", [1, 2, 3, 4])
 
 
-def test_dry_run_counts_and_makes_nothing(make, go, tmp_path):
-    board = make(*map(post, range(5)), post(9), post(10, rating="e"))       # 0 is no id
-    code, told, said = go(board, "--dry-run")
-    assert code == 0 and told.startswith("5 to fetch, 0.0 MB") and "1 of another rating" in said
-    assert not board.asked("/image") and not (tmp_path / "out").exists()
+def test_dry_run_downloads_nothing(make, go, tmp_path):
+    board = make(*map(post, range(5, 0, -1)))
+    code, printed, _ = go(board, "--dry-run")
+    assert code == 0 and printed.startswith("5 pictures to fetch")
+    assert not board.paths("/image") and not (tmp_path / "out").exists()
 
 
-def test_the_pace_by_the_servers_clock(make, go, tmp_path):
-    board = make(post(1), post(2))
-    board.once = {"/image/1.png": [lambda h: h.send(302, Location="/image/2.png?again")]}
-    board.posts[0] = post(1, picture(2))
-    board.posts[1] = post(3, file_url="/image/1.png", body=picture(1))
-    code, *_ = go(board, "--max", 2, pause=1)
+def test_at_most_one_request_a_second_redirects_included(make, go):
+    board = make(post(2), post(1))
+    board.once["/image/2.png"] = [lambda h: h.send(302, Location="/moved.png?2")]
+    assert go(board, "--max", 2)[0] == 0
     times = board.times()
-    assert code == 0 and len(times) == 4        # search, redirect, picture, picture
-    assert all(1.0 <= b - a < 4 for a, b in zip(times, times[1:])), times
+    assert len(times) == 4      # search, redirect, picture, picture
+    assert all(after - before >= 1 for before, after in zip(times, times[1:])), times
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals and back-off
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Pages
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_429_with_retry_after_is_waited_for(make, go, tmp_path):
-    board = make(post(1), post(2))
+@pytest.mark.parametrize("kind, make_post", [("konachan", post), ("danbooru", danbooru_post)])
+def test_pages_are_requested_by_id(make, go, tmp_path, monkeypatch, kind, make_post):
+    """Uploads during the search shift numbered pages: page 2 would have nothing new."""
+    monkeypatch.setattr(scrape, "POSTS_PER_PAGE", 4)
+    board = make(*(make_post(n) for n in range(10, 0, -1)))
 
-    def soon(h):
-        h.send(429, Retry_After=email.utils.formatdate(time.time() + 2, usegmt=True))
-    board.once = {"/post.json": [lambda h: h.send(429, Retry_After="1")], "/image/1.png": [soon]}
-    code, _, said = go(board, "--max", 2)
-    t = board.times()
-    assert code == 0 and in_order(tmp_path / "out", [1, 2]) and len(t) == 5
-    assert t[1] - t[0] >= 1 and t[3] - t[2] >= 0.99       # a date has whole seconds: 1 to 2 s from then
-    assert said.count("waiting") == 2
-
-
-def test_back_off_doubles(make, go, tmp_path):
-    board = make(post(1))
-    board.once = {"/image/1.png": [lambda h: h.send(429), lambda h: h.send(503, b"{}"), lambda h: h.send(502, HTML),
-                                   lambda h: h.send(421)]}
-    code, *_ = go(board, "--max", 1, pause=0.03)
-    t = board.times()[1:]
-    assert code == 0 and in_order(tmp_path / "out", [1])
-    assert all(b - a >= 0.03 * 2 ** n for n, (a, b) in enumerate(zip(t, t[1:]), 1))
+    def upload(h):
+        board.posts[:0] = [make_post(n) for n in range(14, 10, -1)]
+        h.send(200, picture(10))
+    board.once["/image/10.png"] = [upload]
+    assert go(board, kind=kind)[0] == 0
+    check_folder(tmp_path / "out", range(1, 11))
+    if kind == "danbooru":
+        assert [query["page"] for query in board.queries()] == ["1", "b7", "b3", "b1"]
+    else:
+        tags = [query["tags"].split()[-1] for query in board.queries()]
+        assert tags[1:] == ["id:<7", "id:<3", "id:<1"] and {query["page"] for query in board.queries()} == {"1"}
 
 
-def test_429_for_ever_ends_the_run(make, go, tmp_path):
-    board = make(post(1), post(2), post(3))
-    board.always = {"/image/2.png": lambda h: h.send(429)}
-    code, _, said = go(board)
-    assert code == 2 and "429" in one_error(said) and in_order(tmp_path / "out", [1])
-    assert board.asked("/image") == ["/image/1.png"] + ["/image/2.png"] * scrape.TRIES
+def test_an_ordered_search_is_requested_by_number_and_one_repeated_page_is_not_its_end(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "POSTS_PER_PAGE", 3)
+    ids = [5, 9, 1, 5, 9, 1, 7, 2]
+    board = make(*map(post, ids))
+    assert go(board, "--tags", "order:score")[0] == 0
+    check_folder(tmp_path / "out", set(ids))
+    assert [query["page"] for query in board.queries()] == ["1", "2", "3", "4"]
 
 
-def test_500s_on_one_picture(make, go, tmp_path):
-    board = make(post(1), post(2), post(3))
-    board.always = {"/image/2.png": lambda h: h.send(500, HTML, Content_Type="text/html")}
-    code, told, said = go(board)
-    assert code == 1 and in_order(tmp_path / "out", [1, 3]) and re.search(r"failed: \S+-2-\S+: 500", said)
-    assert board.asked("/image").count("/image/2.png") == scrape.TRIES and "1 failed" in told
+@pytest.mark.parametrize("failure", [lambda h: h.send(500, b'{"success": false, "message": "search timed out"}'),
+                                     lambda h: h.send(403, b"search timed out"),
+                                     lambda h: h.send(200, b'{"success": false, "reason": "search timed out"}'),
+                                     lambda h: h.send(200, b'["search timed out"]')],
+                         ids=["500", "403", "message", "list"])
+def test_a_failed_deep_page_keeps_the_pictures_of_earlier_pages(make, go, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(scrape, "POSTS_PER_PAGE", 3)
+    board = make(*map(post, range(9, 0, -1)))
+
+    def fail_from_now(h):
+        board.always["/post.json"] = failure
+        h.send(200, picture(4))
+    board.once["/image/4.png"] = [fail_from_now]
+    code, _, printed = go(board)
+    assert code == 2 and "search timed out" in printed.splitlines()[-1]
+    check_folder(tmp_path / "out", range(4, 10))
     board.always.clear()
-    board.log.clear()
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", [1, 2, 3]) and board.asked("/image") == ["/image/2.png"]
+    assert go(board)[0] == 0
+    check_folder(tmp_path / "out", range(1, 10))
 
 
-def test_a_board_that_is_down(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "TRIES", 2)
-    board = make(*map(post, range(1, 9)))
-    board.always = {f"/image/{n}.png": lambda h: h.send(500) for n in range(2, 9)}
-    code, _, said = go(board)
-    assert code == 2 and "no answer" in said.splitlines()[-1] and in_order(tmp_path / "out", [1])
-    assert len(board.asked("/image")) == 1 + 2 * scrape.IN_A_ROW
-    board.always = {"/post.json": lambda h: h.send(500)}
+def test_a_board_that_ignores_the_id_is_noticed(make, go, tmp_path):
+    board = make(*map(post, range(3, 0, -1)))
+    page = json.dumps(board.posts).encode()
+    board.always["/post.json"] = lambda h: h.send(200, page)
+    assert go(board)[0] == 2 and len(board.queries()) == 3
+    check_folder(tmp_path / "out", [1, 2, 3])
+
+
+def rename(old, new):
+    return lambda fields: {new if key == old else key: value for key, value in fields.items()}
+
+
+@pytest.mark.parametrize("change, expected", [
+    (rename("file_url", "original_url"), "original_url"),
+    (rename("md5", "hash"), "hash"),
+    (rename("id", "post_id"), "post_id"),
+    (rename("tags", "tag_list"), "tag_list"),
+    (rename("rating", "age_rating"), "age_rating"),
+    (rename("width", "original_width"), "original_width"),
+    (lambda fields: {**fields, "rating": "safe"}, '"safe"'),
+    (lambda fields: {**fields, "rating": "e"}, "rating e"),         # not requested
+    (lambda fields: {**fields, "width": "3840"}, '"3840"'),
+    (lambda fields: {**fields, "md5": "sha256:0"}, '"sha256:0"'),
+    (lambda fields: "We moved to API v3", "We moved to API v3")])
+@pytest.mark.parametrize("first_page", [True, False])
+def test_changed_posts_are_noticed_within_two_pages(make, go, monkeypatch, change, expected, first_page):
+    monkeypatch.setattr(scrape, "POSTS_PER_PAGE", 3)
+    posts = [post(n) for n in range(30, 0, -1)]
+    board = make(*posts)
+
+    def answer(h):
+        number = len(board.queries())
+        page = posts[3 * number - 3:3 * number]
+        if first_page or number > 1:
+            page = [change(p) for p in page]
+        h.send(200, json.dumps(page).encode())
+    board.always["/post.json"] = answer
+    code, _, printed = go(board)
+    assert code == 2 and expected in printed.splitlines()[-1]
+    assert len(board.queries()) == (1 if first_page else 3)
+
+
+@pytest.mark.parametrize("body, expected", [
+    (b"", ""), (b"search is down", "search is down"), (b"7", "7"), (b'{"posts": 7}', "posts"),
+    (b'{"items": [{"id": 1}]}', "items"), (b'{"posts": [], "success": false, "reason": "API closed"}', "API closed")])
+def test_a_message_instead_of_posts_is_shown(make, go, body, expected):
+    board = make(post(1))
+    board.always["/post.json"] = lambda h: h.send(200, body)
+    code, _, printed = go(board)
+    assert code == 2 and expected in printed.splitlines()[-1] and len(board.log) == 1
+
+
+def test_the_message_of_an_error_is_one_printable_line(make, go):
+    board = make(post(1))
+    message = json.dumps(dict(message="two tags \x1b[2J\nonly")).encode()
+    board.always["/posts.json"] = lambda h: h.send(422, message)
+    code, _, printed = go(board, kind="danbooru")
+    assert code == 2 and "422 two tags [2J only" in printed.splitlines()[-1]
+
+
+def test_some_unreadable_posts_are_skipped_and_counted(make, go, tmp_path):
+    changes = [dict(file_url=7), dict(md5="../x"), dict(file_url="http://[x/a.png"), dict(id="../../x"),
+               dict(id=True), dict(height="2160"), dict(rating=["s"])]
+    board = make(post(3), post(2), post(1))
+    board.posts += [post(10 + n, **change) for n, change in enumerate(changes)] + [None, "x", {}]
+    board.search = lambda query: [] if "id:<" in query["tags"] else board.posts
+    code, printed, _ = go(board)
+    assert code == 0 and "10 unreadable" in printed
+    check_folder(tmp_path / "out", [1, 2, 3])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors and waits
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_retry_after_is_honored(make, go, tmp_path):
+    board = make(post(1))
+    date = email.utils.formatdate(time.time() + 100, usegmt=True)
+    board.once = {"/post.json": [lambda h: h.send(429, Retry_After="50")],
+                  "/image/1.png": [lambda h: h.send(503, b"{}", Retry_After=date)]}
+    assert go(board, "--max", 1)[0] == 0
+    times = board.times()
+    assert times[1] - times[0] >= 50 and times[3] - times[2] >= 95
+    check_folder(tmp_path / "out", [1])
+
+
+def test_a_very_long_retry_after_ends_the_run(make, go):
+    board = make(post(1))
+    board.always["/post.json"] = lambda h: h.send(503, Retry_After="86400")
+    assert go(board)[0] == 2 and len(board.log) == 1
+
+
+@pytest.mark.parametrize("value, seconds", [(None, 0), (" 7 ", 7), ("-7", 0), ("soon", 0), ("nan", 0),
+                                            ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 99 Oct 2015", 0)])
+def test_retry_after_values(value, seconds):
+    assert scrape.retry_after(value) == seconds
+
+
+def test_waits_double_up_to_a_limit(make, go, monkeypatch):
+    monkeypatch.setattr(scrape, "MAX_WAIT", 20)
+    board = make(post(1))
+    board.once["/image/1.png"] = [lambda h, s=s: h.send(s, HTML) for s in (500, 429, 502, 421, 503)]
+    assert go(board, "--max", 1)[0] == 0
+    times = board.times()[1:]
+    assert [round(after - before) for before, after in zip(times, times[1:])] == [2, 4, 8, 16, 20]
+
+
+def test_repeated_429_ends_the_run(make, go, tmp_path):
+    board = make(post(3), post(2), post(1))
+    board.always["/image/2.png"] = lambda h: h.send(429, b'{"reason": "Daily limit"}')
+    code, _, printed = go(board)
+    assert code == 2 and "Daily limit" in printed.splitlines()[-1]
+    assert board.paths("/image") == ["/image/3.png"] + ["/image/2.png"] * scrape.MAX_TRIES
+    check_folder(tmp_path / "out", [3])
+
+
+def test_pictures_without_an_answer_end_the_run_only_in_a_row(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "MAX_TRIES", 1)
+    board = make(*map(post, range(8, 0, -1)))
+    for number in (8, 7, 5, 4, 2, 1):
+        board.always[f"/image/{number}.png"] = lambda h: h.send(500)
+    board.always["/image/6.png"] = lambda h: h.send(404)
+    code, printed, _ = go(board)
+    assert code == 1 and "7 failed" in printed
+    check_folder(tmp_path / "out", [3])
+    board.always["/image/6.png"] = board.always["/image/8.png"]
     board.log.clear()
-    assert go(board)[0] == 2 and len(board.log) == 2
+    assert go(board)[0] == 2 and len(board.paths("/image")) == scrape.MAX_NO_ANSWER
+
+
+def test_no_connection_ends_the_run(make, go):
+    board = make(post(1))
     board.server.shutdown()
     board.server.server_close()
-    code, _, said = go(board)
-    assert code == 2 and "refused" in one_error(said).lower()
+    code, _, printed = go(board)
+    assert code == 2 and printed.splitlines()[-1].startswith("error: ")
 
 
-def test_a_very_long_retry_after_is_not_sat_out(make, go, monkeypatch):
-    board, sleep = make(post(1)), time.sleep
-    monkeypatch.setattr(time, "sleep", lambda s: sleep(s) if s < 5 else pytest.fail(f"sleeps {s} s"))
-    board.always = {"/post.json": lambda h: h.send(503, Retry_After="86400")}
-    code, _, said = go(board)
-    assert code == 2 and "1440:00" in one_error(said) and len(board.log) == 1
+CHALLENGES = dict(html=lambda h: h.send(200, b"\n  " + HTML, Content_Type="text/html"),
+                  text=lambda h: h.send(403, b"Attention Required!", Content_Type="text/html"),
+                  forbidden=lambda h: h.send(403, HTML),
+                  cloudflare=lambda h: h.send(503, HTML, Server="cloudflare"),
+                  mitigated=lambda h: h.send(403, b"{}", cf_mitigated="challenge"),
+                  blocked=lambda h: h.send(403, b"error code: 1020", Content_Type="text/plain"))
 
 
-@pytest.mark.parametrize("value, seconds", [(None, 0), ("7", 7), (" 7 ", 7), ("-7", 0), ("soon", 0), ("", 0),
-                                            ("nan", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
-                                            ("Wed, 99 Oct 2015", 0)])
-def test_retry_after(value, seconds):
-    assert scrape.retry_after(value) == seconds
-    then = email.utils.formatdate(time.time() + 100, usegmt=True)
-    assert 95 < scrape.retry_after(then) <= 100
-
-
-CHALLENGES = dict(html=lambda h: h.send(200, HTML, Content_Type="text/html"),
-                  indented=lambda h: h.send(200, b"\n  " + HTML),
-                  worded=lambda h: h.send(403, b"Attention Required!", Content_Type="text/html"),
-                  forbidden=lambda h: h.send(403, HTML, Content_Type="text/html", Server="cloudflare"),
-                  old=lambda h: h.send(503, HTML, Content_Type="text/html", Server="cloudflare"),
-                  mitigated=lambda h: h.send(403, b"{}", cf_mitigated="challenge"))
-
-
-@pytest.mark.parametrize("where", ["/post.json", "/image/2.png"])
+@pytest.mark.parametrize("path", ["/post.json", "/image/2.png"])
 @pytest.mark.parametrize("challenge", CHALLENGES)
-def test_a_challenge_page_ends_the_run_at_once(make, go, tmp_path, challenge, where):
-    board = make(post(1), post(2), post(3))
-    board.always = {where: CHALLENGES[challenge]}
-    code, _, said = go(board)
-    assert code == 2 and "challenge" in one_error(said) and board.asked().count(where) == 1
-    assert board.asked()[-1] == where and in_order(tmp_path / "out", [1] if "image" in where else [])
+def test_a_challenge_page_ends_the_run_at_once(make, go, tmp_path, challenge, path):
+    board = make(post(3), post(2), post(1))
+    board.always = {path: CHALLENGES[challenge]}
+    code, _, printed = go(board)
+    assert code == 2 and printed.splitlines()[-1].startswith("error: ")
+    assert board.paths().count(path) == 1 and board.paths()[-1] == path
+    check_folder(tmp_path / "out", [3] if "image" in path else [])
 
 
-@pytest.mark.parametrize("where", ["/post.json", "/image/2.png"])
-def test_a_board_that_bars_us_is_not_asked_again(make, go, tmp_path, where):
-    board = make(post(1), post(2), post(3))
-    board.always = {where: lambda h: h.send(403, b"error code: 1020", Content_Type="text/plain", Server="cloudflare")}
-    code, _, said = go(board)
-    assert code == 2 and "bars us (403, error code: 1020)" in one_error(said) and board.asked()[-1] == where
-    assert board.asked().count(where) == 1 and in_order(tmp_path / "out", [1] if "image" in where else [])
-
-
-def test_one_forbidden_picture_does_not_end_the_run(make, go, tmp_path):
-    board = make(post(1), post(2), post(3))
-    board.always = {"/image/2.png": lambda h: h.send(403, b"not this one", Content_Type="text/plain", Server="cloudflare")}
-    assert go(board)[0] == 1 and in_order(tmp_path / "out", [1, 3])
-
-
-def test_an_overloaded_server_is_no_challenge(make, go, tmp_path):
+def test_an_overloaded_server_is_not_a_challenge(make, go, tmp_path):
     board = make(post(1))
-    board.once = {"/post.json": [lambda h: h.send(503, HTML, Content_Type="text/html")]}
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", [1])
-
-
-@pytest.mark.parametrize("body", [b"", b"no", b'{"posts": 7}', b"7", b"null", b"[" * 100000, b'"\xff"', b"[{]"])
-def test_a_search_that_is_no_list_of_posts(make, go, body):
-    board = make(post(1))
-    board.always = {"/post.json": lambda h: h.send(200, body)}
-    code, _, said = go(board)
-    assert code == 2 and "board?" in one_error(said) and len(board.log) == 1
-
-
-def test_the_boards_own_reason_is_told(make, go):
-    board = make(post(1))
-    board.always = {"/posts.json": lambda h: h.send(422, json.dumps(dict(message="two tags \x1b[2J\nonly")).encode())}
-    code, _, said = go(board, kind="danbooru")
-    assert code == 2 and "422 two tags [2J only" in one_error(said)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bodies
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def lost(board, go, out, tries=1):
-    """Picture 2 fails after so many requests, 1 and 3 come, nothing of 2 stays; once mended it comes too."""
-    code, _, said = go(board)
-    assert code == 1 and re.search(r"failed: \S+-2-\S+\.png: ", said) and in_order(out, [1, 3]), said
-    assert board.asked("/image").count("/image/2.png") == tries
-    board.always.clear()
-    assert go(board)[0] == 0 and in_order(out, [1, 2, 3])
-    return said
-
-
-def test_truncated_once(make, go, tmp_path):
-    board = make(post(1))
-    board.once = {"/image/1.png": [lambda h: h.send(200, picture(1)[:100], length=600)],
-                  "/post.json": [lambda h: h.send(200, b'[{"id": 1', length=1000)]}
-    code, _, said = go(board)
-    assert code == 0 and in_order(tmp_path / "out", [1]) and "broke off after 100 of 600" in said
-
-
-def test_nothing_of_a_first_try_stays_behind_a_shorter_second(make, go, tmp_path):
-    board = make(post(1, file_size=None))
-    board.once = {"/image/1.png": [lambda h: h.send(200, picture(1, 900), length=1000)]}
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", [1])
+    board.once["/post.json"] = [lambda h: h.send(503, HTML, Content_Type="text/html")]
+    assert go(board)[0] == 0
+    check_folder(tmp_path / "out", [1])
 
 
 def chunked(h, *chunks, end=b"0\r\n\r\n"):
-    body = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + end
+    body = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
     h.send(200, body, length=False, Transfer_Encoding="chunked")
 
 
-def test_chunked(make, go, tmp_path):
+def test_an_incomplete_response_is_requested_again(make, go, tmp_path):
     board = make(post(1))
-    board.once = {"/image/1.png": [lambda h: chunked(h, picture(1)[:100], end=b""), lambda h: chunked(
-        h, picture(1)[:100], picture(1)[100:])]}
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", [1]) and len(board.asked("/image")) == 2
+    board.once = {"/post.json": [lambda h: h.send(200, b'[{"id": 1', length=1000)],
+                  "/image/1.png": [lambda h: h.send(200, picture(1)[:100], length=600),
+                                   lambda h: chunked(h, picture(1)[:100], end=b""),
+                                   lambda h: chunked(h, picture(1)[:100], picture(1)[100:])]}
+    assert go(board)[0] == 0 and len(board.paths("/image")) == 3
+    check_folder(tmp_path / "out", [1])
 
 
-@pytest.mark.parametrize("odd, tries, why", [
-    (lambda h: h.send(200, picture(2)[:100], length=600), scrape.TRIES, "broke off"),
-    (lambda h: h.send(200, picture(2)[:100], length=False), 1, "100 bytes came where 600 are due"),
-    (lambda h: h.send(200, picture(2), length=599), 1, "599 bytes came"),
-    (lambda h: h.send(200, picture(2), length=601), 1, "longer than the 600"),
-    (lambda h: h.send(200, picture(2), length=10 ** 15), 1, "longer than the 600"),
-    (lambda h: h.send(200, picture(3)), 1, "md5"),
-    (lambda h: h.send(200, b""), 1, "0 bytes"),
-    (lambda h: h.send(404, b""), 1, "404"),
-    (lambda h: h.send(206, picture(2)), 1, "206"),
-    (lambda h: h.wfile.write(b"nonsense\r\n\r\n") and h.wfile.close(), scrape.TRIES, "nonsense"),
-], ids="truncated short less more huge md5 empty 404 206 nonsense".split())
-def test_wrong_bodies(make, go, tmp_path, odd, tries, why):
-    board = make(post(1), post(2), post(3))
-    board.always = {"/image/2.png": odd}
-    assert why in lost(board, go, tmp_path / "out", tries)
+@pytest.mark.parametrize("response, tries", [
+    (lambda h: h.send(200, picture(2)[:100], length=600), scrape.MAX_TRIES),    # incomplete in each try
+    (lambda h: h.send(200, picture(2)[:100], length=False), 1),
+    (lambda h: h.send(200, picture(2), length=599), 1),
+    (lambda h: h.send(200, picture(2) + b"x"), 1),
+    (lambda h: h.send(200, picture(3)), 1),                                     # wrong md5
+    (lambda h: h.send(200, b""), 1),
+    (lambda h: h.send(404, HTML), 1),
+    (lambda h: h.send(403, b"not this one", Content_Type="text/plain"), 1),
+    (lambda h: (h.wfile.write(b"nonsense\r\n\r\n"), setattr(h, "close_connection", True)), scrape.MAX_TRIES),
+], ids="incomplete short less more md5 empty 404 403 nonsense".split())
+def test_a_failed_picture_is_named_and_comes_with_the_next_run(make, go, tmp_path, response, tries):
+    board = make(post(3), post(2), post(1))
+    board.always["/image/2.png"] = response
+    code, printed, lines = go(board)
+    assert code == 1 and "1 failed" in printed and re.search(r"failed: \S+-2-\S+\.png: ", lines)
+    assert board.paths("/image").count("/image/2.png") == tries
+    check_folder(tmp_path / "out", [1, 3])
+    board.always.clear()
+    assert go(board)[0] == 0
+    check_folder(tmp_path / "out", [1, 2, 3])
 
 
-def test_a_wrong_length_without_an_announced_size_is_found_by_md5(make, go, tmp_path):
-    board = make(post(1), post(2, file_size=None), post(3))
-    board.always = {"/image/2.png": lambda h: h.send(200, picture(2), length=599)}
-    assert "md5" in lost(board, go, tmp_path / "out")
-
-
-@pytest.mark.parametrize("announced", [600, None])
-def test_endless_body(make, go, tmp_path, monkeypatch, announced):
-    monkeypatch.setattr(scrape, "FILE_BYTES", 2 ** 20)
-    sent = []
+@pytest.mark.parametrize("file_size", [600, None])
+def test_an_endless_response_is_cut_off(make, go, tmp_path, monkeypatch, file_size):
+    monkeypatch.setattr(scrape, "MAX_FILE_BYTES", 2 ** 20)
+    sent = [0]
 
     def endless(h):
-        sent.append(0)
         h.send(200, length=False)
-        try:
-            while sent[-1] < 2 ** 28:
-                h.wfile.write(bytes(range(256)) * 256)
-                sent[-1] += 2 ** 16
-        except OSError:
-            pass
-    board = make(post(1), post(2, file_size=announced), post(3))
-    board.always = {"/image/2.png": endless}
-    assert "longer than the" in lost(board, go, tmp_path / "out") and len(sent) == 1
-    monkeypatch.setattr(scrape, "PAGE_BYTES", 2 ** 20)
-    board.always = {"/post.json": endless}
-    code, _, said = go(board)
-    assert code == 2 and "longer than the 1048576" in one_error(said)
-    time.sleep(0.2)
-    assert max(sent) < 2 ** 26          # the socket's buffers at most, not what was there
+        while sent[0] < 2 ** 27:
+            h.wfile.write(bytes(2 ** 16))
+            sent[0] += 2 ** 16
+    board = make(post(2), post(1, file_size=file_size))
+    board.always["/image/1.png"] = endless
+    assert go(board)[0] == 1 and sent[0] < 2 ** 26
+    check_folder(tmp_path / "out", [2])
 
 
-def test_a_body_that_drips(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "SLOWEST", 0.3)
-
-    def drip(h):
-        h.send(200, length=600)
-        for n in range(600):
-            h.wfile.write(picture(2)[n:n + 1])
-            time.sleep(0.02)
-    board = make(post(1), post(2), post(3))
-    board.always = {"/image/2.png": drip}
-    begun = time.monotonic()
-    assert "not there after" in lost(board, go, tmp_path / "out") and time.monotonic() - begun < 6
+def test_a_silent_server_times_out(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "TIMEOUT", 0.1)
+    monkeypatch.setattr(scrape, "MAX_TRIES", 2)
+    board, done = make(post(2), post(1)), threading.Event()
+    board.always["/image/1.png"] = lambda h: (h.send(200, length=600), done.wait(10))
+    code = go(board)[0]
+    done.set()
+    assert code == 1 and board.paths("/image").count("/image/1.png") == 2
+    check_folder(tmp_path / "out", [2])
 
 
-def test_silence(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "SILENCE", 0.2)
-    monkeypatch.setattr(scrape, "TRIES", 2)
-    board = make(post(1), post(2), post(3))
-    board.always = {"/image/2.png": lambda h: (h.send(200, length=600), time.sleep(1))}
-    assert "timed out" in lost(board, go, tmp_path / "out", tries=2)
+# ------------------------------------------------------------------------------------------------------------
+# Addresses, names and texts from the board
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_too_large_is_not_begun(make, go, tmp_path):
-    board = make(post(1, file_size=scrape.FILE_BYTES + 1), post(2))
-    code, _, said = go(board)
-    assert code == 0 and in_order(tmp_path / "out", [2]) and "1 over 512 MiB" in said
+def test_redirects(make, go, tmp_path):
+    board = make(post(2), post(1))
+    board.always = {"/image/1.png": lambda h: h.send(301, Location="/other/a%20b.png?x=1"),
+                    "/image/2.png": lambda h: h.send(302, Location="2.png")}     # a loop
+    board.files["/other/a b.png"] = picture(1)
+    assert go(board)[0] == 1 and len(board.paths("/image/2.png")) <= 10
+    check_folder(tmp_path / "out", [1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where it goes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_redirects_inside_the_board(make, go, tmp_path):
-    board = make(post(1), post(2))
-    board.always = {"/image/1.png": lambda h: h.send(301, Location="/elsewhere/a%20b.png?x=1"),
-                    "/image/2.png": lambda h: h.send(302, Location="2.png")}
-    board.files["/elsewhere/a b.png"] = picture(1)
-    code, _, said = go(board)
-    assert code == 1 and in_order(tmp_path / "out", [1]) and "redirected too often" in said
-    assert len(board.asked("/image/2.png")) < 10
-
-
-@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://[::1", "http://127.0.0.1:99999/",
-                                    "gopher:x", "//", "http://localhost/x", "http://10.0.0.1/x", "OTHER"])
-@pytest.mark.parametrize("by", ["redirect", "file_url"])
-def test_no_other_scheme_and_no_other_private_address(make, go, tmp_path, target, by):
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://localhost/x",
+                                    "http://10.0.0.1/x", "other board"])
+@pytest.mark.parametrize("redirect", [True, False])
+def test_other_schemes_and_private_addresses_are_refused(make, go, tmp_path, target, redirect):
     other = make(post(2))
-    target = f"{other.url}/image/2.png" if target == "OTHER" else target
-    board = make(post(1), post(2), post(3))
-    if target == "//" and by == "file_url":
-        return          # the board itself
-    if by == "redirect":
-        board.always = {"/image/2.png": lambda h: h.send(302, Location=target)}
-    else:
-        board.posts[1]["file_url"] = target + "/x.png"
-    code, _, said = go(board)
-    assert in_order(tmp_path / "out", [1, 3]) and not other.log
-    assert (code == 1 and re.search(r"failed: \S+-2-\S+\.png: re", said)) or (
-        by == "file_url" and code == 0 and "1 without a file" in said)
+    target = f"{other.url}/image/2.png" if target == "other board" else target
+    board = make(post(3), post(2, **({} if redirect else {"file_url": f"{target}/x.png"})), post(1))
+    if redirect:
+        board.always["/image/2.png"] = lambda h: h.send(302, Location=target)
+    assert go(board)[0] == 1 and not other.log
+    check_folder(tmp_path / "out", [1, 3])
 
 
-def test_a_search_redirected_elsewhere_ends_the_run(make, go):
-    board = make(post(1))
-    board.always = {"/post.json": lambda h: h.send(302, Location="http://127.0.0.1:1/post.json")}
-    code, _, said = go(board)
-    assert code == 2 and "refused" in one_error(said) and len(board.log) == 1
+@pytest.mark.parametrize("ip", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "0.0.0.0", "::1", "fe80::1%eth0",
+                                "fd00::1", "::ffff:127.0.0.1"])
+def test_a_host_name_with_a_private_address_is_refused(monkeypatch, ip):
+    hosts = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 443)) for address in ("8.8.8.8", ip)]
+    monkeypatch.setattr(scrape.socket, "getaddrinfo", lambda *_, **__: hosts)
+    for base, private in (("https://konachan.com", False), ("https://127.0.0.1:8443", True)):
+        with pytest.raises(scrape.RequestError, match="private"):
+            scrape.Client(base, CONTACT, 1, private).check_address("https://files.example/x.png")
 
 
-def fake_names(monkeypatch, *addresses):
-    def look_up(host, port, **_):
-        return [(socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port))
-                for a in addresses]
-    monkeypatch.setattr(scrape.socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(scrape.socket, "create_connection", lambda *_: pytest.fail("connected"))
+def test_https_boards_stay_https(monkeypatch):
+    client = scrape.Client("https://konachan.com", CONTACT, 1)
+    for url in ("http://8.8.8.8/x", "ftp://8.8.8.8/x", "file:///x", "8.8.8.8", "https://"):
+        with pytest.raises(scrape.RequestError):
+            client.check_address(url)
+    client.check_address("https://8.8.8.8/x")
 
 
-@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["10.1.2.3"], ["192.168.0.1"], ["169.254.169.254"], ["0.0.0.0"],
-                                       ["::1"], ["fe80::1%eth0"], ["fd00::1"], ["::ffff:127.0.0.1"], ["224.0.0.1"],
-                                       ["8.8.8.8", "127.0.0.1"]])
-@pytest.mark.parametrize("base, named", [("https://konachan.com", False), ("https://127.0.0.1:8443", True)])
-def test_a_public_name_with_a_private_address(monkeypatch, addresses, base, named):
-    fake_names(monkeypatch, *addresses)
-    with pytest.raises(scrape.Failed, match="private"):
-        scrape.Client(base, named, CONTACT, 1.0).connect("https://files.example/x.png")
-    if not named:           # nor is the board's own name trusted, unless the user gave it
-        with pytest.raises(scrape.Failed, match="private"):
-            scrape.Client(base, named, CONTACT, 1.0).connect(f"{base}/post.json")
-
-
-def test_the_named_port_alone_may_be_private(make):
-    board, other = make(), make()
-    client = scrape.Client(board.url, True, CONTACT, 1.0)
-    client.connect(f"{board.url}/x")[0].close()
-    for url in (other.url, board.url.replace("127.0.0.1", "localhost"), board.url.replace("127.0.0.1", "127.0.0.2")):
-        with pytest.raises(scrape.Failed, match="private"):
-            client.connect(f"{url}/x")
-
-
-def test_a_fast_pause_is_for_the_board_itself(make, monkeypatch):
-    board = make()
-    fake_names(monkeypatch, "8.8.8.8")
-    with pytest.raises(scrape.Failed, match="below 1 is for the board itself"):
-        scrape.Client(board.url, True, CONTACT, 0.5).connect("https://files.example/x")
-
-
-@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
-def test_https(make, go, tmp_path, monkeypatch):
-    key, certificate, board = tmp_path / "key", tmp_path / "certificate", make(post(1), post(2))
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=board",
-                    "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    board.server.socket = context.wrap_socket(board.server.socket, server_side=True)
-    plain, board.url = board.url, board.url.replace("http:", "https:")
-    code, _, said = go(board)
-    assert code == 2 and "certificate is not valid" in one_error(said) and not board.log
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    board.always = {"/image/2.png": lambda h: h.send(302, Location=f"{plain}/image/1.png")}
-    code, _, said = go(board)
-    assert code == 1 and in_order(tmp_path / "out", [1]) and "no https address" in said
-
-
-@pytest.mark.parametrize("url", ["http://files.example/x", "ftp://files.example/x", "file:///x", "files.example",
-                                 "https:", "https://", "https://a:b/", "https://[1",
-                                 "https://" + "a" * 300 + ".example/"])
-def test_https_stays_https(monkeypatch, url):
-    monkeypatch.setattr(scrape.socket, "create_connection", lambda *_: pytest.fail("connected"))
-    if len(url) < 300:
-        fake_names(monkeypatch, "8.8.8.8")
-        if url in ("https:", "https://"):
-            monkeypatch.setattr(scrape.socket, "getaddrinfo", lambda *_, **__: pytest.fail("looked up nothing"))
-    with pytest.raises(scrape.Failed, match="refused"):
-        scrape.Client("https://konachan.com", False, CONTACT, 1.0).connect(url)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names, posts, pages
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_names_from_the_board_name_nothing_here(make, go, tmp_path):
-    names = ["/image/../../../escaped.png", "/image/..%2f..%2fescaped.png", "/image/nul\0l.png", "/image/nul%00l.png",
-             f"/image/{'x' * 300}.png", "/image/..\\..\\escaped.png", "/image/a b  c.png", "/image/\u58c1\u7d19.PNG",
-             "/image/con.png", "/image/-rf.png", "/image/.png/x.png", "/image/\x1b[2J.png"]
-    board = make(*(post(n, file_url=f"{name}?{n}") for n, name in enumerate(names, 1)))
-    out = tmp_path / "deep" / "er" / "out"
-    out.parent.mkdir(parents=True)
-    code, _, said = go(board, out=out)
-    assert code == 0 and in_order(out, range(1, len(names) + 1)), said
-    assert all(re.fullmatch(r"127\.0\.0\.1-\d+-\d+-[0-9a-f]{8}\.png", r["file"]) for r in manifest(out))
+def test_file_names_do_not_come_from_the_board(make, go, tmp_path):
+    urls = ["/image/../../../x.png", "/image/..%2f..%2fx.png", "/image/nul\0l.png", f"/image/{'x' * 300}.png",
+            "/image/..\\..\\x.png", "/image/a b  c.png", "/image/\u58c1\u7d19.PNG", "/image/con.png",
+            "/image/\x1b[2J.png"]
+    board = make(*(post(n, file_url=f"{url}?{n}") for n, url in reversed(list(enumerate(urls, 1)))))
+    out = tmp_path / "a" / "b" / "out"
+    assert go(board, out=out)[0] == 0
+    check_folder(out, range(1, len(urls) + 1))
+    assert all(re.fullmatch(r"127\.0\.0\.1-\d+-\d+-[0-9a-f]{8}\.png", row["file"]) for row in manifest(out))
     assert [p for p in tmp_path.rglob("*") if not p.is_relative_to(out)] == [out.parent.parent, out.parent]
-    assert go(board, out=out)[0] == 0 and len(board.log) == len(names) + 4
 
 
-def test_an_id_names_nothing_either(make, go, tmp_path):
-    board = make(*(post(1) | dict(id=i) for i in ("../../escaped", None, -1, 0, 1.5, True, [1], {}, 10 ** 300, "2")),
-                 post(3))
-    board.files["/image/3.png"] = picture(3)
-    code, _, said = go(board)
-    assert code == 0 and in_order(tmp_path / "out", [3]) and "10 without a file" in said
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_posts_that_are_none(make, go, tmp_path):
-    board = make(*map(post, range(1, 4)))
-    for n, odd in enumerate([dict(file_url=None), dict(file_url=7), dict(file_url=""), dict(md5=None),
-                             dict(md5="../x"), dict(file_url="http://[x/a.png"), dict(file_url="/\ud800.png"),
-                             dict(file_url="/a" * 9000)]):
-        board.posts.append(post(10 + n, **odd))
-    del board.posts[3]["file_url"]
-    board.posts += [None, 7, "x", [], {}, dict(id=99)]
-    board.posts.append(post(50, tags=None, source=["x"], height="2160", file_size=-1, file_url="/image/1.png",
-                            body=picture(1)))
-    code, _, said = go(board)
-    assert code == 0 and in_order(tmp_path / "out", [1, 2, 3]), said
-    assert "8 without a file" in said
-
-
-def test_text_from_the_board_is_one_clean_line(make, go, tmp_path):
-    bad = 'a,"b"\r\n=1\x1b[2J\0\u2028\ud800 ' + "x" * 300000
-    board = make(post(1, source=bad, tags=bad + " \u58c1\u7d19"), post(2, tags="\u58c1\u7d19"))
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", [1, 2])
+def test_texts_of_the_board_become_one_printable_line(make, go, tmp_path):
+    text = 'a,"b"\r\n=1\x1b[2J\0\u2028\ud800 ' + "x" * 300000
+    board = make(post(2, source=text, tags=text + " \u58c1\u7d19"), post(1, tags="\u58c1\u7d19"))
+    assert go(board)[0] == 0
+    check_folder(tmp_path / "out", [1, 2])
     data = (tmp_path / "out" / "manifest.csv").read_bytes()
-    assert data.count(b"\n") == 3 and b"\x1b" not in data and b"\0" not in data and b"\r" not in data
+    assert data.count(b"\n") == 3 and not {b"\x1b", b"\0", b"\r"} & {data[i:i + 1] for i in range(len(data))}
     first, second = manifest(tmp_path / "out")
     assert first["source"].startswith('a,"b" =1 [2J xxx') and second["tags"] == "\u58c1\u7d19"
     board.log.clear()
-    assert go(board)[0] == 0 and not board.asked("/image")
+    assert go(board)[0] == 0 and not board.paths("/image")
 
 
-def test_duplicated_ids_and_pictures(make, go, tmp_path):
-    board = make(post(1), post(1), post(2), post(1), post(2))
-    board.posts.append(post(7, body=picture(2)))            # the same picture under another number
-    code, *_ = go(board)
-    assert code == 0 and in_order(tmp_path / "out", [1, 2]) and len(board.asked("/image")) == 2
-    other = make(post(1))                                   # and on another board
-    assert go(other)[0] == 0 and not other.asked("/image") and in_order(tmp_path / "out", [1, 2])
+def test_the_same_picture_is_downloaded_once(make, go, tmp_path):
+    board = make(post(3, body=picture(2)), post(2), post(2), post(1))
+    board.files["/image/3.png"] = picture(2)
+    assert go(board)[0] == 0 and board.paths("/image") == ["/image/3.png", "/image/1.png"]
+    other = make(post(1), post(4))
+    assert go(other)[0] == 0 and other.paths("/image") == ["/image/4.png"]      # a second board, the same folder
+    assert len({row["board"] for row in manifest(tmp_path / "out")}) == 2
 
 
-def test_the_same_page_for_ever(make, go, tmp_path):
-    board = make(*map(post, range(1, 4)))
-    page = json.dumps(board.posts).encode()                 # and a bare list, as older boards send
-    board.always = {"/post.json": lambda h: h.send(200, page)}
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", [1, 2, 3]) and len(board.asked("/post.json")) == 2
+# ------------------------------------------------------------------------------------------------------------
+# The folder after an interruption
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_pages_without_end(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "PAGES", 7)
-    board, seen = make(), []
-
-    def endless(h, **odd):
-        seen.append(h.path)
-        posts = [post(100 * len(seen) + n, **odd) for n in range(4)]
-        board.files |= {p["file_url"]: picture(p["id"]) for p in posts}
-        h.send(200, json.dumps(posts).encode())
-    board.always = {"/post.json": endless}
-    assert go(board, "--max", 10)[0] == 0 and len(seen) == 3
-    assert in_order(tmp_path / "out", [100, 101, 102, 103, 200, 201, 202, 203, 300, 301])
-    board.always = {"/post.json": lambda h: endless(h, rating="e")}
-    assert go(board, "--max", 10)[0] == 0 and len(seen) == 3 + 7
+def start(board, out, preexec_fn=None):
+    return subprocess.Popen([sys.executable, scrape.__file__, "konachan", "--url", board.url, "--pause", "0",
+                             "-o", out, "--contact", CONTACT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, preexec_fn=preexec_fn)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What stays when it ends badly
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def start(board, out, *flags, preexec_fn=lambda: None, env=None):
-    def first():    # a shell that starts the tests in the background makes them, and what they start, deaf to SIGINT
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        preexec_fn()
-    return subprocess.Popen([sys.executable, SCRIPT, "konachan", "--url", board.url, "--pause", "0.002", "-o", out,
-                             "--contact", CONTACT, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            preexec_fn=first, env=env)
-
-
-@pytest.mark.parametrize("with_signal, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_killed_in_the_middle_of_a_picture(make, go, tmp_path, with_signal, code):
-    board, half, out = make(*map(post, range(1, 21))), threading.Event(), tmp_path / "out"
+@pytest.mark.parametrize("stop, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_stopped_run_resumes(make, go, tmp_path, stop, code):
+    board, reached, done = make(*map(post, range(20, 0, -1))), threading.Event(), threading.Event()
 
     def stall(h):
-        h.send(200, picture(12)[:300], length=600)
-        half.set()
-        time.sleep(15)
-    board.once = {"/image/12.png": [stall]}
-    run = start(board, out)
-    assert half.wait(15)
-    time.sleep(0.3)
-    run.send_signal(with_signal)
-    _, said = run.communicate(timeout=10)
-    assert run.returncode == code and "Traceback" not in said
-    left = [p for p in out.iterdir() if p.suffix == ".part"]
-    assert len(left) == (with_signal == signal.SIGKILL)
-    if with_signal == signal.SIGINT:
-        assert "stopped" in said and in_order(out, range(1, 12))
-    assert {int(r["id"]) for r in manifest(out)} == set(range(1, 12))
-    assert go(board)[0] == 0 and in_order(out, range(1, 21))
-    assert sorted(board.asked("/image")) == sorted([f"/image/{n}.png" for n in range(1, 21)] + ["/image/12.png"])
-
-
-def test_killed_anywhere(make, go, tmp_path):
-    """Killed again and again, wherever it is: nothing is asked for twice but what was under way."""
-    board, out, runs = make(*map(post, range(1, 61))), tmp_path / "out", 0
-    for wanted in (5, 18, 33, 47):
-        run = start(board, out)
-        end = time.monotonic() + 60
-        while len(set(board.asked("/image"))) < wanted and time.monotonic() < end:
-            time.sleep(0.0007)
-        run.kill()
-        run.communicate()
-        runs += 1
-        for p in out.glob("*.png"):
-            assert hashlib.md5(p.read_bytes()).hexdigest()[:8] == p.stem[-8:]
-        rows = manifest(out)
-        assert len({r["id"] for r in rows}) == len(rows) and wanted - 3 <= len(rows) < 60
-    assert go(board)[0] == 0 and in_order(out, range(1, 61))
-    assert len(board.asked("/image")) <= 60 + runs
-
-
-@pytest.mark.parametrize("cut", [1, 40, 10 ** 6])
-def test_a_torn_manifest_is_mended_without_asking_again(make, go, tmp_path, cut):
-    board, path = make(*map(post, range(1, 6))), tmp_path / "out" / "manifest.csv"
+        h.send(200, picture(9)[:300], length=600)
+        reached.set()
+        done.wait(30)
+    board.once["/image/9.png"] = [stall]
+    # a background shell makes its children ignore SIGINT
+    process = start(board, tmp_path / "out", lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert reached.wait(30)
+    process.send_signal(stop)
+    _, printed = process.communicate(timeout=30)
+    done.set()
+    assert process.returncode == code and "Traceback" not in printed
+    check_folder(tmp_path / "out", range(10, 21))
     assert go(board)[0] == 0
-    whole = path.read_bytes()
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    path.write_bytes(whole[:max(len(whole) - cut, last if cut < 10 ** 6 else 0)])  # no end; half a row; all of it
-    board.log.clear()
-    assert go(board)[0] == 0 and in_order(tmp_path / "out", range(1, 6))
-    assert path.read_bytes() == whole and not board.asked("/image")
+    check_folder(tmp_path / "out", range(1, 21))
+    assert sorted(board.paths("/image")) == sorted([f"/image/{n}.png" for n in range(1, 21)] + ["/image/9.png"])
 
 
-def test_a_last_row_without_its_line_end_is_one_if_its_picture_is_there(make, go, tmp_path):
-    """Some editors leave it out; a trial run changes nothing."""
-    board, path = make(*map(post, range(1, 3))), tmp_path / "out" / "manifest.csv"
+@pytest.mark.parametrize("cut", [1, 40, 400])
+def test_an_incomplete_manifest_is_repaired_without_downloads(make, go, tmp_path, cut):
+    board, path = make(*map(post, range(5, 0, -1))), tmp_path / "out" / "manifest.csv"
     go(board)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1])
-    assert "2 of 2 pictures are here" in go(board, "--dry-run")[2] and path.read_bytes() == whole[:-1]
-    path.write_bytes(whole[:-3])
-    assert "1 of 2 pictures are here" in go(board, "--dry-run")[2] and path.read_bytes() == whole[:-3]
-    board.posts.pop()           # so that nothing is written after it
-    path.write_bytes(whole[:-1])
-    assert go(board)[0] == 0 and path.read_bytes() == whole
-
-
-def test_two_runs_at_once_do_not_ask_twice_as_fast(make, go, tmp_path):
-    pytest.importorskip("fcntl")
-    board, out = make(post(1)), tmp_path / "out"
-    out.mkdir()
-    lock = out / f".127.0.0.1-{board.server.server_port}.lock"
-    holding = "import sys, scrape, pathlib\nwith scrape.alone(pathlib.Path(sys.argv[1]), 'it'):\n print(1, flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", holding, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             cwd=Path(scrape.__file__).parent)
-    other.stdout.readline()
-    code, _, said = go(board)
-    assert code == 2 and "by another process" in one_error(said) and not board.log
-    other.kill()                # its lock goes with it, the file stays
-    other.wait()
-    assert lock.exists() and go(board)[0] == 0 and in_order(out, [1])
-
-
-@pytest.mark.parametrize("status", (404, 421))
-def test_a_boards_own_reason_is_shown(make, go, status):
-    board = make(post(1))
-    board.once = {"/post.json": [lambda h: h.send(status, b'{"success": false, "reason": "Daily limit exceeded"}')]}
-    assert "Daily limit exceeded" in go(board)[2]
-
-
-def test_a_picture_that_was_removed_comes_again_and_an_edited_one_stays(make, go, tmp_path):
-    board, out = make(*map(post, range(1, 6))), tmp_path / "out"
-    go(board)
-    before, names = (out / "manifest.csv").read_bytes(), {r["id"]: r["file"] for r in manifest(out)}
-    (out / names["2"]).unlink()
-    (out / names["4"]).write_bytes(b"cropped by hand")
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-cut])
     board.log.clear()
-    code, _, said = go(board)
-    assert code == 0 and (out / "manifest.csv").read_bytes() == before and f"stay so, as {names['4']}" in said
-    assert board.asked("/image") == ["/image/2.png"] and (out / names["4"]).read_bytes() == b"cropped by hand"
-    (out / "manifest.csv").unlink()
-    code, _, said = go(board)
-    assert code == 1 and f"failed: {names['4']}: what stands there" in said and len(board.asked("/image")) == 1
-    assert (out / names["4"]).read_bytes() == b"cropped by hand"
-    (out / names["4"]).unlink()
-    assert go(board)[0] == 0 and in_order(out, range(1, 6))
+    assert go(board)[0] == 0 and path.read_bytes() == complete and not board.paths("/image")
 
 
-def test_a_picture_that_the_board_replaced_is_another_file(make, go, tmp_path):
-    board, out = make(post(1)), tmp_path / "out"
-    go(board)
-    board.posts[0] = post(1, body=picture(1, 700))
-    board.files["/image/1.png"] = picture(1, 700)
-    assert go(board)[0] == 0 and in_order(out) and [r["size"] for r in manifest(out)] == ["600", "700"]
-
-
-def test_what_a_killed_run_left_goes_and_nothing_else(make, go, tmp_path):
-    board, out = make(post(1)), tmp_path / "out"
-    out.mkdir()
-    for name in (f"127.0.0.1-{board.server.server_port}-99-01234567.png.part", "mine.part", "mine.png"):
-        (out / name).write_text("half")
-    assert go(board)[0] == 0
-    assert {p.name for p in out.iterdir()} == {"mine.part", "mine.png", "manifest.csv", manifest(out)[0]["file"]}
-
-
-def test_two_boards_share_a_folder(make, go, tmp_path):
-    board, other = make(post(1), post(2)), make(post(3), post(4))
-    go(board)
-    assert go(other)[0] == 0 and in_order(tmp_path / "out", [1, 2, 3, 4])
-    assert len({r["board"] for r in manifest(tmp_path / "out")}) == 2
-
-
-def test_full_disk_in_a_picture(make, go, tmp_path):
-    board, out = make(post(1), post(2, body=picture(2, 300000)), post(3)), tmp_path / "out"
-    board.files["/image/2.png"] = picture(2, 300000)
-    limit = 100000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    run = start(board, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, said = run.communicate(timeout=15)
-    assert run.returncode == 2 and "File too large" in one_error(said) and in_order(out, [1])
-    board.log.clear()
-    assert go(board)[0] == 0 and in_order(out, [1, 2, 3]) and "/image/1.png" not in board.asked()
-
-
-def test_full_disk_in_the_manifest(make, go, tmp_path):
-    posts = [post(n, tags="t" * 3000) for n in range(1, 9)]
-    board, out = make(*posts), tmp_path / "out"
-    limit = 10000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    run = start(board, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, said = run.communicate(timeout=15)
-    assert run.returncode == 2 and "File too large" in one_error(said)
-    assert {r["id"] for r in manifest(out)} == {"1", "2", "3"} and (out / "manifest.csv").read_bytes()[-1:] == b"\n"
-    board.log.clear()
-    assert go(board)[0] == 0 and in_order(out, range(1, 9))
-    assert sorted(board.asked("/image")) == [f"/image/{n}.png" for n in range(5, 9)]    # 4 was there, without its row
-
-
-@pytest.mark.parametrize("what", ["file", "below a file", "read-only manifest"])
-def test_a_folder_that_cannot_be_written(make, go, tmp_path, what):
-    board, out = make(post(1)), tmp_path / "out"
-    if what == "read-only manifest":
-        (out / "manifest.csv").mkdir(parents=True)
-    else:
-        out.write_text("mine")
-    code, _, said = go(board, out=out / "deeper" if what == "below a file" else out)
-    assert code == 2 and one_error(said) and not board.log
-    assert what == "read-only manifest" or out.read_text() == "mine"
-
-
-def test_anothers_manifest_is_left_alone(make, go, tmp_path):
-    board, out = make(post(1)), tmp_path / "out"
-    out.mkdir()
-    for theirs in ("name;size\nx.png;7\n", '"half', "\xff\xfe\n", "\n"):
-        (out / "manifest.csv").write_bytes(theirs.encode("latin-1"))
-        code, _, said = go(board)
-        assert code == 2 and "choose another folder" in one_error(said) and not board.log
-        assert (out / "manifest.csv").read_bytes() == theirs.encode("latin-1")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags, word", [
-    (["--pause", "0.5"], "--pause"), (["--pause", "nan"], "--pause"), (["--pause", "-1"], "--pause"),
-    (["--pause", "0.9", "--url", "http://192.168.1.7"], "--pause"),
-    (["--pause", "0", "--url", "https://a.b"], "--pause"),
-    (["--max", "0"], "--max"), (["--min-width", "-1"], "--min-width"), (["--rating", "x"], "--rating"),
-    (["--rating", ""], "--rating"), (["--url", "localhost:3000"], "--url"), (["--url", "file:///x"], "--url"),
-    (["--url", "http://[::1"], "--url"), (["--url", "http://"], "--url"), (["--url", "http://a:99999"], "--url"),
-    (["--url", "https://me:secret@a.b"], "--url"),
-    (["--contact", "nobody"], "--contact"),
-    (["--contact", "a@b.c\r\nX: y"], "--contact"), (["--opt-out", "missing"], "missing"), (["--opt-out", "."], "read"),
-    (["--contact", "\u58c1@b.c"], "--contact")])
-def test_mistakes(monkeypatch, capsys, tmp_path, flags, word):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scrape.socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
-    monkeypatch.setattr(sys, "argv", ["scrape.py", "konachan", "-o", "out", "--contact", CONTACT, *flags])
-    with pytest.raises(SystemExit) as end:
-        scrape.main()
-    assert end.value.code == 2 and word in one_error(capsys.readouterr().err) and not list(tmp_path.iterdir())
-
-
-def test_contact_and_out_are_required(monkeypatch, capsys):
-    for flags in (["-o", "x"], ["--contact", CONTACT]):
-        monkeypatch.setattr(sys, "argv", ["scrape.py", "konachan", *flags])
-        with pytest.raises(SystemExit) as end:
-            scrape.main()
-        assert end.value.code == 2 and "required" in capsys.readouterr().err
-
-
-def test_progress_tells_the_time_left(make, go, monkeypatch):
-    monkeypatch.setattr(sys.stderr.__class__, "isatty", lambda _: True)
-    said = go(make(*map(post, range(1, 6))))[2]
-    assert "4/5" in said and re.search(r"\d\.\d\d MB/s  0:0\d left", said) and "page 1: 5 posts, 5 wanted" in said
-
-
-def test_help_alone_in_an_empty_folder(tmp_path):
-    (tmp_path / "scrape.py").write_bytes(SCRIPT.read_bytes())
-    done = subprocess.run([sys.executable, "-I", "scrape.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "example:" in done.stdout and "artists" in done.stdout
-    code = "import sys, scrape; sys.exit(bool({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
-    env = {**os.environ, "PYTHONPATH": ""}
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env).returncode == 0
-
-
-def test_only_silence_in_a_row_means_that_the_board_is_down(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "TRIES", 1)
-    board = make(*map(post, range(1, 9)))
-    board.always = {f"/image/{n}.png": lambda h, n=n: h.send(404 if n == 3 else 500) for n in (1, 2, 3, 4, 6, 7)}
-    code, told, _ = go(board)
-    assert code == 1 and "6 failed" in told and in_order(tmp_path / "out", [5, 8])
-
-
-def test_a_manifest_and_a_list_that_an_editor_saved(make, go, tmp_path):
-    board, path = make(post(1), post(2)), tmp_path / "out" / "manifest.csv"
-    (tmp_path / "leave").write_bytes("\ufeffsomeone\r\n".encode())
-    assert go(board, "--opt-out", tmp_path / "leave")[0] == 0 and not board.asked("/image")
+def test_a_manifest_saved_by_an_editor_is_accepted(make, go, tmp_path):
+    board, path = make(post(2), post(1)), tmp_path / "out" / "manifest.csv"
     go(board)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     board.log.clear()
-    assert go(board)[0] == 0 and not board.asked("/image")
+    assert go(board)[0] == 0 and not board.paths("/image")
 
 
-def test_the_next_address_of_a_name_is_tried(make, monkeypatch):
-    board, look_up = make(), socket.getaddrinfo
-    places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in (1, board.server.server_port)]
-    monkeypatch.setattr(scrape.socket, "getaddrinfo", lambda *a, **how: places if how else look_up(*a))
-    scrape.Client(board.url, True, CONTACT, 1.0).connect(f"{board.url}/x")[0].close()
+def test_a_file_that_is_not_a_manifest_is_left_alone(make, go, tmp_path):
+    board, path = make(post(1)), tmp_path / "out" / "manifest.csv"
+    path.parent.mkdir()
+    for data in (b"name;size\nx.png;7\n", b'"half', b"\xff\xfe\n", b"\n"):
+        path.write_bytes(data)
+        code, _, printed = go(board)
+        assert code == 2 and "manifest.csv" in printed and not board.log and path.read_bytes() == data
 
 
-def test_a_full_disk_is_found_before_the_board_is_asked(make, tmp_path):
-    board, limit = make(post(1)), (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    run = start(board, tmp_path / "out", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 2 and "File too large" in one_error(said) and not board.log
+def test_a_removed_picture_is_downloaded_again_and_an_edited_one_is_kept(make, go, tmp_path):
+    board, out = make(*map(post, range(5, 0, -1))), tmp_path / "out"
+    go(board)
+    before, names = (out / "manifest.csv").read_bytes(), {row["id"]: row["file"] for row in manifest(out)}
+    (out / names["2"]).unlink()
+    (out / names["4"]).write_bytes(b"edited")
+    board.log.clear()
+    assert go(board)[0] == 0 and board.paths("/image") == ["/image/2.png"]
+    assert (out / "manifest.csv").read_bytes() == before and (out / names["4"]).read_bytes() == b"edited"
+    (out / "manifest.csv").unlink()     # now the md5 of the file decides
+    code, _, printed = go(board)
+    assert code == 1 and names["4"] in printed and (out / names["4"]).read_bytes() == b"edited"
 
 
-def test_the_back_off_has_an_end_and_holds_for_the_next_picture(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "PATIENCE", 0.3)
-    board = make(post(1), post(2))
-    board.always = {"/image/1.png": lambda h: h.send(500)}
-    code, _, said = go(board, pause=0.05)
-    t = board.times()
-    assert code == 1 and in_order(tmp_path / "out", [2]) and said.count("waiting 0.3 s") == 3
-    assert t[-1] - t[-2] >= 0.3
+def test_a_replaced_picture_is_a_new_file(make, go, tmp_path):
+    board = make(post(1))
+    go(board)
+    board.posts[0], board.files["/image/1.png"] = post(1, body=picture(1, 700)), picture(1, 700)
+    assert go(board)[0] == 0
+    assert [row["size"] for row in manifest(tmp_path / "out")] == ["600", "700"]
 
 
-def test_ctrl_c_in_the_manifest_leaves_it_as_it_was(tmp_path, monkeypatch):
-    def stopped(_):
-        raise KeyboardInterrupt
-    scrape.add_row(tmp_path / "a", dict.fromkeys(scrape.COLUMNS, "x"))
-    before = (tmp_path / "a").read_bytes()
-    monkeypatch.setattr(os, "fsync", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        scrape.add_row(tmp_path / "a", dict.fromkeys(scrape.COLUMNS, "y"))
-    assert (tmp_path / "a").read_bytes() == before
+@pytest.mark.parametrize("large", [dict(source="s" * 15000), dict(body=picture(2, 30000))], ids=["row", "picture"])
+def test_a_full_disk_ends_the_run_and_the_next_one_completes_the_folder(make, go, tmp_path, large):
+    board, out = make(post(3), post(2, **large), post(1)), tmp_path / "out"
+    board.files["/image/2.png"] = large.get("body", picture(2))
+    limit = 10000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    process = start(board, out, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, printed = process.communicate(timeout=30)
+    assert process.returncode == 2 and "cannot write" in printed.splitlines()[-1]
+    assert go(board)[0] == 0
+    check_folder(out, [1, 2, 3])
 
 
-def test_an_answer_in_ascii(make, tmp_path):
-    run = start(make(post(1)), tmp_path / "\u58c1\u7d19", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    told, said = run.communicate(timeout=60)
-    assert run.returncode == 0 and r"\u58c1\u7d19" in told and "Traceback" not in said
+def test_a_folder_that_cannot_be_created(make, go, tmp_path):
+    board = make(post(1))
+    (tmp_path / "file").write_text("mine")
+    code, _, printed = go(board, out=tmp_path / "file" / "out")
+    assert code == 2 and "file" in printed and not board.log and (tmp_path / "file").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ["--pause", "0.5"], ["--pause", "nan"], ["--pause", "0.9", "--url", "http://192.168.1.7"],
+    ["--pause", "-1", "--url", "http://localhost"], ["--rating", "x"], ["--rating", ""], ["--url", "localhost:3000"],
+    ["--contact", "nobody"], ["--contact", "a@b.c\r\nX: y"], ["--contact", "\u58c1@b.c"], ["--opt-out", "missing"]])
+def test_wrong_arguments(monkeypatch, capsys, tmp_path, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scrape.socket, "getaddrinfo", lambda *_, **__: pytest.fail("a request"))
+    monkeypatch.setattr(sys, "argv", ["scrape.py", "konachan", "-o", "out", "--contact", CONTACT, *flags])
+    with pytest.raises(SystemExit) as end:
+        scrape.main()
+    assert end.value.code == 2 and flags[1].split("\r")[0] in capsys.readouterr().err
+
+
+def test_status_line(make, go, monkeypatch):
+    monkeypatch.setattr(sys.stderr.__class__, "isatty", lambda _: True)
+    printed = go(make(*map(post, range(5, 0, -1))))[2]
+    assert "4 of at most 300" in printed and re.search(r"\d\.\d\d MB/s  at most \d+:\d\d left", printed)
+
+
+def test_the_file_works_alone_with_the_standard_library(tmp_path):
+    (tmp_path / "scrape.py").write_bytes(Path(scrape.__file__).read_bytes())
+    done = subprocess.run([sys.executable, "-I", "-S", "scrape.py", "--help"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0 and b"artists" in done.stdout
