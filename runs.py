@@ -1,0 +1,273 @@
+"""The run folder of train.py: settings, training state, log, curves; with a command that compares runs.
+
+    python runs.py runs/a runs/b                        # a table, and curves.png of both
+
+    runs/NAME/args.json           settings                    log.csv     one row per report
+              best.safetensors    best validation so far      curves.png  validation and losses over the steps
+              last.safetensors    weights of the last report  samples/    bicubic | SR | HR
+              state.pt            everything needed to resume
+
+Every file is complete or absent: it is written to a temporary name and renamed.
+"""
+import argparse
+import csv
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from images import UserError, fail, printable, write_atomic
+
+# a resumed run may change these: they do not change what it learns, or only its speed
+FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers",
+                 "vgg_weights", "anime_weights", "detector"}
+NOT_LOSSES = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y"}
+COLORS = [(200, 40, 90), (30, 90, 200), (20, 140, 70), (200, 120, 0), (120, 60, 180), (0, 140, 160)]
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 720, 220, 70, 24     # of the curves, in pixels
+
+
+class RunError(UserError):
+    """A run folder that cannot be used as asked."""
+
+
+@dataclass
+class Progress:
+    """The scalars of a run that state.pt keeps."""
+    step: int = 0                           # finished optimizer steps
+    best_psnr: float = -1.0                 # best validation PSNR-Y so far, dB
+    seconds: float = 0.0                    # training time so far
+    lr_backoff: float = 1.0                 # factor on the learning rate, halved at every rollback
+    usual_distance: float | None = None     # running mean of |SR - HR|
+    skipped_steps: int = 0                  # steps whose loss or gradient was not finite
+    rows: list = field(default_factory=list)            # rows of log.csv
+    loss_sums: dict = field(default_factory=dict)       # since the last report: {name: (sum, count)}
+
+    def record(self, losses, distance, finite, diverged):
+        """Count one step. losses: {name: float}; distance: mean |SR - HR|."""
+        if not finite:
+            self.skipped_steps += 1
+            return
+        for name, value in losses.items():
+            total, count = self.loss_sums.get(name, (0.0, 0))
+            self.loss_sums[name] = total + value, count + 1
+        if self.usual_distance is None:
+            self.usual_distance = distance
+        elif not diverged:
+            self.usual_distance += 0.02 * (distance - self.usual_distance)
+
+    def mean_losses(self):
+        return {name: total / count for name, (total, count) in self.loss_sums.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# one run folder
+
+
+class Run:
+    """A run folder. Making a Run changes nothing on disk; start() or resume() does."""
+
+    def __init__(self, folder, overwrite=False):
+        self.folder, self.overwrite = Path(folder), overwrite
+
+    def settings(self):
+        """The settings in args.json of the run that this command continues, or {} if there is none."""
+        if self.overwrite or not (self.folder / "state.pt").exists():
+            return {}
+        try:
+            return dict(json.loads((self.folder / "args.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            path = self.folder / "args.json"
+            raise RunError(f"{path} cannot be read; choose another folder with --out") from None
+
+    def check_settings(self, settings):
+        """Raise RunError if `settings` differ from those the run was made with.
+
+        Settings that an older run does not know are not compared."""
+        before = self.settings()
+        changed = [name for name, value in settings.items()
+                   if name in before and before[name] != value and name not in FREE_SETTINGS]
+        if changed:
+            said = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
+            raise RunError(f"{self.folder} was made with other settings ({said}); choose another folder with "
+                           "--out, or start again in this one with --overwrite")
+        weights = [p.name for p in self.folder.glob("*.safetensors")]
+        if not before and weights and not self.overwrite:
+            raise RunError(f"{self.folder} holds {weights[0]} but no state.pt to resume from; choose another "
+                           "folder with --out, or replace its files with --overwrite")
+
+    def load_state(self):
+        """The content of state.pt, or None for a new run."""
+        if not self.settings():
+            return None
+        try:
+            state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+            state["progress"] = Progress(**state["progress"])
+            return state
+        except Exception as e:      # torch.load raises nearly anything for a file that is cut short
+            raise RunError(f"{self.folder / 'state.pt'} cannot be read ({type(e).__name__}); continue from "
+                           "best.safetensors with --weights and another --out") from None
+
+    def start(self, settings, rank=0):
+        """Rank 0 makes the folder and writes args.json. A new run removes the files of an older one."""
+        if rank == 0:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            if not self.settings():
+                for pattern in ("state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png"):
+                    for path in self.folder.glob(pattern):
+                        path.unlink()
+            write_atomic(self.folder / "args.json", json.dumps(settings, indent=1).encode())
+        self.overwrite = False      # from here on the folder holds this run
+
+    def save_state(self, state, progress):
+        buffer = io.BytesIO()
+        torch.save({**state, "progress": asdict(progress)}, buffer)
+        write_atomic(self.folder / "state.pt", buffer.getvalue())
+
+    def save_log(self, rows):
+        """Write log.csv and curves.png. Rows may have different columns."""
+        text = io.StringIO()
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.folder / "log.csv", text.getvalue().encode())
+        save_png(self.folder / "curves.png", draw_curves({self.folder.name: rows}))
+
+    def save_sample(self, step, image):
+        save_png(self.folder / "samples" / f"step_{step:06d}.png", image)
+
+
+def save_png(path, image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
+def newest_run(stage, preset, scale, folder="runs"):
+    """best.safetensors of the newest run of this stage, preset and scale. Raises RunError."""
+    found = []
+    for path in Path(folder).glob("*/args.json"):
+        settings, best = json.loads(path.read_text()), path.with_name("best.safetensors")
+        same = [settings.get(name) for name in ("stage", "preset", "scale")] == [stage, preset, scale]
+        if same and best.exists():
+            found.append(best)
+    if not found:
+        raise RunError(f"{folder}/ has no run of stage {stage} ({preset}, {scale}x): train that first, or "
+                       "name a file with --weights")
+    return str(max(found, key=lambda path: path.stat().st_mtime))
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+def progress_text(progress, steps, fraction, patch_rate):
+    """One line: step, losses, speed, time left.
+
+    steps: number of steps of the run, or None; fraction: the part of the run that is over."""
+    losses = "  ".join(f"{name} {value:.5f}" for name, value in progress.mean_losses().items())
+    left = clock(progress.seconds * (1 - fraction) / fraction)
+    count = f"{progress.step}/{steps}" if steps else f"{progress.step}"
+    return f"step {count}  {losses}  {patch_rate:.1f} patches/s  {left} left"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# runs side by side
+
+
+def read_log(folder):
+    """The rows of a run's log.csv as [{column: float}], without empty columns. Raises RunError."""
+    try:
+        with open(Path(folder) / "log.csv", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value}
+                    for row in csv.DictReader(file)]
+    except (OSError, ValueError) as e:
+        raise RunError(f"{printable(folder)} has no readable log.csv ({e})") from None
+    if not rows or not {"step", "psnr_y", "seconds"} <= rows[-1].keys():
+        raise RunError(f"{printable(folder)}/log.csv has no report yet")
+    return rows
+
+
+def draw_curves(runs):
+    """Draw {name: rows of log.csv}: one panel for validation PSNR-Y and each loss, one line per run."""
+    runs = {name: [{k: float(v) for k, v in row.items()} for row in rows] for name, rows in runs.items()}
+    columns = dict.fromkeys(c for rows in runs.values() for row in rows for c in row
+                            if c not in NOT_LOSSES and not c.endswith("_grad"))
+    columns = ["psnr_y", *(c for c in columns if c != "psnr_y")]
+    image = Image.new("RGB", (PANEL_WIDTH, len(columns) * PANEL_HEIGHT), "white")
+    for i, column in enumerate(columns):
+        draw_panel(ImageDraw.Draw(image), i * PANEL_HEIGHT, column, runs)
+    return image
+
+
+def draw_panel(draw, top, column, runs):
+    """One panel of draw_curves, from pixel row `top` on."""
+    curves = {name: [(row["step"], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
+              for name, rows in runs.items()}
+    values = [value for points in curves.values() for _, value in points]
+    last_step = max([1, *(row["step"] for rows in runs.values() for row in rows)])
+    low, high = min(values, default=0), max(values, default=1)
+    high = high if high > low else low + 1e-9 * max(1, abs(low))
+
+    def place(step, value):
+        x = LEFT + (PANEL_WIDTH - LEFT - 20) * step / last_step
+        y = top + PANEL_HEIGHT - TOP - (PANEL_HEIGHT - 2 * TOP) * (value - low) / (high - low)
+        return x, y
+
+    for k in range(5):
+        value, step = low + (high - low) * k / 4, last_step * k / 4
+        draw.line([place(0, value), place(last_step, value)], fill=(225, 225, 225))
+        draw.text((4, place(0, value)[1] - 6), f"{value:.4g}", fill="black")
+        draw.text((place(step, low)[0] - 8, place(step, low)[1] + 6), f"{step:.0f}", fill="black")
+    title = "validation PSNR-Y, dB" if column == "psnr_y" else f"loss: {column}"
+    draw.text((LEFT, top + 4), title, fill="black")
+    for j, (name, points) in enumerate(curves.items()):
+        color = COLORS[j % len(COLORS)]
+        if points:
+            draw.line([place(*p) for p in (points if len(points) > 1 else points * 2)], fill=color, width=2)
+        if len(curves) > 1:
+            label = name.encode("latin-1", "replace").decode("latin-1")[-20:]      # of Pillow's default font
+            draw.text((LEFT + 190 + 130 * (j % 3), top + 4 + 11 * (j // 3)), label, fill=color)
+
+
+def compare(folders, curves):
+    """Print one line per run: length, final and best validation, settings that differ. Draw their curves."""
+    logs = {str(folder): read_log(folder) for folder in folders}
+    settings = {}
+    for folder in logs:
+        path = Path(folder) / "args.json"
+        settings[folder] = json.loads(path.read_text()) if path.exists() else {}
+    names = sorted({name for own in settings.values() for name in own} - FREE_SETTINGS - {"held_out"})
+    width = max(map(len, logs)) + 2
+    print(f"{'':{width}}{'steps':>8}{'seconds':>9}{'PSNR-Y':>9}{'SSIM-Y':>9}{'best':>9}{'at step':>9}"
+          "  settings that differ")
+    for folder, rows in logs.items():
+        best, last = max(rows, key=lambda row: row["psnr_y"]), rows[-1]
+        differences = [f"{name}={settings[folder].get(name)}" for name in names
+                       if any(own.get(name) != settings[folder].get(name) for own in settings.values())]
+        ssim = last.get("ssim_y", math.nan)
+        print(f"{printable(folder):{width}}{last['step']:8.0f}{last['seconds']:9.0f}{last['psnr_y']:9.2f}"
+              f"{ssim:9.4f}{best['psnr_y']:9.2f}{best['step']:9.0f}  {' '.join(differences)}")
+    save_png(curves, draw_curves(logs))
+    print(f"curves: {curves}")
+
+
+def main():
+    p = argparse.ArgumentParser(description="Compare training runs: a table, and a picture of their curves.",
+                                epilog="example: python runs.py runs/a runs/b --curves curves.png")
+    p.add_argument("folders", nargs="+", metavar="RUN", help="run folders")
+    p.add_argument("--curves", default="curves.png", help="PNG file for the curves (default: curves.png)")
+    args = p.parse_args()
+    try:
+        compare(args.folders, args.curves)
+    except UserError as e:
+        fail(e)
+
+
+if __name__ == "__main__":
+    main()
