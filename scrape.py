@@ -215,7 +215,7 @@ class Client(urllib.request.HTTPRedirectHandler):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Search. `settings` is the result of prepare(): the arguments and what follows from them
+# Search. `settings` is the result of prepare()
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +284,7 @@ def read_post(raw, types, settings):
         if not re.fullmatch(VALID[column], json.dumps(row[column])):
             raise PostError(f'"{field}" is {clean(json.dumps(row[column]))[:200]}')
     if row["rating"] not in settings.ratings or row["width"] < settings.min_width:
-        raise PostError(f'a post has rating {row["rating"]} and width {row["width"]}')
+        raise PostError(f'a post with rating {row["rating"]} and width {row["width"]} was not requested')
     try:
         url = quote(urljoin(f"{settings.base}/", clean(row["url"])), ":/?#[]@!$&'()*+,;=%~")
         suffix = PurePosixPath(urlsplit(url).path).suffix[1:].lower()

@@ -324,7 +324,7 @@ def rename(old, new):
     (rename("rating", "age_rating"), "age_rating"),
     (rename("width", "original_width"), "original_width"),
     (lambda fields: {**fields, "rating": "safe"}, '"safe"'),
-    (lambda fields: {**fields, "rating": "e"}, "rating e"),         # not requested
+    (lambda fields: {**fields, "rating": "e"}, "rating e"),             # not requested
     (lambda fields: {**fields, "width": "3840"}, '"3840"'),
     (lambda fields: {**fields, "md5": "sha256:0"}, '"sha256:0"'),
     (lambda fields: "We moved to API v3", "We moved to API v3")])
