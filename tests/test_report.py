@@ -498,6 +498,21 @@ def test_swap_overlay_crops_and_the_next_picture(browser):
     wait(browser, "document.getElementById('size').textContent.startsWith('3 of 3')")
 
 
+def test_buttons(browser):
+    loaded(browser)
+    whole = view(browser)
+    for button, factor in (("#zoom-in", 1.25), ("#zoom-out", 1 / 1.25)):
+        find(browser, button).click()
+        assert view(browser)[0] == pytest.approx(whole[0] * factor, rel=1e-3)
+        find(browser, "#fit").click()
+        assert view(browser) == whole
+    find(browser, "#actual").click()
+    assert view(browser)[0] == 1
+    for button, number in (("#next", 2), ("#next", 3), ("#previous", 2)):
+        find(browser, button).click()
+        wait(browser, f"document.getElementById('size').textContent.startsWith('{number} of 3')")
+
+
 def test_a_click_on_a_head_sorts(browser):
     from selenium.webdriver import Keys
 
