@@ -127,7 +127,7 @@ def parse():
     export.add_argument("out", metavar="OUT", type=Path, help="a .pth or .safetensors file")
     mix = commands.add_parser("blend", help="mix the weights of two files: (1 - alpha) * A + alpha * B")
     mix.add_argument("weights", nargs=2, metavar=("A", "B"), help="two files of the same network")
-    mix.add_argument("--alpha", type=float, default=0.5, help="amount of B, 0 to 1 (default: 0.5)")
+    mix.add_argument("--alpha", type=float, default=0.5, help="amount of B, usually 0 to 1 (default: 0.5)")
     mix.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file")
     for command in export, mix:
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -1,29 +1,35 @@
-"""convert.py: weights files in and out; what becomes of models of other kinds is in test_rivals.py."""
+"""convert.py: export, blend and its command. Other architectures are in test_rivals.py."""
 import json
-import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import convert
-import degrade
-import demo
-from model import WeightsError, load, save
-from test_model import same_picture, tiny       # noqa: F401; a fixture
+from model import HATRefiner, WeightsError, load, read_weights, save
+from test_model import same_picture, shake, tiny       # noqa: F401; a fixture
 
 ROOT = Path(__file__).parent.parent
 
 
+def command(monkeypatch, capsys, *args):
+    """(exit code, stdout, stderr) of convert.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
+    code = 0
+    try:
+        convert.main()
+    except SystemExit as e:
+        code = e.code
+    return code, *capsys.readouterr()
+
+
 @pytest.mark.parametrize("suffix", (".pth", ".safetensors"))
-def test_plain_hat_opens_in_spandrel(tiny, tmp_path, suffix):
+def test_exported_hat_opens_in_spandrel(tiny, tmp_path, suffix):           # noqa: F811
     spandrel = pytest.importorskip("spandrel")
     convert.export_hat(tiny, tmp_path / f"hat{suffix}")
-    assert suffix != ".pth" or list(torch.load(tmp_path / "hat.pth")) == ["params_ema"]       # as HAT's own options have it
+    assert suffix != ".pth" or list(torch.load(tmp_path / "hat.pth")) == ["params_ema"]     # as in HAT's own files
     theirs = spandrel.ModelLoader().load_from_file(tmp_path / f"hat{suffix}")
     x = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
@@ -31,73 +37,92 @@ def test_plain_hat_opens_in_spandrel(tiny, tmp_path, suffix):
     assert same_picture(tiny.hat_model, load(tmp_path / f"hat{suffix}"))
 
 
-def test_find_weights(tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(convert, "__file__", str(tmp_path / "convert.py"))
-    with pytest.raises(WeightsError, match="train.py"):
-        convert.find_weights()
-    for i, run in enumerate(("old", "new")):
-        (tmp_path / "runs" / run).mkdir(parents=True)
-        save(tiny, tmp_path / "runs" / run / "best.safetensors")
-        os.utime(tmp_path / "runs" / run / "best.safetensors", (i, i))
-    assert convert.find_weights().parent.name == "new"
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "niqe-anime.safetensors").write_bytes(b"no model")
-    assert convert.find_weights().parent.name == "new"
-    for name in ("clean-low", "web-low"):
-        save(tiny, tmp_path / "weights" / f"{name}.safetensors")
-    assert convert.find_weights().name == "web-low.safetensors"
-    assert convert.find_sharp(convert.find_weights()).name == "clean-low.safetensors"
-    (tmp_path / "weights" / "clean-low.safetensors").unlink()
-    assert convert.find_sharp(convert.find_weights()) is None
-    assert convert.find_sharp(tmp_path / "runs" / "new" / "best.safetensors") is None
+def test_a_saved_model_with_an_untrained_refiner_opens_in_spandrel(tmp_path):
+    spandrel = pytest.importorskip("spandrel")
+    ours = HATRefiner.from_preset("tiny").eval()
+    save(ours, tmp_path / "ours.safetensors", dict(stage=1))
+    theirs = spandrel.ModelLoader().load_from_file(tmp_path / "ours.safetensors")
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert (theirs.model.eval()(x) - ours(x)).abs().max() < 1e-5
 
 
-def test_undamaged_pictures_are_told_from_damaged_ones():
-    both = [convert.load_any(ROOT / "weights" / f"{name}-low.safetensors") for name in ("web", "clean")]
-    for k, scene in enumerate((demo.meadow, demo.portrait)):
-        hr = scene(demo.Canvas(640, 384), np.random.default_rng(k))
-        hr = torch.from_numpy(np.array(hr)).permute(2, 0, 1)[None] / 255
-        lr = degrade.degrade(hr, "bicubic", 2, [0])[0]
-        assert convert.undamaged(*both, lr)
-        assert not convert.undamaged(*both, degrade.compress(lr, "jpeg", 85))
-        assert not convert.undamaged(*both, degrade.to_8_bit(degrade.gaussian_blur(lr, 0.8)))
-    assert convert.undamaged(*both, degrade.compress(lr, "jpeg", 85), least=(math.inf, -math.inf))      # its own threshold
-    soft = degrade.to_8_bit(degrade.gaussian_blur(lr, 0.6))
-    anything = -math.inf, -math.inf
-    assert not convert.undamaged(*both, soft, least=anything)           # by the detail that web-low gives back
-    assert convert.undamaged(*both, soft, least=anything, most=math.inf)
-    assert not convert.undamaged(*both, lr[..., :31])
-    assert not convert.undamaged(*both, torch.full((3, 40, 40), 0.5))
+# ------------------------------------------------------------------ blend
+
+def test_blend_mixes_weights_and_headers(tiny, tmp_path):                  # noqa: F811
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save(tiny, files[0], dict(licence="CC0", recipe="bicubic", step=70))
+    save(shake(tiny), files[1], dict(licence="CC0", recipe="web", step=70))
+    a, b = (read_weights(file)[0] for file in files)
+    for alpha in 0, 0.3, 1:
+        mixed = convert.blend(files, (1 - alpha, alpha))
+        for name, v in mixed.state_dict().items():
+            expected = (1 - alpha) * a[name] + alpha * b[name] if v.is_floating_point() else a[name]
+            assert torch.equal(v, expected) if alpha in (0, 1) else torch.allclose(v, expected, atol=1e-7)
+    save(convert.blend(files, (0.7, 0.3)), tmp_path / "c.safetensors", convert.blend(files, (0.7, 0.3)).header)
+    header = read_weights(tmp_path / "c.safetensors", header_only=True)[1]
+    assert [(part["file"], part["amount"]) for part in header["blend"]] == [("a.safetensors", 0.7), ("b.safetensors", 0.3)]
+    assert header["licence"] == "CC0" and "recipe" not in header and "step" not in header
+    assert header["blend"][1]["header"]["step"] == 70
 
 
-def test_the_grid_of_jpeg_is_found_wherever_it_lies():
-    for k, scene in enumerate((demo.meadow, demo.portrait)):
-        hr = torch.from_numpy(np.array(scene(demo.Canvas(640, 384), np.random.default_rng(k)))).permute(2, 0, 1) / 255
-        lr = degrade.degrade(hr[None], "bicubic", 2, [0])[0]
-        soft = degrade.to_8_bit(degrade.gaussian_blur(lr, 0.7))
-        tone = degrade.to_8_bit(0.4 + 0.3 * lr)
-        for rgb in (lr, soft, tone, degrade.compress(lr, "webp", 90)):
-            assert not convert.jpeg_grid(rgb[None])
-        for rgb in (degrade.compress(lr, "jpeg", 60), degrade.compress(lr, "jpeg", 95), degrade.compress(soft, "jpeg", 85),
-                    degrade.compress(lr, "jpeg", 90)[:, 3:, 5:]):
-            assert convert.jpeg_grid(rgb[None])
-    assert not convert.jpeg_grid(torch.full((1, 3, 64, 64), 0.5)) and not convert.jpeg_grid(torch.ones(1, 3, 32, 32))
+@pytest.mark.parametrize("order", (1, -1))
+def test_blend_with_one_trained_refiner(tiny, tmp_path, order):            # noqa: F811
+    """Half of the weights of the correction, the other half is zero."""
+    save(tiny, tmp_path / "refined.safetensors")
+    plain = HATRefiner.from_preset("tiny")
+    plain.hat_model = tiny.hat_model
+    save(plain, tmp_path / "plain.safetensors")
+    files = [tmp_path / "plain.safetensors", tmp_path / "refined.safetensors"][::order]
+    mixed, sr = convert.blend(files, (0.5, 0.5)), torch.rand(1, 3, 16, 16)
+    assert mixed.use_refiner
+    with torch.no_grad():
+        assert torch.allclose(mixed.refine(sr) - sr, (tiny.refine(sr) - sr) / 2, atol=1e-6)
+    assert not convert.blend(files[:1] * 2, (0.5, 0.5)).use_refiner or order == -1
 
 
-def test_command_line(tiny, tmp_path, monkeypatch, capsys):
-    save(tiny, tmp_path / "w.safetensors", dict(stage=1))
-    done = subprocess.run([sys.executable, "convert.py", tmp_path / "w.safetensors", tmp_path / "new/hat.pth"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout[:done.stdout.rindex("}") + 1])["stage"] == 1
+def test_blend_of_different_networks_raises(tiny, tmp_path):               # noqa: F811
+    save(tiny, tmp_path / "a.safetensors")
+    save(HATRefiner.from_preset("tiny", scale=3), tmp_path / "b.safetensors")
+    save(HATRefiner.from_preset("tiny", depths=(2, 1)), tmp_path / "c.safetensors")
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    for other in "b.safetensors", "c.safetensors", "other.pth", "absent.pth":
+        with pytest.raises(WeightsError, match=other):
+            convert.blend([tmp_path / "a.safetensors", tmp_path / other], (0.5, 0.5))
+
+
+# ------------------------------------------------------------------ the command
+
+def test_command_as_a_process(tiny, tmp_path):                             # noqa: F811
+    save(tiny, tmp_path / "w.safetensors")
+    done = subprocess.run([sys.executable, "convert.py", "export", tmp_path / "w.safetensors", tmp_path / "new/hat.pth"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "without the trained refiner" in done.stdout, done.stderr
     assert same_picture(tiny.hat_model, load(tmp_path / "new/hat.pth"))
 
-    before = (tmp_path / "w.safetensors").read_bytes()
-    for out, flags, reason in (("new/hat.pth", [], "--overwrite"), ("w.safetensors", ["--overwrite"], "lose its refiner"),
-                               ("hat.onnx", ["--overwrite"], "ends in .pth")):
-        monkeypatch.setattr(sys, "argv", ["convert.py", str(tmp_path / "w.safetensors"), str(tmp_path / out), *flags])
-        with pytest.raises(SystemExit) as refused:
-            convert.main()
-        said = capsys.readouterr().err
-        assert refused.value.code == 2 and said.count("\n") == 1 and reason in said
-        assert (tmp_path / "w.safetensors").read_bytes() == before and not (tmp_path / "hat.onnx").exists()
+
+def test_info_and_blend(tiny, tmp_path, monkeypatch, capsys):              # noqa: F811
+    save(tiny, tmp_path / "w.safetensors", dict(stage=1))
+    code, out, _ = command(monkeypatch, capsys, "info", tmp_path / "w.safetensors")
+    assert code == 0 and json.loads(out[:out.rindex("}") + 1])["stage"] == 1
+    code, out, _ = command(monkeypatch, capsys, "blend", tmp_path / "w.safetensors", tmp_path / "w.safetensors",
+                           "--alpha", 0.25, "-o", tmp_path / "mixed.safetensors")
+    assert code == 0 and "0.75" in out
+    assert load(tmp_path / "mixed.safetensors").header["blend"][1]["amount"] == 0.25
+
+
+def test_mistakes_are_one_line(tiny, tmp_path, monkeypatch, capsys):       # noqa: F811
+    file = tmp_path / "w.safetensors"
+    save(tiny, file)
+    before = file.read_bytes()
+    (tmp_path / "file").touch()
+    for args, reason in ((("export", file, file), "--overwrite"),
+                         (("export", file, tmp_path / "hat.onnx"), ".pth or .safetensors"),
+                         (("export", tmp_path / "absent.pth", tmp_path / "hat.pth"), "absent.pth"),
+                         (("export", file, tmp_path / "file" / "hat.pth"), "cannot write"),
+                         (("blend", file, file, "-o", tmp_path / "x.pth"), ".safetensors"),
+                         (("blend", file, file, "-o", file), "--overwrite"),
+                         (("info", tmp_path / "absent.pth"), "absent.pth")):
+        code, _, err = command(monkeypatch, capsys, *args)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and reason in err, err
+    assert file.read_bytes() == before
