@@ -1,12 +1,12 @@
 """Choose which pictures and patches are worth training on.
 
-    python clean.py clean downloads -o cleaned                      # cleaned/pictures, cleaned/report.csv
-    python clean.py multiscale cleaned/pictures -o smaller          # smaller copies
-    python clean.py mine cleaned/pictures smaller -o mined.safetensors          # the most detailed patches
+    python clean.py clean downloads -o cleaned                  # cleaned/pictures, cleaned/report.csv
+    python clean.py multiscale cleaned/pictures -o smaller      # smaller copies
+    python clean.py mine cleaned/pictures smaller -o mined.safetensors      # the most detailed patches
     python clean.py stats cleaned/pictures mined.safetensors --sheet sheet.png
 
-`clean` examines every picture once and stores the measurements as a row of scan.csv. It decides from these rows alone,
-so another threshold takes seconds. It never changes the input folders.
+`clean` examines every picture once and stores the measurements as a row of scan.csv. It decides from these
+rows alone, so another threshold takes seconds. It never changes the input folders.
 Needs torch, numpy, Pillow, and data.py with its imports beside it.
 """
 import argparse
@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +31,19 @@ from PIL import Image, ImageDraw
 import data
 import images
 
-# Thresholds, chosen on 58 openly licensed drawings and paintings with `tests/measure_data.py thresholds`. Share of
-# their center crops that is dropped as upscaled | as JPEG, in percent:
-#   unchanged 2 | 0 (whole pictures: 1 | 0 of 174)           blurred, sigma 0.5: 2, 0.7: 22, 1.0: 100 | 0
-#   upscaled 2x bicubic 97, bilinear 93, Lanczos 100; 1.5x 66, 53, 86 | 0, but 5 for Lanczos 2x
-#   JPEG quality 30, 60: 0 | 100, 85: 0 | 83, 90: 2 | 38, 95: 2 | 2
+# Thresholds, chosen on 58 openly licensed drawings and paintings with `tests/measure_data.py thresholds`.
+# Share of their center crops that is dropped, in percent:
+#                                                 as upscaled       as JPEG
+#   unchanged                                     2                 0       (whole pictures: 1 and 0 of 174)
+#   blurred, sigma 0.5, 0.7, 1.0                  2, 22, 100        0
+#   upscaled 2x by bicubic, bilinear, Lanczos     97, 93, 100       0, 0, 5
+#   upscaled 1.5x by the same                     66, 53, 86        0
+#   JPEG quality 30, 60, 85, 90, 95               0, 0, 0, 2, 2     100, 100, 83, 38, 2
 # They do not detect pictures upscaled by a network, or JPEG files that were resized later.
 MIN_SHARPNESS = -18.0   # dB; below it the picture is upscaled or blurred
 MAX_BLOCKS = 1.0        # dB; strength of an 8-pixel grid
 MIN_QUALITY = 88        # of a JPEG file, from its quantization table
-MAX_DISTANCE = 6        # of 64 hash bits; resized and recompressed copies differ by 0 to 4, others by at least 14
+MAX_DISTANCE = 6        # of 64 hash bits; resized or recompressed copies differ by 0 to 4, others by >= 14
 
 MIN_DETAIL = 0.02       # patches with less detail have one color and teach nothing
 CELL = 160              # pixels of a picture on the sheet of `stats`
@@ -51,8 +53,8 @@ CELL = 160              # pixels of a picture on the sheet of `stats`
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BMP": ".bmp",
             "TIFF": ".tif", "GIF": ".gif"}
-FIELDS = ("name", "bytes", "mtime", "problem", "note", "format", "width", "height", "quality", "content", "hash",
-          "sharpness", "blocks")
+FIELDS = ("name", "bytes", "mtime", "problem", "note", "format", "width", "height", "quality", "content",
+          "hash", "sharpness", "blocks")
 
 
 def file_format(path):
@@ -66,14 +68,14 @@ def file_format(path):
 
 
 def busy_squares(pixels, count=24, side=128):
-    """Return the luma of the squares with most detail: uint8 (H, W, 3) -> float32 (n, side, side), n <= count.
+    """Return the luma of the squares with most detail: uint8 (H, W, 3) -> float32 (n, side, side).
 
-    The squares lie on a grid. Plain squares are left out, so n may be 0. `side` must be a multiple of 8.
+    The squares lie on a grid. Plain squares are left out, so n is between 0 and `count`.
     """
     h, w = pixels.shape[:2]
     corners = [(y, x) for y in range(0, h - side + 1, side) for x in range(0, w - side + 1, side)]
-    ranked = sorted((-data.detail(pixels[y:y + side, x:x + side, 1:2]), y, x) for y, x in corners)
-    squares = [pixels[y:y + side, x:x + side] for negative_detail, y, x in ranked[:count] if negative_detail < -0.5]
+    ranked = sorted((-data.detail(pixels[y:y + side, x:x + side, 1:2]), y, x) for y, x in corners)[:count]
+    squares = [pixels[y:y + side, x:x + side] for negative_detail, y, x in ranked if negative_detail < -0.5]
     squares = np.array(squares, np.float32).reshape(-1, side, side, 3)
     return squares @ np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -81,8 +83,8 @@ def busy_squares(pixels, count=24, side=128):
 def sharpness(squares):
     """Return the power at 0.3 to 0.5 cycles per pixel relative to 0.1 to 0.2, in dB; None without squares.
 
-    squares: luma (n, side, side). Drawings at their true resolution have -7 to -16 dB, pictures upscaled by 2 have -20
-    to -30 dB. The upper quartile of the squares counts, because a painting is soft in most places.
+    squares: luma (n, side, side). Drawings at their true resolution have -7 to -16 dB, pictures upscaled by 2
+    have -20 to -30 dB. The upper quartile of the squares counts, because a painting is soft in most places.
     """
     if not len(squares):
         return None
@@ -99,18 +101,18 @@ def sharpness(squares):
 def blockiness(squares, jpeg=False):
     """Return how strongly a JPEG grid of 8 pixels shows, in dB; None without squares.
 
-    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each 8x8 block. So the
-    three highest frequencies of 8-sample DCTs are weak at the offset of the grid: the weakest of 8 offsets is compared
-    with their median, and rows and columns are averaged. About 0 without JPEG, 0.5 at quality 95, 6 at quality 30.
-    jpeg: the file itself is a JPEG, so the offset 0 counts half.
+    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each 8x8 block.
+    So the three highest frequencies of an 8-sample DCT are weak where it meets the grid. The result compares
+    the weakest of the 8 offsets with their median: about 0 without JPEG, 0.5 at quality 95, 6 at quality 30.
+    jpeg: the file itself is a JPEG, so offset 0 counts half.
     """
     if not len(squares):
         return None
     waves = np.cos(np.pi * np.outer(np.arange(5, 8), 2 * np.arange(8) + 1) / 16) / 2
     length, results = squares.shape[1] - 8, []
     for lines in (squares, squares.transpose(0, 2, 1)):
-        coefficients = [sum(float(w) * lines[..., i:i + length] for i, w in enumerate(wave)) for wave in waves]
-        strength = np.minimum(sum(np.abs(c) for c in coefficients), 20)     # a hard edge must not dominate
+        products = [sum(float(w) * lines[..., i:i + length] for i, w in enumerate(wave)) for wave in waves]
+        strength = np.minimum(sum(np.abs(product) for product in products), 20)     # a hard edge must not dominate
         offsets = strength.sum((0, 1)).reshape(-1, 8).sum(0)
         weakness = 10 * np.log10((np.median(offsets) + 1e-3) / (offsets + 1e-3))
         weakness[0] /= 1 + jpeg
@@ -141,46 +143,41 @@ def file_stamp(path):
 def examine(job, max_pixels=None):
     """Measure one picture. job: (path, name). Returns a row of scan.csv: {field: text}.
 
-    "content" is a hash of the sRGB pixels. A picture with more than max_pixels is not decoded; its row has only its
-    size. An unreadable picture has the reason in "problem".
+    "content" is a hash of the sRGB pixels. A picture with more than max_pixels is not decoded, so its row has
+    only the size. "problem" is the reason why a picture is unreadable.
     """
     path, name = job
     size, mtime = file_stamp(path)
-    row = dict.fromkeys(FIELDS, "") | {"name": name, "bytes": size, "mtime": mtime}
-    row["height"], row["width"] = images.picture_size(path)
-    if max_pixels and row["height"] * row["width"] > max_pixels:
-        return as_text(row)
+    height, width = images.picture_size(path)
+    row = dict.fromkeys(FIELDS, "") | {"name": name, "bytes": size, "mtime": mtime, "width": str(width),
+                                       "height": str(height)}
+    if max_pixels and height * width > max_pixels:
+        return row
     try:
         picture = data.read_srgb(path)
     except images.PictureError as error:
-        return as_text(row | {"problem": str(error).removeprefix(f"{images.printable(path)}: ")})
-    row["note"] = picture.note
-    row["height"], row["width"] = picture.rgb.shape[1:]
+        return row | {"problem": str(error).removeprefix(f"{images.printable(path)}: ")}
     row["format"], quality = file_format(path)
-    row["quality"] = quality or ""
+    row["quality"] = str(quality or "")
+    row["note"] = picture.note
     planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
     pixels = np.ascontiguousarray(images.to_uint8(planes))
     row["content"] = hashlib.blake2b(pixels, key=str(pixels.shape).encode(), digest_size=8).hexdigest()
-    if picture.alpha is not None:
-        pixels = np.ascontiguousarray(images.to_uint8(images.composite(picture, 0.5)))
+    pixels = np.ascontiguousarray(images.to_uint8(images.composite(picture, 0.5)))
     squares = busy_squares(pixels)
     if len(squares):
         row["sharpness"] = f"{sharpness(squares):.2f}"
         row["blocks"] = f"{blockiness(squares, row['format'] in ('JPEG', 'MPO')):.2f}"
     row["hash"] = f"{perceptual_hash(pixels):016x}"
-    return as_text(row)
-
-
-def as_text(row):
-    return {field: str(value) for field, value in row.items()}
+    return row
 
 
 # ------------------------------------------------------------------ decisions, from the rows alone
 
 @dataclass
 class Rules:
-    """Thresholds of `decide`. naming: kept pictures are named by the "hash" of their pixels, or by the "id" at the
-    beginning of the file name. distance: -1 finds duplicates by equal pixels only; 7 is the maximum."""
+    """Thresholds of `decide`. naming: "hash" names kept pictures by their pixels, "id" by the number at the
+    beginning of their file name. distance: up to 7; -1 finds duplicates by equal pixels only."""
     naming: str = "hash"
     min_side: int = 256
     max_mp: float | None = None
@@ -220,7 +217,7 @@ def defect(row, rules):
     if row["problem"]:
         return "broken", row["problem"]
     if rules.max_mp and width * height > rules.max_mp * 1e6:
-        return "large", f"{width}x{height}, {width * height / 1e6:.1f} megapixels of at most {rules.max_mp:g}"
+        return "large", f"{width}x{height}, {width * height / 1e6:.1f} megapixels, above {rules.max_mp:g}"
     if min(width, height) < rules.min_side:
         return "small", f"{width}x{height}, a side is below {rules.min_side}"
     if row["quality"] and int(row["quality"]) < rules.min_quality:
@@ -347,38 +344,34 @@ def place(source, target, copy):
 def clean(folders, out, rules=None, copy=False, workers=None, log=print):
     """Sort the pictures of folders (with subfolders) and files. Returns the decisions, see `decide`.
 
-    The folder `out` gets pictures/ (links or copies of kept pictures), quarantine/ (links to broken files), report.csv
-    (one line per file) and scan.csv. An interrupted call continues. Links and copies that report.csv lists and that are
-    not kept now are removed. Raises images.UserError for a wrong folder, and OSError if `out` cannot be written.
+    The folder `out` gets pictures/ (links or copies of the kept pictures), report.csv (a line per file with the
+    verdict and the reason) and scan.csv. An interrupted call continues. Pictures that an earlier report.csv lists
+    and that are not kept now are removed from `out`. Raises images.UserError for a wrong folder, and OSError.
     """
     out, rules = Path(out), rules or Rules()
-    inputs = data.list_inputs(folders, exclude=[out / "pictures", out / "quarantine"])
+    inputs = data.list_inputs(folders, exclude=[out / "pictures"])
     paths = {images.printable(name.replace("\\", "\\\\")): path for path, name in inputs.items()}
-    for folder in ("pictures", "quarantine"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
     rows = scan(paths, out / "scan.csv", rules.max_mp and rules.max_mp * 1e6, workers, log)
     decisions, formats = decide(rows, rules), {row["name"]: row["format"] for row in rows}
+    targets = {}
     for row in decisions:
-        path = paths[row["name"]]
         if row["verdict"] == "kept":
-            row["kept_as"] = f"pictures/{row['kept_as']}{SUFFIXES.get(formats[row['name']], path.suffix.lower())}"
-        elif row["verdict"] == "broken":
-            code = zlib.crc32(row["name"].encode())
-            row["kept_as"] = f"quarantine/{code:08x} {images.printable(path.name)[-50:]}"
+            path = paths[row["name"]]
+            suffix = SUFFIXES.get(formats[row["name"]], path.suffix.lower())
+            row["kept_as"] = f"pictures/{row['kept_as']}{suffix}"
+            targets[row["kept_as"]] = path
 
     report, fields = out / "report.csv", ("name", "verdict", "why", "kept_as")
     previous = {row["kept_as"] for row in read_table(report, fields) if row["kept_as"]}
-    targets = {row["kept_as"]: paths[row["name"]] for row in decisions if row["kept_as"]}
     unknown = [target for target in targets if target not in previous and os.path.lexists(out / target)]
     if unknown:
-        raise images.UserError(f"{images.printable(out / unknown[0])} is not from clean; choose an empty --out")
+        raise images.UserError(f"{images.printable(out / unknown[0])} is in the way; choose an empty --out")
     for target in previous - targets.keys():
         (out / target).unlink(missing_ok=True)
     images.write_atomic(report, csv_bytes([fields, *(row.values() for row in decisions)]))
     for target, path in targets.items():
-        # A broken file may be impossible to copy; its line in the report is enough.
-        with contextlib.suppress(OSError) if target.startswith("quarantine") else contextlib.nullcontext():
-            place(path, out / target, copy)
+        place(path, out / target, copy)
 
     counts = Counter(row["verdict"] for row in decisions)
     dropped = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()) if verdict != "kept")
@@ -396,9 +389,7 @@ def copy_job(job, min_side):
     """
     path, stem = job
     try:
-        size = images.picture_size(path)
-        picture = None if min(size) else data.read_srgb(path)       # raises the error of an unreadable file
-        short = min(size if picture is None else picture.rgb.shape[1:])
+        short = min(images.picture_size(path)) or min(data.read_srgb(path).rgb.shape[1:])
         factors = {**data.COPY_SCALES, data.COPY_SHORT_SIDE: data.COPY_SHORT_SIDE / short}
         changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)
         todo = {}
@@ -406,11 +397,11 @@ def copy_job(job, min_side):
             target = Path(f"{stem}_{suffix}.png")
             # mtime is coarse; equal timestamps may be stale, so rebuild.
             current = target.exists() and target.stat().st_mtime_ns > changed
-            if factor < 1 and round(short * factor) >= min_side and not current:
+            if not current and factor < 1 and round(short * factor) >= min_side:
                 todo[target] = factor
         if not todo:
             return 0
-        picture = picture or data.read_srgb(path)
+        picture = data.read_srgb(path)
     except images.PictureError as error:
         return error
     planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
@@ -418,7 +409,8 @@ def copy_job(job, min_side):
     for target, factor in todo.items():
         size = [max(1, round(side * factor)) for side in image.size]
         memory = io.BytesIO()
-        image.resize(size, Image.Resampling.LANCZOS).save(memory, "PNG", compress_level=3)     # 6 takes three times longer
+        copy = image.resize(size, Image.Resampling.LANCZOS)
+        copy.save(memory, "PNG", compress_level=3)      # level 6 takes three times longer
         images.write_atomic(target, memory.getbuffer())
     return len(todo)
 
@@ -426,17 +418,17 @@ def copy_job(job, min_side):
 def multiscale(folders, out, min_side=128, workers=None, log=print):
     """Make smaller copies of pictures: sRGB PNG, resized with Lanczos. Returns the number of new copies.
 
-    NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same subfolder of
-    `out`. No copy is larger than its picture or has a side below min_side. A copy that is newer than its picture is not
-    made again. Raises images.UserError for a wrong folder or two pictures of one name, and OSError.
+    NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same
+    subfolder of `out`. No copy is larger than its picture or has a side below min_side. A copy that is newer than
+    its picture is not made again. Raises images.UserError, also for two pictures of one name, and OSError.
     """
     stems = {}
     for path, name in data.list_inputs(folders, exclude=[out]).items():
         _, name = name.split("/", 1)
         other = stems.setdefault(str(Path(out) / name.removesuffix(path.suffix)), path)
         if other != path:
-            raise images.UserError(f"{images.printable(other)} and {images.printable(path)} would have copies of the "
-                                   "same name; rename one, or run clean first")
+            raise images.UserError(f"{images.printable(other)} and {images.printable(path)} would have copies "
+                                   "of the same name; rename one, or run clean first")
     made = unreadable = 0
     jobs = [(path, stem) for stem, path in stems.items()]
     for _, result in data.run_parallel(functools.partial(copy_job, min_side=min_side), jobs, workers, "resizing"):
@@ -447,11 +439,6 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
         else:
             made += result
     log(f"{images.printable(out)}: {made} copies made of {len(jobs)} pictures; {unreadable} unreadable")
-    copies = {f"{stem}_{suffix}.png" for stem in stems for suffix in (*data.COPY_SCALES, data.COPY_SHORT_SIDE)}
-    others = [p for p in images.find_pictures([Path(out)]) if str(p) not in copies] if Path(out).is_dir() else []
-    if others:
-        log(f"{len(others)} pictures in {images.printable(out)} belong to none of these pictures, such as "
-            f"{images.printable(others[0])}; delete them, or training will read them too")
     return made
 
 
@@ -460,8 +447,8 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
 def select_patches(details, count, calm_share, rng):
     """Select patches by their detail. Returns at most `count` sorted indices.
 
-    Most of them are the patches with most detail. A share `calm_share` is drawn from the calmer half of the others, so
-    that the model also sees skies and blur. Patches up to MIN_DETAIL are never selected.
+    Most of them are the patches with most detail. A share `calm_share` is drawn from the calmer half of the
+    others, so that the model also sees skies and blur. Patches up to MIN_DETAIL are never selected.
     """
     details = np.asarray(details, np.float32)
     order = np.argsort(-details, kind="stable")
@@ -479,16 +466,17 @@ def select_of_picture(details, name, per_picture, calm_share, seed):
     return select_patches(details, per_picture, calm_share, rng)
 
 
-def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share=0.1, seed=0, min_side=data.MIN_SIDE,
-         log=print, overwrite=False, lr_dir=None, workers=None):
+def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share=0.1, seed=0,
+         min_side=data.MIN_SIDE, log=print, overwrite=False, lr_dir=None, workers=None):
     """Write the patches with most detail, from folders of pictures or from patch files, to one patch file.
 
-    At most per_picture patches of each picture are candidates, and the share `keep` of all candidates stays. Both
-    selections follow select_patches. For size, min_side, seed, lr_dir, workers and overwrite see data.pack; a patch file
-    has its own size. Returns Path(out). Raises images.UserError, also for files that do not fit together, and OSError.
+    At most per_picture patches of each picture are candidates; the share `keep` of all candidates stays. Both
+    steps follow select_patches. For the other arguments see data.pack; patches of a patch file keep their size.
+    Returns Path(out). Raises images.UserError, also for inputs that do not fit together, and OSError.
     """
     inputs, out = images.as_paths(inputs), Path(out)
-    files, folders = [f for f in inputs if data.is_patch_file(f)], [f for f in inputs if not data.is_patch_file(f)]
+    files = [path for path in inputs if data.is_patch_file(path)]
+    folders = [path for path in inputs if not data.is_patch_file(path)]
     if not (0 < keep <= 1 and 0 <= calm_share <= 1 and per_picture >= 1):
         raise images.UserError("--keep and --calm-share are between 0 and 1, --per-picture is at least 1")
     if out.resolve() in [f.resolve() for f in files]:
@@ -498,8 +486,8 @@ def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share
     kinds = {(patch_size, int(metadata.get("scale", 0))) for metadata, _, patch_size in headers}
     if folders:
         selection = per_picture, calm_share
-        _, scale, fingerprint = data.plan_pack(folders, size, seed, min_side, lr_dir, selection, ())
-        fingerprints.append(fingerprint)
+        _, scale, folder_fingerprint = data.plan_pack(folders, size, seed, min_side, lr_dir, selection, ())
+        fingerprints.append(folder_fingerprint)
         kinds.add((size, scale if lr_dir else 0))
     if len(kinds) > 1:
         raise images.UserError("all inputs need the same patch size, and pairs of one scale or no pairs")
@@ -509,9 +497,11 @@ def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share
         return out
     candidate_file = out.with_name(out.name + ".candidates")
     if folders:
-        select = functools.partial(select_of_picture, per_picture=per_picture, calm_share=calm_share, seed=seed)
-        files.append(data.pack(folders, candidate_file, size, seed, min_side, log, lr_dir=lr_dir, workers=workers,
-                               select=select, selection=selection))
+        select = functools.partial(select_of_picture, per_picture=per_picture, calm_share=calm_share,
+                                   seed=seed)
+        data.pack(folders, candidate_file, size, seed, min_side, log, lr_dir=lr_dir, workers=workers,
+                  select=select, selection=selection)
+        files.append(candidate_file)
     write_mined(files, out, *kinds.pop(), fingerprint, keep, per_picture, calm_share, seed, log)
     if folders:
         candidate_file.unlink()
@@ -531,7 +521,8 @@ def write_mined(files, out, size, scale, fingerprint, keep, per_picture, calm_sh
             pictures.append((k, name, numbers))
             details.append(detail[numbers])
     counts, details = [len(d) for d in details], np.concatenate(details)
-    chosen = select_patches(details, max(1, round(keep * len(details))), calm_share, np.random.default_rng(seed))
+    count = max(1, round(keep * len(details)))
+    chosen = select_patches(details, count, calm_share, np.random.default_rng(seed))
     if not len(chosen):
         raise images.UserError("no patch has any detail; give other pictures")
 
@@ -561,14 +552,8 @@ def spaced(n, count):
     return np.linspace(0, n - 1, min(n, count)).astype(int)
 
 
-def header_job(path):
-    """Return (format, height, width) of a picture, or None if its header cannot be read."""
-    h, w = images.picture_size(path)
-    return (file_format(path)[0], h, w) if h else None
-
-
 def thumbnail_job(path):
-    """Return (mean detail of the patches, thumbnail, file name) of a picture, or None if it cannot be read."""
+    """Return (mean detail of the patches, thumbnail, file name), or None for an unreadable picture."""
     try:
         rgb = images.composite(data.read_srgb(path), 1.0)
     except images.PictureError:
@@ -581,11 +566,11 @@ def thumbnail_job(path):
 def stats(inputs, sheet=None, sample=192, log=print, workers=None):
     """Report number, size and detail of pictures (in folders) and patches (in patch files).
 
-    sheet: a PNG to write, with 48 pictures or patches of each input, sorted by detail. The headers of all pictures are
-    read, and `sample` pictures are decoded. Raises images.UserError and OSError.
+    sheet: a PNG to write, with 48 patches of each file and 48 pictures, sorted by detail. The sizes of all
+    pictures are read, and `sample` pictures are decoded. Raises images.UserError and OSError.
     """
     inputs, cells = images.as_paths(inputs), []
-    for file in (f for f in inputs if data.is_patch_file(f)):
+    for file in (path for path in inputs if data.is_patch_file(path)):
         metadata, n, size = data.read_header(file)
         patches, details, picture = (data.read_tensor(file, name) for name in ("patches", "detail", "picture"))
         pairs = f" with LR patches at scale 1/{metadata['scale']}" if "scale" in metadata else ""
@@ -596,26 +581,26 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=None):
         order = np.argsort(details, kind="stable")
         cells += [(f"{details[i]:.1f}", np.array(patches[i])) for i in order[spaced(n, 48)]]
 
-    folders = [f for f in inputs if not data.is_patch_file(f)]
+    folders = [path for path in inputs if not data.is_patch_file(path)]
     if folders:
         paths = list(data.list_inputs(folders))
-        headers = [header for _, header in data.run_parallel(header_job, paths, workers, "reading headers") if header]
+        sizes = [size for _, size in data.run_parallel(images.picture_size, paths, workers, "reading sizes")]
+        sizes = np.array([size for size in sizes if min(size)])
         chosen = [paths[i] for i in spaced(len(paths), sample)]
-        seen = [result for _, result in data.run_parallel(thumbnail_job, chosen, workers, "reading") if result]
-        if not seen:
+        results = [result for _, result in data.run_parallel(thumbnail_job, chosen, workers, "reading")]
+        results = sorted(filter(None, results), key=lambda result: (result[0], result[2]))
+        if not results:
             raise images.UserError(f"no picture in {', '.join(map(images.printable, folders))} can be read")
-        formats = ", ".join(f"{n} {name}" for name, n in Counter(header[0] for header in headers).most_common())
-        log(f"{', '.join(map(images.printable, folders))}: {len(headers)} pictures, "
-            f"{len(paths) - len(headers)} unreadable; {formats}")
-        sides = np.array([header[1:] for header in headers])
-        megapixels = sides.prod(1) / 1e6
+        log(f"{', '.join(map(images.printable, folders))}: {len(sizes)} pictures, "
+            f"{len(paths) - len(sizes)} unreadable")
+        megapixels = sizes.prod(1) / 1e6
         log(f"  megapixels       {quantiles(megapixels, 2)}   total {megapixels.sum():.0f}")
-        log(f"  shorter side     {quantiles(sides.min(1))}")
-        log(f"  longer side      {quantiles(sides.max(1))}")
-        seen.sort(key=lambda result: (result[0], result[2]))
-        log(f"  detail of {len(seen):<6} {quantiles([mean for mean, _, _ in seen], 1)}")
-        cells += [(f"{mean:.1f} {name[:18]}".encode("ascii", "replace").decode(), pixels)
-                  for mean, pixels, name in (seen[i] for i in spaced(len(seen), 48))]
+        log(f"  shorter side     {quantiles(sizes.min(1))}")
+        log(f"  longer side      {quantiles(sizes.max(1))}")
+        log(f"  detail of {len(results):<6} {quantiles([mean for mean, _, _ in results], 1)}")
+        for i in spaced(len(results), 48):
+            mean, pixels, name = results[i]
+            cells.append((f"{mean:.1f} {name[:18]}".encode("ascii", "replace").decode(), pixels))
     if sheet:
         draw_sheet(Path(sheet), cells)
         log(f"{sheet}: {len(cells)} pictures, sorted by detail")
@@ -638,72 +623,61 @@ def draw_sheet(path, cells):
 # ------------------------------------------------------------------ command
 
 def parse():
-    parser = argparse.ArgumentParser(
-        description="Choose which pictures and patches are worth training on.",
-        epilog="examples, in the usual order:\n  python clean.py clean downloads -o cleaned\n"
-               "  python clean.py multiscale cleaned/pictures -o smaller\n"
-               "  python clean.py mine cleaned/pictures smaller -o patches/mined.safetensors\n"
-               "  python clean.py stats cleaned/pictures patches/mined.safetensors --sheet sheet.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add_command(name, text, inputs):
+    def add_command(name, text, inputs="folders of pictures"):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("data", nargs="+", metavar="IN", help=f"{inputs}, searched with their subfolders")
-        return command
+        command.add_argument("data", nargs="+", metavar="IN", help=f"{inputs}, with their subfolders")
+        return command.add_argument
 
-    def add_workers(command):
-        command.add_argument("--workers", type=int, metavar="N", help="processes that read pictures "
-                             f"(default: one per core, at most {data.MAX_WORKERS})")
+    add = add_command("clean", "sort out broken, small, JPEG-damaged, upscaled and duplicate pictures")
+    add("--out", "-o", required=True, help="folder for pictures/, report.csv and scan.csv")
+    add("--name", default="hash", choices=("hash", "id"),
+        help="name pictures by a hash of their pixels, or by the number at the beginning of their file name "
+             "(default: hash)")
+    add("--copy", action="store_true", help="copy pictures (default: link them)")
+    add("--min-side", type=int, default=256, help="shortest side allowed (default: 256)")
+    add("--max-mp", type=float, help="most megapixels allowed, such as 25.6 (default: no limit)")
+    add("--min-quality", type=int, default=MIN_QUALITY,
+        help="lowest quality of JPEG files; 0: any (default: %(default)s)")
+    add("--max-blocks", type=float, default=MAX_BLOCKS,
+        help="strongest traces of JPEG blocks in dB; inf: any (default: %(default)s)")
+    add("--min-sharpness", type=float, default=MIN_SHARPNESS,
+        help="lowest sharpness in dB; =-inf: any (default: %(default)s)")
+    add("--distance", type=int, default=MAX_DISTANCE, choices=range(-1, 8), metavar="N",
+        help="near-duplicates differ in at most N of 64 hash bits, up to 7; -1: only equal pixels (default: 6)")
+    add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    p = add_command("clean", "sort out broken, small, JPEG-damaged, upscaled and duplicate pictures",
-                    "folders of pictures")
-    p.add_argument("--out", "-o", required=True, help="folder for pictures/, quarantine/, report.csv and scan.csv")
-    p.add_argument("--name", default="hash", choices=("hash", "id"),
-                   help="name kept pictures by a hash of their pixels, or by the number at the beginning of their "
-                        "file name (default: hash)")
-    p.add_argument("--copy", action="store_true", help="copy pictures to OUT (default: link them)")
-    p.add_argument("--min-side", type=int, default=256, help="shortest side allowed (default: 256)")
-    p.add_argument("--max-mp", type=float, help="most megapixels allowed, such as 25.6 (default: no limit)")
-    p.add_argument("--min-quality", type=int, default=MIN_QUALITY,
-                   help="lowest quality of JPEG files; 0: any (default: %(default)s)")
-    p.add_argument("--max-blocks", type=float, default=MAX_BLOCKS,
-                   help="strongest traces of JPEG blocks in dB; inf: any (default: %(default)s)")
-    p.add_argument("--min-sharpness", type=float, default=MIN_SHARPNESS,
-                   help="lowest sharpness in dB; =-inf: any (default: %(default)s)")
-    p.add_argument("--distance", type=int, default=MAX_DISTANCE, choices=range(-1, 8), metavar="N",
-                   help="near-duplicates differ in at most N of 64 hash bits, up to 7; -1: only equal pixels "
-                        "(default: %(default)s)")
-    add_workers(p)
+    add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3 and with shorter side 400")
+    add("--out", "-o", required=True, help="folder for the copies")
+    add("--min-side", type=int, default=128, help="make no copy with a shorter side (default: 128)")
+    add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    p = add_command("multiscale", "make copies at 3/4, 1/2, 1/3 and with shorter side 400", "folders of pictures")
-    p.add_argument("--out", "-o", required=True, help="folder for the copies")
-    p.add_argument("--min-side", type=int, default=128, help="make no copy with a shorter side (default: 128)")
-    add_workers(p)
+    add = add_command("mine", "write the patches with most detail to a patch file",
+                      "folders of pictures, or patch files")
+    data.add_pack_flags(add)
+    add("--keep", type=float, default=0.5, help="share of the patches to keep (default: 0.5)")
+    add("--per-picture", type=int, default=32, help="most patches of one picture (default: 32)")
+    add("--calm-share", type=float, default=0.1, help="share of calm patches (default: 0.1)")
 
-    p = add_command("mine", "write the patches with most detail to a patch file", "folders of pictures, or patch files")
-    data.add_pack_flags(p)
-    p.add_argument("--keep", type=float, default=0.5, help="share of the patches to keep (default: 0.5)")
-    p.add_argument("--per-picture", type=int, default=32, help="most patches of one picture (default: 32)")
-    p.add_argument("--calm-share", type=float, default=0.1, help="share of calm patches (default: 0.1)")
-
-    p = add_command("stats", "report number, size and detail", "folders of pictures, or patch files")
-    p.add_argument("--sheet", help="a PNG to write, with 48 pictures of each input sorted by detail")
-    p.add_argument("--overwrite", action="store_true", help="replace the sheet")
-    add_workers(p)
+    add = add_command("stats", "report number, size and detail", "folders of pictures, or patch files")
+    add("--sheet", metavar="PNG", help="write 48 pictures of each input, sorted by detail")
+    add("--overwrite", action="store_true", help="replace the sheet")
+    add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
     return parser.parse_args()
 
 
 def run(args):
     if args.command == "clean":
-        rules = Rules(args.name, args.min_side, args.max_mp, args.min_quality, args.max_blocks, args.min_sharpness,
-                      args.distance)
+        rules = Rules(args.name, args.min_side, args.max_mp, args.min_quality, args.max_blocks,
+                      args.min_sharpness, args.distance)
         clean(args.data, args.out, rules, args.copy, args.workers)
     elif args.command == "multiscale":
         multiscale(args.data, args.out, args.min_side, args.workers)
     elif args.command == "mine":
-        mine(args.data, args.out, args.size, args.keep, args.per_picture, args.calm_share, args.seed, args.min_side,
-             overwrite=args.overwrite, lr_dir=args.lr_dir, workers=args.workers)
+        mine(args.data, args.out, args.size, args.keep, args.per_picture, args.calm_share, args.seed,
+             args.min_side, overwrite=args.overwrite, lr_dir=args.lr_dir, workers=args.workers)
     else:
         if args.sheet and os.path.exists(args.sheet) and not args.overwrite:
             raise images.UserError(f"{images.printable(args.sheet)} exists; replace it with --overwrite")

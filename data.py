@@ -15,6 +15,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -188,9 +189,9 @@ def read_index(path):
     except OSError as error:
         raise DataError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{images.printable(path)} is not a patch file of data.py pack") from None
+        raise DataError(f"{images.printable(path)} is not a patch file of `data.py pack`") from None
     if os.path.getsize(path) != end:
-        raise DataError(f"{images.printable(path)} is truncated; delete it and pack again")
+        raise DataError(f"{images.printable(path)} is truncated; pack again with --overwrite")
     return metadata, tensors
 
 
@@ -217,17 +218,13 @@ def is_patch_file(path):
 
 def is_packed(path, fingerprint, overwrite, log):
     """True if `path` is a patch file with this fingerprint. Raises DataError for another kind of file."""
-    if overwrite or not os.path.lexists(path):
+    if overwrite or not os.path.exists(path):
         return False
-    try:
-        metadata, count, _ = read_header(path)
-    except DataError as error:
-        raise DataError(f"{error}, or replace it with --overwrite") from None
-    if metadata["fingerprint"] == fingerprint:
-        log(f"{path}: {count} patches, packed already")
-        return True
-    log(f"{path}: pictures or settings have changed, packing again")
-    return False
+    metadata, count, _ = read_header(path)
+    if metadata["fingerprint"] != fingerprint:
+        return False
+    log(f"{path}: {count} patches, packed already")
+    return True
 
 
 class PatchWriter:
@@ -385,8 +382,6 @@ def match_lr(folders, lr_dir):
 
 def plan_pack(folders, size, seed, min_side, lr_dir, selection, without):
     """List the work of `pack`. Returns (jobs of cut_job, scale of pairs or 1, fingerprint)."""
-    if min_side > size:
-        raise DataError(f"--min-side {min_side} is larger than --size {size}")
     names, without = list_inputs(folders), {os.path.realpath(path) for path in without}
     if without:
         names = {path: name for path, name in names.items() if os.path.realpath(path) not in without}
@@ -481,6 +476,53 @@ def hold_out(folders, folder, count=8, side=512):
         with images.atomic_path(val / f"{i}.png") as part:
             Image.fromarray(square).save(part, "PNG")
     return val, [p for path in squares for p in originals[path]]
+
+
+# ------------------------------------------------------------------ the folders of a training run
+
+def split_shares(folders):
+    """["a", "b@0.3"] -> [("a", None), ("b", 0.3)]. Raises DataError."""
+    found = []
+    for text in folders:
+        folder, at, share = text.rpartition("@")
+        if not at or os.path.exists(text):
+            found.append((text, None))
+            continue
+        try:
+            found.append((os.path.normpath(folder), float(share)))
+        except ValueError:
+            raise DataError(f"{text}: after the @ comes a share such as 0.3") from None
+    if sum(share or 0 for _, share in found) > 1 + 1e-9:
+        raise DataError("the shares of the folders add up to more than 1")
+    return found
+
+
+def pack_folders(folders, sides, held_out, out, log=print):
+    """Pack the folders of a training run into patch files inside the folder `out`.
+
+    folders: folders or patch files, with shares as for split_shares. sides: of the HR patches that training
+    needs. held_out: paths to leave out. Returns (patch files, their shares or None). Raises DataError.
+    """
+    size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # room for random crops in a patch
+
+    def pack_group(group):
+        if is_patch_file(group[0]):
+            return Path(group[0])
+        key = json.dumps([str(Path(folder).resolve()) for folder in group] + held_out)
+        name = f"{Path(group[0]).name}-{zlib.crc32(key.encode()):08x}-{size}-{min(sides)}.safetensors"
+        return pack(group, Path(out) / name, size, min_side=min(sides), log=log, without=held_out)
+
+    pairs_of_share = split_shares(folders)
+    if all(share is None for _, share in pairs_of_share):
+        plain = [folder for folder, _ in pairs_of_share if not is_patch_file(folder)]
+        ready = [[folder] for folder, _ in pairs_of_share if is_patch_file(folder)]
+        return [pack_group(group) for group in ready + ([plain] if plain else [])], None
+    files = [pack_group([folder]) for folder, _ in pairs_of_share]
+    counts = [read_header(file)[1] for file in files]
+    shares = [share for _, share in pairs_of_share]
+    free = sum(count for count, share in zip(counts, shares) if share is None)
+    rest = 1 - sum(share or 0 for share in shares)      # divided by the number of patches
+    return files, [rest * count / free if share is None else share for count, share in zip(counts, shares)]
 
 
 # ------------------------------------------------------------------ batches
@@ -621,20 +663,20 @@ def make_loader(batches, start, workers):
 
 # ------------------------------------------------------------------ command
 
-def add_pack_flags(parser):
-    """Add the flags that `data.py pack` and `clean.py mine` share."""
-    parser.add_argument("--out", "-o", required=True, metavar="FILE",
-                        help="the patch file; reused while pictures and settings stay the same")
-    parser.add_argument("--lr-dir", nargs="+", metavar="DIR",
-                        help="LR pictures with the names of the HR pictures, one folder for each")
-    parser.add_argument("--size", type=int, default=PATCH_SIZE,
-                        help="side of a patch in pixels (default: %(default)s)")
-    parser.add_argument("--min-side", type=int, default=MIN_SIDE,
-                        help="skip pictures with a shorter side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="for random choices (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE, whatever it is")
-    parser.add_argument("--workers", type=int, metavar="N",
-                        help=f"processes that read pictures (default: one per core, at most {MAX_WORKERS})")
+WORKERS_HELP = f"processes that read pictures (default: one per core, at most {MAX_WORKERS})"
+
+
+def add_pack_flags(add):
+    """Add the flags that `data.py pack` and `clean.py mine` share. add: the add_argument of a parser."""
+    add("--out", "-o", required=True, metavar="FILE",
+        help="the patch file; reused while pictures and settings stay the same")
+    add("--lr-dir", nargs="+", metavar="DIR",
+        help="LR pictures with the names of the HR pictures, one folder for each folder of HR pictures")
+    add("--size", type=int, default=PATCH_SIZE, help="side of a patch in pixels (default: %(default)s)")
+    add("--min-side", type=int, default=MIN_SIDE, help="skip pictures with a shorter side (default: %(default)s)")
+    add("--seed", type=int, default=0, help="for random choices (default: 0)")
+    add("--overwrite", action="store_true", help="replace FILE, whatever it is")
+    add("--workers", type=int, metavar="N", help=WORKERS_HELP)
 
 
 def main():
@@ -643,7 +685,7 @@ def main():
         epilog="example: python data.py pack cleaned/pictures smaller -o patches/all.safetensors")
     parser.add_argument("command", choices=["pack"])
     parser.add_argument("data", nargs="+", metavar="DIR", help="folders of pictures, with their subfolders")
-    add_pack_flags(parser)
+    add_pack_flags(parser.add_argument)
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
     try:
