@@ -1,12 +1,16 @@
-"""pairs.py: pictures that belong together: HR, LR, and what other programs made of them.
+"""Find which LR picture, and which results of other programs, belong to which HR picture, and read them.
 
-    for name, lr, hr in pairs("wallpapers", "web", 2): ...                  # the LR pictures made by a recipe
-    jobs, notes = paired({"HR": "hr", "LR": "lr", "waifu2x": "theirs"})     # by name
-    for name, lr, hr, found in pictures(jobs, 2): ...                       # found["waifu2x"]
+    jobs, notes = match_pairs({"HR": "hr", "LR": "lr", "waifu2x": "results"})
+    for name, lr, hr, results in read_pairs(jobs, scale=2):                 # results["waifu2x"] is (3, H, W)
+        ...
+    jobs = [(name, {"HR": path}) for name, path in list_pictures("hr")]     # LR pictures by a recipe
+    for name, lr, hr, _ in read_pairs(jobs, scale=2, recipe="web"):
+        ...
 
-Needs our tile.py and degrade.py.
+Needs images.py and degrade.py beside it.
 """
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -15,116 +19,140 @@ import degrade
 import images
 
 
-def listed(paths):
-    """Files and folders -> [(name, path)]; a name is relative to the folder it was found in, or the file's own."""
-    found = []
+class PairError(images.UserError):
+    """Pictures do not belong together. The message is one line and names them."""
+
+
+# ---- matching by name
+
+
+def list_pictures(paths):
+    """Files and folders -> [(name, path)]. A name is relative to the given folder, or the name of the file."""
+    pictures = []
     for place in images.as_paths(paths):
         for path in images.find_pictures([place]):
-            found.append((path.relative_to(place).as_posix() if place.is_dir() else path.name, path))
-    return found
+            pictures.append((path.relative_to(place).as_posix() if place.is_dir() else path.name, path))
+    return pictures
 
 
-def paired(sides):
-    """{kind: file or folder} -> ([(name, {kind: path})], notes). Kinds: HR, LR, or a label for another program's
-    results. Pictures pair by relative name, whatever the suffix, and carry the first kind's; single files belong
-    together whatever their names. HR and LR must pair wholly; a program may lack some pictures: those that all have are
-    taken, and the notes say what is left out. Raises ValueError that lists the odd ones."""
-    files = {kind: listed(place) for kind, place in sides.items()}
-    for kind, place in sides.items():
-        if not files[kind]:
-            raise ValueError(f"no picture in {place}; give a folder with some")
+def match_pairs(sides):
+    """Match pictures by relative name without suffix -> (jobs, notes).
+
+    sides: {side: file or folder}. A side is "HR", "LR", or the label of another program. An LR picture may
+    be named as in DIV2K: 0001x2.png for 0001.png. Single files match whatever their names are.
+    jobs: [(name of the first side's picture, {side: path})]. notes: lines about pictures without partner.
+    Every HR picture needs an LR picture and the reverse; results may be incomplete. Raises PairError.
+    """
     first, *others = sides
+    pictures = {side: list_pictures(place) for side, place in sides.items()}
+    for side, place in sides.items():
+        if not pictures[side]:
+            raise PairError(f"no picture in {place}")
     if all(Path(place).is_file() for place in sides.values()):
-        return [(files[first][0][0], {kind: own[0][1] for kind, own in files.items()})], []
+        return [(pictures[first][0][0], {side: found[0][1] for side, found in pictures.items()})], []
     if not others:
-        return [(name, {first: path}) for name, path in files[first]], []
-    stems = {kind: {} for kind in sides}
-    for kind in sides:
-        for name, path in files[kind]:
-            stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])  # é may be one character or two
-            twin = stems[kind].setdefault(stem, (name, path))
-            if twin[1] != path:
-                raise ValueError(f"{images.printable(twin[1])} and {images.printable(path)} differ only in their suffix, "
-                                 "so they cannot be paired; move one away")
-    base, strict, notes = stems[first], [], []
-    common = {stem for stem in base if all(stem in own for own in stems.values())}
-    for kind in others:
-        for lone, place in (base.keys() - stems[kind], sides[first]), (stems[kind].keys() - base, sides[kind]):
-            if lone:
-                some = ", ".join(sorted(lone)[:3]) + ", ..." * (len(lone) > 3)
-                said = images.printable(f"{len(lone)} only in {place} ({some})")
-                (strict if (first, kind) == ("HR", "LR") else notes).append(said)
-    if strict:
-        raise ValueError(f"the folders do not pair: {'; '.join(strict)}; every HR picture needs an LR picture of its "
-                         "name")
-    if not common:
-        raise ValueError(f"the folders do not pair: {'; '.join(notes)}; a result needs the name of its picture")
-    jobs = [(name, {kind: own[stem][1] for kind, own in stems.items()}) for stem, (name, _) in base.items() if stem in common]
+        return [(name, {first: path}) for name, path in pictures[first]], []
+
+    stems, notes = {first: index_by_stem(pictures[first])}, []
+    for side in others:
+        stems[side] = index_by_stem(pictures[side], stems[first] if side == "LR" else ())
+        lines = [only_in(sides[first], stems[first].keys() - stems[side].keys()),
+                 only_in(sides[side], stems[side].keys() - stems[first].keys())]
+        lines = [line for line in lines if line]
+        if lines and (first, side) == ("HR", "LR"):
+            raise PairError(f"the folders do not match: {'; '.join(lines)}")
+        notes += lines
+    jobs = []
+    for stem, (name, _) in stems[first].items():
+        if all(stem in index for index in stems.values()):
+            jobs.append((name, {side: index[stem][1] for side, index in stems.items()}))
+    if not jobs:
+        raise PairError(f"no picture has a partner of the same name: {'; '.join(notes)}")
     return jobs, [f"left out: {note}" for note in notes]
 
 
-def fitted(found, scale, crop=False):
-    """{kind: (3, H, W)} of one name -> the same, LR of h x w and all others of scale times that: HR (or whatever is
-    first) loses what is over at its right and bottom, the others must fit. crop: all are cut to the top left that they
-    have in common. Raises ValueError that says by how much they differ."""
-    size = {kind: tuple(n * scale if kind == "LR" else n for n in x.shape[-2:]) for kind, x in found.items()}
-    first = next(iter(size.values()))
-    h, w = (n // scale * scale for n in (map(min, zip(*size.values())) if crop else first))
+def index_by_stem(pictures, hr_stems=()):
+    """[(name, path)] -> {name without suffix: (name, path)}.
+
+    hr_stems: HR names, given for LR pictures; there a trailing x2, x3, ... is dropped where it leads to one.
+    """
+    index = {}
+    for name, path in pictures:
+        stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])      # é can be one character or two
+        without_scale = re.sub(r"x\d+$", "", stem)
+        if stem not in hr_stems and without_scale in hr_stems:
+            stem = without_scale
+        if stem in index and index[stem][1] != path:
+            raise PairError(f"{index[stem][1]} and {path} have the same name, so their partner is unclear")
+        index.setdefault(stem, (name, path))
+    return index
+
+
+def only_in(place, stems):
+    """'3 only in FOLDER (a, b, c)', or None for no stems."""
+    if stems:
+        names = ", ".join(sorted(stems)[:3]) + (", ..." if len(stems) > 3 else "")
+        return images.printable(f"{len(stems)} only in {place} ({names})")
+
+
+# ---- reading
+
+
+def crop_to_match(pictures, scale, crop=False):
+    """Crop the pictures of one name to matching sizes: LR (3, h, w), the others (3, h * scale, w * scale).
+
+    pictures: {side: (3, H, W)}. The first one may lose less than `scale` pixels at the right and bottom; the
+    others must match it then. crop=True crops all to their common upper left part, at most a fifth of a side.
+    Raises PairError with the difference of the sizes.
+    """
+    factors = {side: scale if side == "LR" else 1 for side in pictures}
+    sizes = {side: [n * factors[side] for n in x.shape[-2:]] for side, x in pictures.items()}
+    first = next(iter(sizes.values()))          # all sizes are in HR pixels
+    h, w = map(min, zip(*sizes.values())) if crop else first
+    h, w = h // scale * scale, w // scale * scale
     if min(h, w) == 0:
-        raise ValueError(f"{first[1]}x{first[0]} is smaller than the scale {scale}")
-    result = {}
-    for kind, x in found.items():
-        k, (height, width) = scale if kind == "LR" else 1, size[kind]
-        if crop and max(height / h, width / w) > 1.25 or not crop and size[kind] not in (first, (h, w)):
-            by = [f"{abs(n)} pixel{'s' * (abs(n) > 1)} {more if n > 0 else less}" for n, more, less in
-                  ((x.shape[-1] - w // k, "wider", "narrower"), (x.shape[-2] - h // k, "higher", "lower")) if n]
-            raise ValueError(
-                f"its {images.printable(kind)} picture is {x.shape[-1]}x{x.shape[-2]}, but {w // k}x{h // k} belongs to "
-                f"it{f' at {scale}x' if 'LR' in found else ''}: {', '.join(by)}; "
-                + ("that is more than --crop cuts" if crop else "--crop cuts all to what they share"))
-        result[kind] = x[:, :h // k, :w // k].contiguous()
-    return result
+        raise PairError(f"{first[1]}x{first[0]} is smaller than the scale {scale}")
+    cropped = {}
+    for side, x in pictures.items():
+        factor, size = factors[side], sizes[side]
+        fits = max(size[0] / h, size[1] / w) <= 1.25 if crop else size in (first, [h, w])
+        if not fits:
+            raise PairError(f"its {images.printable(side)} picture is {x.shape[-1]}x{x.shape[-2]} instead of "
+                            f"{w // factor}x{h // factor}" + ("" if crop else "; --crop crops all to one size"))
+        cropped[side] = x[:, :h // factor, :w // factor].contiguous()
+    return cropped
 
 
-def pictures(jobs, scale, recipe=None, seed=0, limit=None, crop=False, skipped=None):
-    """Jobs of paired -> iterator of (name, lr, hr, {label: sr}), float32 in [0, 1]; lr and hr (3, h, w) or None.
+def read_pairs(jobs, scale, recipe=None, seed=0, limit=None, crop=False, skipped=None):
+    """Read the jobs of match_pairs() -> iterator of (name, lr, hr, {label: sr}).
 
-    Transparent parts become white; sizes as fitted says. With a recipe, lr is what degrade.py's command makes of the
-    same folder, recipe, scale and seed. A bad picture is named on stderr, added to the list `skipped` if given, and
-    left out; limit counts the good ones."""
+    Pictures are (3, H, W) float32 in [0, 1], transparent parts white, cropped by crop_to_match(); lr and hr
+    may be None. With a recipe, lr is made from hr, equal to the output of degrade.py for the same folder and
+    seed. Bad pictures are reported, appended to the list `skipped`, and do not count for `limit`.
+    """
     count = 0
     for name, paths in jobs:
         if count == limit:
             return
         try:
-            found = {kind: images.composite(images.read_picture(path), 1.0) for kind, path in paths.items()}
-            found = fitted(found, scale if recipe or "LR" in found else 1, crop)
-            hr, lr = found.pop("HR", None), found.pop("LR", None)
-            if recipe:
-                lr = degrade.degrade(hr[None], recipe, scale, [degrade.picture_seed(name, seed)])[0]
-        except (ValueError, OSError) as e:
-            report_skipped(name, e, skipped)
+            pictures = {side: images.read_picture(path) for side, path in paths.items()}
+            pictures = {side: images.composite(picture, 1.0) for side, picture in pictures.items()}
+            pictures = crop_to_match(pictures, scale if recipe or "LR" in pictures else 1, crop)
+        except images.UserError as error:
+            report_skipped(name, error, skipped)
             continue
+        hr, lr = pictures.pop("HR", None), pictures.pop("LR", None)
+        if recipe:
+            lr = degrade.degrade(hr[None], recipe, scale, [degrade.picture_seed(name, seed)])[0]
         count += 1
-        yield name, lr, hr, found
+        yield name, lr, hr, pictures
 
 
-def report_skipped(name, error, skipped):
-    """One line on stderr that names the picture, kept in the list `skipped` too unless that is None."""
-    line = str(error) if isinstance(error, images.PictureError) else f"{images.printable(name)}: {error}"
-    say(f"skipped: {line}")
+def report_skipped(name, error, skipped=None):
+    """Print why a picture is skipped, and append the line to the list `skipped`."""
+    is_named = isinstance(error, images.PictureError)       # its message begins with the path
+    line = str(error) if is_named else f"{images.printable(name)}: {error}"
+    images.ProgressLine.clear()
+    print(f"skipped: {line}", file=sys.stderr)
     if skipped is not None:
         skipped.append(line)
-
-
-def say(line):
-    images.ProgressLine.clear()
-    print(line, file=sys.stderr)
-
-
-def pairs(hr_paths, recipe, scale, seed=0, limit=None, skipped=None):
-    """HR files or folders -> iterator of (name, lr (3, h, w), hr (3, h*scale, w*scale)), as pictures makes them. Raises
-    ValueError before the first picture."""
-    degrade.shares(recipe)
-    jobs = [(name, {"HR": path}) for name, path in listed(hr_paths)]
-    return (found[:3] for found in pictures(jobs, scale, recipe, seed, limit, skipped=skipped))
