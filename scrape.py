@@ -15,7 +15,6 @@ import email.utils
 import hashlib
 import http.client
 import ipaddress
-import itertools
 import json
 import os
 import re
@@ -233,13 +232,12 @@ def board_filters(kind, ratings, min_width):
 
 
 def page_url(settings, number, below_id):
-    """Return the URL of a page of the search: posts with an id below `below_id`, newest first.
+    """Return the URL of a page of the search: the newest posts with an id below `below_id`.
 
-    Boards refuse high page numbers, and numbered pages shift when somebody uploads. Only a search with its
-    own order or id range is requested by page `number`.
+    below_id None: page `number` of all posts.
     """
     tags, page = settings.tags + settings.filters, number
-    if below_id is not None and not any(tag.startswith(("order:", "id:")) for tag in settings.tags):
+    if below_id is not None:
         if settings.kind == "danbooru":
             page = f"b{below_id}"
         else:
@@ -327,16 +325,19 @@ def search(client, settings, skipped):
     A page is requested when its rows are needed. If it fails, the pictures of earlier pages are already
     stored. Adds the reason for each skipped post to the Counter `skipped`.
 
+    Pages are requested by id, because boards refuse high page numbers and numbered pages shift when somebody
+    uploads. Page numbers are used if the search has its own order, or if the board ignores the id.
+
     Raises ScrapeError if a page fails. Also raises it if the first page, or two pages in a row, have no
     usable post: then the board has probably changed its answers.
     """
-    seen, below_id, useless_pages = set(), None, 0
-    for number in itertools.count(1):
-        page_name = f"page {number} of {settings.base}"
+    by_id = not any(tag.startswith(("order:", "id:")) for tag in settings.tags)
+    number, below_id, seen, useless_pages = 1, None, set(), 0
+    while True:
         try:
             posts, types = read_page(client, page_url(settings, number, below_id))
         except ScrapeError as error:
-            raise ScrapeError(f"{page_name}: {error}") from None
+            raise ScrapeError(f"page {number} of {settings.base}: {error}") from None
         if not posts:
             return
         useless_pages += 1
@@ -357,10 +358,13 @@ def search(client, settings, skipped):
                 yield row
             else:
                 skipped[reason] += 1
-        if useless_pages and (number == 1 or useless_pages == 2):
-            raise ScrapeError(f"{page_name} has no usable post: {problem}")
-        ids = [raw["id"] for raw in posts if isinstance(raw, dict) and type(raw.get("id")) is int]
-        below_id = min(ids, default=below_id)
+        if useless_pages == 2 or not seen:
+            raise ScrapeError(f"page {number} of {settings.base} has no usable post: {problem}")
+        if useless_pages and by_id:
+            by_id = False
+        else:
+            number += 1
+        below_id = min(seen) if by_id else None
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -304,7 +304,15 @@ def test_a_failed_deep_page_keeps_the_pictures_of_earlier_pages(make, go, tmp_pa
     check_folder(tmp_path / "out", range(1, 10))
 
 
-def test_a_board_that_ignores_the_id_is_noticed(make, go, tmp_path):
+def test_a_board_that_ignores_the_id_is_read_by_page_number(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "POSTS_PER_PAGE", 3)
+    board = make(*map(post, range(7, 0, -1)))
+    board.search = lambda query: board.posts[3 * int(query["page"]) - 3:3 * int(query["page"])]
+    assert go(board)[0] == 0 and [query["page"] for query in board.queries()] == ["1", "1", "2", "3", "4"]
+    check_folder(tmp_path / "out", range(1, 8))
+
+
+def test_a_board_that_repeats_one_page_is_noticed(make, go, tmp_path):
     board = make(*map(post, range(3, 0, -1)))
     page = json.dumps(board.posts).encode()
     board.always["/post.json"] = lambda h: h.send(200, page)
