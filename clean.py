@@ -54,7 +54,8 @@ CELL = 160              # pixels of a picture on the sheet of `stats`
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BMP": ".bmp",
             "TIFF": ".tif", "GIF": ".gif"}
 FIELDS = ("name", "bytes", "mtime", "problem", "note", "format", "width", "height", "quality", "content",
-          "hash", "sharpness", "blocks")
+          "hash", "sharpness", "blocks")            # of scan.csv
+REPORT_FIELDS = ("name", "verdict", "why", "kept_as")
 
 
 def file_format(path):
@@ -101,9 +102,9 @@ def sharpness(squares):
 def blockiness(squares, jpeg=False):
     """Return how strongly a JPEG grid of 8 pixels shows, in dB; None without squares.
 
-    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each 8x8 block.
-    So the three highest frequencies of an 8-sample DCT are weak where it meets the grid. The result compares
-    the weakest of the 8 offsets with their median: about 0 without JPEG, 0.5 at quality 95, 6 at quality 30.
+    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each block. So
+    the three highest frequencies of an 8-sample DCT are weak where it meets the grid. The result compares the
+    weakest of the 8 offsets with their median: about 0 without JPEG, 0.5 at quality 95, 6 at quality 30.
     jpeg: the file itself is a JPEG, so offset 0 counts half.
     """
     if not len(squares):
@@ -112,7 +113,7 @@ def blockiness(squares, jpeg=False):
     length, results = squares.shape[1] - 8, []
     for lines in (squares, squares.transpose(0, 2, 1)):
         products = [sum(float(w) * lines[..., i:i + length] for i, w in enumerate(wave)) for wave in waves]
-        strength = np.minimum(sum(np.abs(product) for product in products), 20)     # a hard edge must not dominate
+        strength = np.minimum(sum(np.abs(product) for product in products), 20)     # limits hard edges
         offsets = strength.sum((0, 1)).reshape(-1, 8).sum(0)
         weakness = 10 * np.log10((np.median(offsets) + 1e-3) / (offsets + 1e-3))
         weakness[0] /= 1 + jpeg
@@ -232,8 +233,8 @@ def defect(row, rules):
 def decide(rows, rules):
     """Decide about each picture. Returns a list of {name, verdict, why, kept_as}, sorted by name.
 
-    rows: rows of scan.csv; their order does not matter. verdict: kept, broken, small, large, jpeg, upscaled or
-    duplicate. The largest of several duplicates stays. kept_as: a new file name without suffix.
+    rows: rows of scan.csv; their order does not matter. verdict: kept, broken, small, large, jpeg, upscaled
+    or duplicate. The largest of several duplicates stays. kept_as: a new file name without suffix.
     """
     dropped, good = {}, []
     for row in rows:
@@ -267,9 +268,9 @@ def decide(rows, rules):
             number = f"{number}_{content}".strip("_")
         new_names.add(number)
         kept[name] = number
-    decisions = [{"name": name, "verdict": v, "why": why, "kept_as": ""} for name, (v, why) in dropped.items()]
-    decisions += [{"name": name, "verdict": "kept", "why": "", "kept_as": new} for name, new in kept.items()]
-    return sorted(decisions, key=lambda decision: decision["name"])
+    decisions = [(name, verdict, why, "") for name, (verdict, why) in dropped.items()]
+    decisions += [(name, "kept", "", number) for name, number in kept.items()]
+    return [dict(zip(REPORT_FIELDS, decision)) for decision in sorted(decisions)]
 
 
 # ------------------------------------------------------------------ clean
@@ -281,7 +282,7 @@ def csv_bytes(rows):
 
 
 def read_table(path, fields):
-    """Read a CSV file as a list of {field: text}; [] for a missing file. Raises UserError for other columns."""
+    """Read a CSV file as a list of {field: text}, or [] if it is missing. Raises UserError for other columns."""
     if not path.exists():
         return []
     text = path.read_bytes().decode("utf-8", "replace")
@@ -344,9 +345,9 @@ def place(source, target, copy):
 def clean(folders, out, rules=None, copy=False, workers=None, log=print):
     """Sort the pictures of folders (with subfolders) and files. Returns the decisions, see `decide`.
 
-    The folder `out` gets pictures/ (links or copies of the kept pictures), report.csv (a line per file with the
-    verdict and the reason) and scan.csv. An interrupted call continues. Pictures that an earlier report.csv lists
-    and that are not kept now are removed from `out`. Raises images.UserError for a wrong folder, and OSError.
+    The folder `out` gets pictures/ (links or copies of the kept pictures), report.csv (a line per file) and
+    scan.csv. An interrupted call continues. Pictures that an earlier report.csv lists and that are not kept now
+    are removed from `out`. Raises images.UserError for a wrong folder, and OSError.
     """
     out, rules = Path(out), rules or Rules()
     inputs = data.list_inputs(folders, exclude=[out / "pictures"])
@@ -362,14 +363,14 @@ def clean(folders, out, rules=None, copy=False, workers=None, log=print):
             row["kept_as"] = f"pictures/{row['kept_as']}{suffix}"
             targets[row["kept_as"]] = path
 
-    report, fields = out / "report.csv", ("name", "verdict", "why", "kept_as")
-    previous = {row["kept_as"] for row in read_table(report, fields) if row["kept_as"]}
+    report = out / "report.csv"
+    previous = {row["kept_as"] for row in read_table(report, REPORT_FIELDS) if row["kept_as"]}
     unknown = [target for target in targets if target not in previous and os.path.lexists(out / target)]
     if unknown:
         raise images.UserError(f"{images.printable(out / unknown[0])} is in the way; choose an empty --out")
     for target in previous - targets.keys():
         (out / target).unlink(missing_ok=True)
-    images.write_atomic(report, csv_bytes([fields, *(row.values() for row in decisions)]))
+    images.write_atomic(report, csv_bytes([REPORT_FIELDS, *(row.values() for row in decisions)]))
     for target, path in targets.items():
         place(path, out / target, copy)
 
@@ -419,19 +420,20 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
     """Make smaller copies of pictures: sRGB PNG, resized with Lanczos. Returns the number of new copies.
 
     NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same
-    subfolder of `out`. No copy is larger than its picture or has a side below min_side. A copy that is newer than
-    its picture is not made again. Raises images.UserError, also for two pictures of one name, and OSError.
+    subfolder of `out`. No copy is larger than its picture or has a side below min_side. A copy that is newer
+    than its picture is not made again. Raises images.UserError, also for two pictures of one name, and OSError.
     """
     stems = {}
     for path, name in data.list_inputs(folders, exclude=[out]).items():
         _, name = name.split("/", 1)
         other = stems.setdefault(str(Path(out) / name.removesuffix(path.suffix)), path)
         if other != path:
-            raise images.UserError(f"{images.printable(other)} and {images.printable(path)} would have copies "
-                                   "of the same name; rename one, or run clean first")
+            raise images.UserError(f"{images.printable(other)} and {images.printable(path)} would share the names "
+                                   "of their copies; rename one, or run clean first")
     made = unreadable = 0
     jobs = [(path, stem) for stem, path in stems.items()]
-    for _, result in data.run_parallel(functools.partial(copy_job, min_side=min_side), jobs, workers, "resizing"):
+    job = functools.partial(copy_job, min_side=min_side)
+    for _, result in data.run_parallel(job, jobs, workers, "resizing"):
         if isinstance(result, images.PictureError):
             images.ProgressLine.clear()
             log(f"skipped: {result}")
@@ -471,7 +473,7 @@ def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share
     """Write the patches with most detail, from folders of pictures or from patch files, to one patch file.
 
     At most per_picture patches of each picture are candidates; the share `keep` of all candidates stays. Both
-    steps follow select_patches. For the other arguments see data.pack; patches of a patch file keep their size.
+    steps follow select_patches. For the other arguments see data.pack; a patch file has its own patch size.
     Returns Path(out). Raises images.UserError, also for inputs that do not fit together, and OSError.
     """
     inputs, out = images.as_paths(inputs), Path(out)
@@ -510,7 +512,7 @@ def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share
 
 def write_mined(files, out, size, scale, fingerprint, keep, per_picture, calm_share, seed, log):
     """Select the patches of patch files and write them to `out`. For the arguments see `mine`."""
-    pictures, details = [], []      # per picture: file number, name, patch numbers; the details of all candidates
+    pictures, details = [], []      # per picture: (file number, name, patch numbers), and details of the patches
     tensors = [(data.read_tensor(file, "patches"), data.read_tensor(file, "lr")) for file in files]
     for k, file in enumerate(files):
         picture, detail = data.read_tensor(file, "picture"), data.read_tensor(file, "detail")
@@ -534,7 +536,8 @@ def write_mined(files, out, size, scale, fingerprint, keep, per_picture, calm_sh
             if len(own):
                 patches, lr_patches = tensors[k]
                 rows = numbers[own - begin]
-                writer.add(name, patches[rows], None if lr_patches is None else lr_patches[rows], details[own])
+                lr_rows = None if lr_patches is None else lr_patches[rows]
+                writer.add(name, patches[rows], lr_rows, details[own])
         writer.finish()
     total = sum(len(patches) for patches, _ in tensors)
     log(f"{out}: {len(chosen)} of {total} patches, from {len(writer.names)} pictures")
@@ -572,7 +575,8 @@ def stats(inputs, sheet=None, sample=192, log=print, workers=None):
     inputs, cells = images.as_paths(inputs), []
     for file in (path for path in inputs if data.is_patch_file(path)):
         metadata, n, size = data.read_header(file)
-        patches, details, picture = (data.read_tensor(file, name) for name in ("patches", "detail", "picture"))
+        patches, picture = data.read_tensor(file, "patches"), data.read_tensor(file, "picture")
+        details = data.read_tensor(file, "detail")
         pairs = f" with LR patches at scale 1/{metadata['scale']}" if "scale" in metadata else ""
         log(f"{file}: {n} patches of {size}x{size}{pairs} from {metadata['pictures']} pictures, "
             f"{file.stat().st_size / 1e9:.2f} GB")
@@ -623,7 +627,8 @@ def draw_sheet(path, cells):
 # ------------------------------------------------------------------ command
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add_command(name, text, inputs="folders of pictures"):
@@ -646,7 +651,7 @@ def parse():
     add("--min-sharpness", type=float, default=MIN_SHARPNESS,
         help="lowest sharpness in dB; =-inf: any (default: %(default)s)")
     add("--distance", type=int, default=MAX_DISTANCE, choices=range(-1, 8), metavar="N",
-        help="near-duplicates differ in at most N of 64 hash bits, up to 7; -1: only equal pixels (default: 6)")
+        help="near-duplicates differ in at most N of 64 hash bits, -1 to 7; -1: equal pixels (default: 6)")
     add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
     add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3 and with shorter side 400")

@@ -673,7 +673,8 @@ def add_pack_flags(add):
     add("--lr-dir", nargs="+", metavar="DIR",
         help="LR pictures with the names of the HR pictures, one folder for each folder of HR pictures")
     add("--size", type=int, default=PATCH_SIZE, help="side of a patch in pixels (default: %(default)s)")
-    add("--min-side", type=int, default=MIN_SIDE, help="skip pictures with a shorter side (default: %(default)s)")
+    add("--min-side", type=int, default=MIN_SIDE,
+        help="skip pictures with a shorter side (default: %(default)s)")
     add("--seed", type=int, default=0, help="for random choices (default: 0)")
     add("--overwrite", action="store_true", help="replace FILE, whatever it is")
     add("--workers", type=int, metavar="N", help=WORKERS_HELP)
