@@ -303,9 +303,9 @@ def train(args):
 
     patch_size = min(data.read_header(file)[2] for file in files)
     sides = [side for side in SIDES if side <= max(patch_size, SIDES[0])]
-    crop_batches = data.Batches(files, args.steps, max(1, args.batch // VERSIONS), sides, 1, "bicubic", args.seed,
-                                args.crop_candidates)
-    batches = ArtifactBatches(crop_batches)
+    crop_count = max(1, args.batch // VERSIONS)
+    batches = ArtifactBatches(data.Batches(files, args.steps, crop_count, sides, 1, "bicubic", args.seed,
+                                           args.crop_candidates))
     parameters = sum(p.numel() for p in detector.parameters())
     print(f"{parameters:,} parameters, crops of {', '.join(map(str, sides))} pixels, {len(crops)} validation "
           f"crops, step {step} of {args.steps}", flush=True)
@@ -331,8 +331,8 @@ def train(args):
             rows.append({"step": step, "loss": mean_loss, "correct": correct, "recall": recall})
             write_report(out, detector, optimizer, rows)
             left = int((args.steps - step) * (time.time() - start) / (step - first_step))
-            print(f"step {step}/{args.steps}  loss {mean_loss:.4f}  correct {correct:.1%}, clean recall {recall:.1%}  "
-                  f"{left // 60}m{left % 60:02d}s left", flush=True)
+            print(f"step {step}/{args.steps}  loss {mean_loss:.4f}  correct {correct:.1%}, clean recall "
+                  f"{recall:.1%}  {left // 60}m{left % 60:02d}s left", flush=True)
 
     table = confusion(detector.eval(), crops)
     print(format_confusion(table))

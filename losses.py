@@ -265,15 +265,16 @@ def load_frozen(net, state, path, prefix=""):
 def load_vgg19(path):
     """Load the convolutions of VGG19. path: torchvision's vgg19-dcbb9e9d.pth."""
     from torchvision import models
-    net = models.vgg19(weights=None).features[:35]
-    return load_frozen(net, read_tensors(path)[0], path, prefix="features.")
+    state, _ = read_tensors(path)
+    return load_frozen(models.vgg19(weights=None).features[:35], state, path, prefix="features.")
 
 
 def load_resnet50(path):
     """Load ResNet50 without its head. path: resnet50-13306192.pth of github.com/RF5/danbooru-pretrained."""
     from torchvision import models
+    state, _ = read_tensors(path)
     net = nn.Sequential(*list(models.resnet50(weights=None).children())[:-2])
-    return load_frozen(net, read_tensors(path)[0], path, prefix="0.")       # module 0 is the body, 1 the head
+    return load_frozen(net, state, path, prefix="0.")       # module 0 is the body, 1 the head
 
 
 def load_lite0():
@@ -673,7 +674,10 @@ def parse_loss(text):
             weights[name] = -1.0
         if not 0 <= weights[name] < math.inf:
             raise LossError(f"'{part}': a weight is a number of 0 or more, as in {name}={TERMS[name].weight}")
-    return {name: weight for name, weight in weights.items() if weight}
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise LossError(f"'{text}' has no term with a weight above 0")
+    return weights
 
 
 class SRLoss(nn.Module):
