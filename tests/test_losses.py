@@ -108,7 +108,7 @@ def test_gradient_of_every_term(name, make_loss, both, d):
         return loss.terms(x, hr, lr, d.double())[name]
     numeric, autograd, norm = derivative(term, sr)
     assert norm > 1e-8
-    if "detector" not in TERMS[name].needs:         # the gradient of these is clipped
+    if TERMS[name].needs != "artifacts":        # the gradient of these is clipped
         assert abs(numeric - autograd) < 1e-4 * norm
     loss, d, x = loss.float(), d.float(), sr.float().requires_grad_(True)
     g, = torch.autograd.grad(loss.terms(x, hr.float(), lr.float(), d)[name], x)
@@ -175,12 +175,6 @@ def test_generator_and_discriminator_learn_from_their_own_loss_only(d):
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, g.parameters())), "D's step reached G"
     (sr ** 2).mean().backward()             # the graph of G is still whole
     assert set(report) == {"d_real", "d_fake", "d_acc"} and not any(v.requires_grad for v in report.values())
-
-
-def test_an_error_restores_the_discriminator(d):
-    with pytest.raises(LossError, match="32 pixels"):
-        L.generator_loss(d.train(), picture(1, 3, 7, 40), picture(1, 3, 7, 40))
-    assert d.training and all(p.requires_grad for p in d.parameters())
 
 
 def test_nothing_in_the_sum_is_trained(make_loss, d):
@@ -789,10 +783,6 @@ def test_bf16_under_autocast(make_loss, d):
     total.backward()
     assert x.grad.isfinite().all() and x.grad.norm() > 0
     assert all(b.dtype == torch.float32 for b in d.buffers())
-    for f in (L.enhance_lines, L.detail_mask):
-        want = f(hr)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(f(hr), want)
 
 
 # ---- line-enhanced targets ------------------------------------------------------------------------------------
