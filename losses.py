@@ -156,9 +156,8 @@ def soft_canny(y, kernel=3, low=0.05, high=0.1, width=0.02):
 
 def edge_loss(sr, hr, mask=None):
     """L1 distances of slope, soft Canny map, and color near the edges of hr, weighted by EDGE_WEIGHTS.
-    mask (B, 1, H, W): weight of each place. Measured: EDGE_KERNEL 1 gives sharp pictures with double lines and
-    wrong colors inside thick lines; weights 4, 16, 4 with half of `adv` give fewer GAN artifacts but thick,
-    doubled lines.
+    mask (B, 1, H, W): weight of each place. Measured: kernel 1 gives sharp pictures, double lines and wrong
+    colors inside thick lines; weights 4, 16, 4 with half of `adv` give fewer GAN artifacts but thick lines.
     Source: Canny, PAMI 1986; Sobel and Feldman, 1968."""
     y_sr, y_hr = to_luma(sr), to_luma(hr)
     slope_sr, slope_hr = (sobel(y, EDGE_KERNEL)[2] for y in (y_sr, y_hr))
