@@ -49,6 +49,7 @@ MAX_FILE_BYTES = 512 << 20
 TIMEOUT = 30            # seconds without data before a request counts as failed
 MAX_TRIES = 6           # of one request
 MAX_WAIT = 900          # seconds; the run stops if a board asks for a longer wait
+LOG_INTERVAL = 30       # seconds between status lines, except on a terminal
 MAX_NO_ANSWER = 3       # the run stops after so many pictures in a row without an answer
 
 
@@ -221,13 +222,15 @@ class Client(urllib.request.HTTPRedirectHandler):
 def board_filters(kind, ratings, min_width):
     """Return the tags that select these rating letters and widths on the board's side."""
     excluded = sorted(RATINGS[kind].keys() - ratings)
-    tags = [f"width:>={min_width}"] if min_width else []
+    tags = []
     if kind == "danbooru" and excluded:
         tags.append("rating:" + ",".join(sorted(ratings)))
     elif len(excluded) == 2:
         tags.append(f"rating:{min(ratings)}")
     elif excluded:      # Moebooru cannot list two ratings, but it can exclude one
         tags.append(f"-rating:{excluded[0]}")
+    if min_width:
+        tags.append(f"width:>={min_width}")
     return tags
 
 
@@ -437,6 +440,7 @@ def fetch_all(client, settings, totals, skipped):
     listed = {row["file"] for row in manifest}
     present = {row["md5"] for row in manifest if (settings.out / row["file"]).is_file()}
     found, no_answer, start = set(), 0, monotonic()
+    last_status = start
     for row in search(client, settings, skipped):
         if row["md5"] in found:     # two posts with the same picture
             continue
@@ -456,9 +460,12 @@ def fetch_all(client, settings, totals, skipped):
             no_answer = no_answer + 1 if isinstance(error, NoAnswerError) else 0
         if no_answer == MAX_NO_ANSWER:
             raise ScrapeError(f"no answer for {MAX_NO_ANSWER} pictures in a row; run the command again later")
-        if totals["found"] == settings.max:
+        if totals["found"] >= settings.max:
             return
-        seconds = max(monotonic() - start, 0.001)
+        if not sys.stderr.isatty() and monotonic() - last_status < LOG_INTERVAL:
+            continue
+        last_status = monotonic()
+        seconds = max(last_status - start, 0.001)
         left = (settings.max - totals["found"]) * seconds / totals["found"]
         report(f"{totals['found']} of at most {settings.max} pictures  "
                f"{totals['bytes'] / 1e6 / seconds:.2f} MB/s  at most {format_time(left)} left", end="")
