@@ -48,8 +48,8 @@ def round_up(n, step):
 
 @dataclass
 class Span:
-    """One tile along one axis: where its input starts, the output pixels start..stop that it contributes to, and
-    its weights there. Once it is added, the output before final_stop is complete."""
+    """One tile along one axis: where its input starts, the output pixels start..stop that it adds to, and its
+    weights there. Once it is added, the output before final_stop is complete."""
     input_start: int
     start: int
     stop: int
@@ -192,8 +192,8 @@ class StopForward(Exception):
 class SharedPools:
     """Give the channel attention of every tile the means over the whole picture.
 
-    For modules with an attribute `global_pool`, to be set to a callable (b, h, w, c) -> (b, c); other networks
-    do not change. A mean is the sum over the cores of all tiles. The means of a layer depend on those of the
+    For modules with an attribute `global_pool`, to be set to a callable (b, h, w, c) -> (b, c); others do not
+    change. A mean is the sum over the cores of all tiles. The means of a layer depend on those of the
     layers before, so n layers need n passes over the tiles to be exact. In HAT two or three passes suffice,
     since channel attention has a small weight.
     """

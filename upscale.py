@@ -120,16 +120,16 @@ def width_by_height(text):
 
 def parse():
     p = argparse.ArgumentParser(
-        description="Upscale pictures. Alpha, gray, 16 bit, and metadata are kept if the format can hold them.",
+        description="Upscale pictures. Alpha, gray, 16 bit, and metadata are kept if the format holds them.",
         epilog="Exit code: 0 all done, 1 some pictures failed (they are named), 2 nothing was done.")
     p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of pictures")
-    p.add_argument("-o", "--out", type=Path, help="result file, or folder of the results (default: beside IN)")
+    p.add_argument("-o", "--out", type=Path, help="file, or folder of the results (default: beside IN)")
     p.add_argument("--weights", help="model file (default: weights/web-low, weights/clean-low for undamaged "
                                      "pictures, or the newest runs/*/best.safetensors)")
 
     g = p.add_argument_group("result")
     size = g.add_mutually_exclusive_group()
-    size.add_argument("--fit", type=width_by_height, metavar="WxH", help="this size exactly; the rest is cropped")
+    size.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size, by cropping")
     size.add_argument("--scale", type=float, help="scale factor, such as 1.5 (default: that of the model)")
     g.add_argument("--crop", default="center", choices=["center", "top", "focus"],
                    help="part that --fit keeps; focus: the part with the most detail (default: center)")
