@@ -106,8 +106,8 @@ def pad_heads(parameter, heads, dim=0):
 
 
 def attention(q, k, v, bias, scale):
-    """softmax(scale * q k^T + bias) v. q (N, n, heads, d); k, v (N, m, heads, d); bias (windows, heads, n,
-    m), where windows is 1 or a divisor of N. Returns (N, n, heads * d)."""
+    """softmax(scale * q k^T + bias) v for q (N, n, heads, d), k and v (N, m, heads, d) and bias
+    (windows, heads, n, m), where windows is 1 or a divisor of N. Returns (N, n, heads * d)."""
     bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
     if q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -187,7 +187,7 @@ class ChannelAttention(nn.Module):
     def forward(self, x):
         if self.global_pool:
             mean = self.global_pool(x)
-        else:       # row by row is more accurate in low precision than attention[0]
+        else:       # attention[0] would sum in bf16 under autocast
             mean = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)).mean(1)
         return self.attention[1:](mean[:, :, None, None]).flatten(1)[:, None, None]
 
@@ -252,8 +252,7 @@ class OCAB(WindowAttention):
         return x + self.mlp(self.norm2(x))
 
     def attend_windows(self, q, kv, bias):
-        """q (B, H, W, 1, heads, d) and kv (B, H', W', 2, heads, d), widened along both sides -> (B, H, W,
-        C)."""
+        """q (B, H, W, 1, heads, d) and widened kv (B, H', W', 2, heads, d) -> (B, H, W, C)."""
         h, w, n = *q.shape[1:3], self.window + 2 * self.edge
         q = rearrange(q, "b (y i) (x j) 1 h d -> (b y x) (i j) h d", i=self.window, j=self.window)
         k, v = rearrange(kv, "b (y i) (x j) two h d -> two (b y x) (i j) h d", i=n, j=n)
@@ -502,28 +501,21 @@ def read_weights(path, header_only=False):
 
 
 def fit_weights(model, state, path, strict=True):
-    """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that
-    did not fit: missing from the file, unknown to the model, or of another shape. With strict, these raise
+    """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that did
+    not fit: missing from the file, unknown to the model, or of another shape. With strict, these raise
     WeightsError instead and nothing is loaded; path is for its message."""
     own = model.state_dict()
     if not any(name.startswith(("residual_block.", "out_conv.")) for name in state):
         own = {name: v for name, v in own.items() if name.startswith("hat_model.")}
-    missing = sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
-    reshaped = [name for name in own if name in state and state[name].shape != own[name].shape]
-    if strict and missing + unknown + reshaped:
-        try:
-            sizes = infer_sizes(state)
-            what = f"it is {preset_name(sizes) or sizes} {sizes['scale']}x"
-        except WeightsError as e:
-            what = str(e)
-        shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in reshaped]
-        problems = {"missing": missing, "unknown": unknown, "other shape": shapes}
-        details = "; ".join(f"{label}: {', '.join(names)}" for label, names in problems.items() if names)
-        raise WeightsError(f"{path} does not fit this model ({what}); {details}")
-    fitting = {name: v for name, v in state.items() if name in own and name not in reshaped}
+    fitting = {name: v for name, v in state.items() if name in own and v.shape == own[name].shape}
+    misfits = sorted((own.keys() | state.keys()) - fitting.keys())
+    if strict and misfits:
+        shapes = [f"{name} {tuple(state[name].shape) if name in state else 'missing'} instead of "
+                  f"{tuple(own[name].shape) if name in own else 'nothing'}" for name in misfits[:3]]
+        raise WeightsError(f"{path} does not fit this model in {len(misfits)} tensors: {', '.join(shapes)}"
+                           + ", ..." * (len(misfits) > 3))
     model.load_state_dict(fitting, strict=False)
-    return missing + unknown + reshaped
+    return misfits
 
 
 def load(path, device="cpu"):

@@ -29,7 +29,7 @@ import data
 import demo
 import fast
 import tile
-from model import HAT, PRESETS, HATRefiner
+from model import PRESETS, HATRefiner
 
 WORK = {   # device: {preset: (batch, LR side)}
     "cpu": {"low": (4, 64), "mid": (1, 64), "hat": (1, 32)},

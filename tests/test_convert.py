@@ -9,7 +9,7 @@ import torch
 
 import convert
 from model import HATRefiner, WeightsError, load, read_weights, save
-from test_model import same_picture, shake, tiny       # noqa: F401; a fixture
+from test_model import same_picture, shake, tiny       # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ import torch
 
 import fast
 from model import CAB, HAT, OCAB, RHAG, ChannelAttention, HATRefiner, load
-from test_model import shake, sizes_of, tiny        # noqa: F401; a fixture
+from test_model import shake, sizes_of, tiny        # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
