@@ -56,8 +56,7 @@ class DataError(images.UserError):
 def init_worker(*_):
     """Prepare a worker process: use one thread, and exit together with the main process."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):      # the whole group gets them; the main process decides
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches all processes; the main process decides
 
     def exit_with_parent():
         multiprocessing.parent_process().join()
