@@ -1,4 +1,4 @@
-"""What tiling costs: quality beside the whole picture, memory and time of very large ones. Not run by pytest.
+"""Measure what tiling costs: quality against the whole picture, memory and time of large pictures.
 
     python tests/measure_tiles.py quality --data LR_FOLDER            # PSNR tiled against whole, seams, cost
     python tests/measure_tiles.py quality --data LR_FOLDER --tiles 128 --pads 8 16 32 --limit 4
@@ -8,7 +8,7 @@
     python tests/measure_tiles.py picture                             # 1920x1080 by two: seconds, memory, overhead
     python tests/measure_tiles.py fit --data FOLDER --out FOLDER      # every picture to 3840x2160, each way of cropping
 
-Prints Markdown. Weights: --weights FILE, otherwise those that tile.py takes.
+Prints Markdown. Default of --weights: that of tile.py.
 """
 import argparse
 import resource
@@ -22,7 +22,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import convert                                                          # noqa: E402
+import choose                                                           # noqa: E402
+import fast                                                             # noqa: E402
+import images                                                           # noqa: E402
 import metrics                                                          # noqa: E402
 import model                                                            # noqa: E402
 import pairs                                                            # noqa: E402
@@ -37,20 +39,20 @@ def quality(args, network):
     from bench import hard_tiles
     scale, window = network.scale, network.hat_model.window
     amp = {"bf16": torch.bfloat16, "off": None}[args.amp]
-    pictures = [tile.composite(tile.read_picture(p), 1.0) for p in tile.find_pictures(args.data)[:args.limit]]
+    pictures = [images.composite(images.read_picture(p), 1.0) for p in images.find_pictures(args.data)[:args.limit]]
     pictures = [x[:, :args.side, :args.side].contiguous() if args.side else x for x in pictures]
     wholes, seconds = [], 0
     for x in pictures:
-        begun = time.time()
+        start = time.time()
         wholes.append(tile.upscale(network, x, scale, tile.Tiler(max(x.shape), 0, align=1), args.device, amp))
-        seconds += time.time() - begun
+        seconds += time.time() - start
     print(f"{len(pictures)} pictures, {args.amp}, whole: {seconds:.1f} s\n")
     print("| tile | pad | how | PSNR to whole, mean | lowest | seam / whole's, mean | worst | seconds / whole |\n|"
           + "---|" * 8)
     for size in args.tiles:
         ways = [(pad, sync) for pad in args.pads for sync in ("off", "rough", "exact")]
         for pad, how in ways if args.no_hard else [(32, "hard"), *ways]:
-            figures, seams, begun = [], [], time.time()
+            figures, seams, start = [], [], time.time()
             for x, whole in zip(pictures, wholes):
                 if how == "hard":
                     with torch.inference_mode():
@@ -65,7 +67,7 @@ def quality(args, network):
                     seams.append(metrics.seam(sr, whole, lines))
             worst = max(seams, key=lambda s: abs(s - 1), default=float("nan"))
             print(f"| {size} | {pad} | {how} | {sum(figures) / len(figures):.2f} | {min(figures):.2f} | "
-                  f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - begun) / seconds:.2f} |",
+                  f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - start) / seconds:.2f} |",
                   flush=True)
 
 
@@ -80,13 +82,13 @@ def border_error(sr, whole, lines, reach=2):
 
 
 def refiner(args, networks):
-    """What stages 2 and 3 bring beside feathering: each model tiled, against itself untiled and against the truth."""
-    jobs, _ = pairs.paired({"HR": args.hr, "LR": args.data})
+    """Compare models in tiles with themselves without tiles and with HR: the gain of stages 2 and 3."""
+    jobs, _ = pairs.match_pairs({"HR": args.hr, "LR": args.data})
     print("| model | pad | PSNR-Y | PSNR-Y untiled | tiled against untiled, dB | error at borders / inside | seam / untiled's |\n|"
           + "---|" * 7)
     for path, network in networks.items():
         scale, window, rows = network.scale, network.hat_model.window, {pad: [] for pad in args.pads}
-        for _, lr, hr, _ in pairs.pictures(jobs, scale, limit=args.limit):
+        for _, lr, hr, _ in pairs.read_pairs(jobs, scale, limit=args.limit):
             lr = lr[:, :args.side, :args.side].contiguous()
             hr = hr[:, :lr.shape[1] * scale, :lr.shape[2] * scale]
             whole = tile.upscale(network, lr, scale, tile.Tiler(max(lr.shape), 0, align=1), args.device)
@@ -110,8 +112,8 @@ def gradients_and_lines(height, width):
 
 
 def command(args, *more, limit=None):
-    """Runs tile.py -> (seconds, peak MiB, what it said)."""
-    def bound():    # not of the address space, 3 GiB of which are GPU libraries that torch maps and never touches
+    """Runs tile.py -> (seconds, peak MiB, its output)."""
+    def bound():    # of data, not of the address space: torch maps 3 GiB of GPU libraries and never uses them
         if limit:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
@@ -119,13 +121,13 @@ def command(args, *more, limit=None):
     call += ["--weights", args.weights] if args.weights else []
     code = ("import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]).returncode; "
             "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r)")
-    begun = time.time()
+    start = time.time()
     done = subprocess.run([sys.executable, "-c", code, *map(str, call)], capture_output=True, text=True,
                           preexec_fn=bound)
-    said, _, peak = done.stdout.rpartition("PEAK")
+    output, _, peak = done.stdout.rpartition("PEAK")
     if done.returncode:
-        sys.exit(f"tile.py ended with {done.returncode}: {said}{done.stderr}")
-    return time.time() - begun, int(peak) / 1024, said + done.stderr
+        sys.exit(f"tile.py ended with {done.returncode}: {output}{done.stderr}")
+    return time.time() - start, int(peak) / 1024, output + done.stderr
 
 
 def big(args, network):
@@ -133,34 +135,34 @@ def big(args, network):
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         folder = Path(folder)
         small, large = folder / "small.png", folder / "large.png"
-        tile.save_strips(small, gradients_and_lines(64, 64), (64, 64), tile.Picture(torch.zeros(0)))
-        tile.save_strips(large, gradients_and_lines(height, width), (height, width), tile.Picture(torch.zeros(0)))
+        images.save_strips(small, gradients_and_lines(64, 64), (64, 64), images.Picture(torch.zeros(0)))
+        images.save_strips(large, gradients_and_lines(height, width), (height, width), images.Picture(torch.zeros(0)))
         limit = int(args.limit_gib * 2**30) if args.limit_gib else None
         own = command(args, small, "-o", folder / "out.png", "--tile-size", 16)[1]
-        seconds, peak, said = command(args, large, "-o", folder / "out.png", "--tile-size", args.tile_size,
+        seconds, peak, output = command(args, large, "-o", folder / "out.png", "--tile-size", args.tile_size,
                                       *(["--sync", args.sync] if args.sync else []), limit=limit)
-        print(said)
-        print(f"\n| in | limit | s | peak MiB | of that above a 64x64 picture | file MB |\n|" + "---|" * 6)
+        print(output)
+        print("\n| in | limit | s | peak MiB | of that above a 64x64 picture | file MB |\n|" + "---|" * 6)
         print(f"| {width}x{height} | {args.limit_gib or '-'} GiB | {seconds:.0f} | {peak:.0f} | {peak - own:.0f} | "
               f"{(folder / 'out.png').stat().st_size / 1e6:.0f} |")
 
 
 def picture(args, network):
-    """Seconds for 1920x1080 by the command's own means, beside the same tiles through the model and nothing else."""
+    """Compare the seconds for 1920x1080 with those of the model alone on the same tiles."""
     device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
     window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
     size = tile.auto_tile_size(network, device, amp, tile.Tiler(window, args.pads[0], 1, window))
     tiler = tile.Tiler(size, args.pads[0], 1, window)
     (h, rows), (w, columns) = tiler.spans(1080, 1), tiler.spans(1920, 1)
-    begun = time.time()
+    start = time.time()
     tile.upscale(network, x, network.scale, tiler, device, amp)
-    tiled = time.time() - begun
+    tiled = time.time() - start
     part = torch.rand(1, 3, h, w, device=device)
     with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
-        begun = time.time()
+        start = time.time()
         for _ in range(len(rows) * len(columns)):
             network(part).float().cpu()
-        alone = time.time() - begun
+        alone = time.time() - start
     print(f"1920x1080 by {network.scale}, {args.amp}, {len(rows)}x{len(columns)} tiles of {w}x{h} "
           f"({len(rows) * len(columns) * h * w / 1920 / 1080:.2f} times the area): {tiled:.1f} s, the tiles alone "
           f"{alone:.1f} s, so tiling adds {tiled / alone - 1:.1%}; peak "
@@ -171,8 +173,8 @@ def fit(args, network):
     for crop in ("center", "top", "focus"):
         out = Path(args.out or "fitted") / crop
         print(command(args, args.data, "-o", out, "--fit", "3840x2160", "--crop", crop, "--format", "jpg")[2])
-        for path in tile.find_pictures(out):
-            assert tile.read_picture(path).rgb.shape == (3, 2160, 3840), path
+        for path in images.find_pictures(out):
+            assert images.read_picture(path).rgb.shape == (3, 2160, 3840), path
     print("all 3840x2160")
 
 
@@ -180,7 +182,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("part", choices=["quality", "refiner", "big", "picture", "fit"])
     p.add_argument("--data", help="pictures to enlarge as they are")
-    p.add_argument("--out", help="folder for what is written (default: a temporary one; fit: fitted)")
+    p.add_argument("--out", help="folder for results (default: a temporary one; fit: fitted)")
     p.add_argument("--hr", help="refiner: the true pictures")
     p.add_argument("--weights", nargs="+", help="one file; refiner: one for each stage")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -192,12 +194,12 @@ def main():
     p.add_argument("--no-hard", action="store_true", help="quality: leave hard crops out")
     p.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), default=(12000, 8000),
                    help="big (default: 12000x8000)")
-    p.add_argument("--tile-size", default="auto", help="big: as tile.py's")
+    p.add_argument("--tile-size", type=int, default=384, help="big: that of tile.py")
     p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
-    p.add_argument("--limit-gib", type=float, help="big: memory it may have (ulimit -d)")
+    p.add_argument("--limit-gib", type=float, help="big: memory limit (ulimit -d)")
     args = p.parse_args()
-    tile.keep_freed_memory()
-    paths = args.weights or [convert.find_weights()]
+    fast.keep_freed_memory()
+    paths = args.weights or [choose.default_weights()]
     networks = {Path(path).parent.name + "/" + Path(path).stem: model.load(path, args.device) for path in paths}
     if args.part == "refiner":
         return refiner(args, networks)

@@ -1,0 +1,385 @@
+"""The upscaling command: alpha, sizes, files and folders, failures."""
+import errno
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import choose
+import convert
+import images
+import model
+import tile
+import upscale
+from images import Picture, read_picture, save_picture
+from tile import Tiler
+
+RNG = np.random.default_rng(0)
+
+
+def nearest(scale):
+    return lambda x: F.interpolate(x, scale_factor=scale, mode="nearest")
+
+
+def upscale_picture(picture, scale=2, **options):
+    x = torch.cat(list(upscale.upscale_picture_strips(nearest(scale), picture, scale, Tiler(16, 8), **options)), 1)
+    return replace(picture, rgb=x[:3], alpha=None if picture.alpha is None else x[3:])
+
+
+# ------------------------------------------------------------------ alpha, size, and crop
+
+@pytest.mark.parametrize("size", [(60, 90), (45, 70), (31, 33), (8, 200), (200, 8), (1, 1), (77, 51)])
+def test_resizing_in_strips(size):
+    x = torch.rand(3, 60, 51)
+    whole = tile.lanczos(x, size)
+    pillow = Image.fromarray(x[1].numpy()).resize(size[::-1], Image.Resampling.LANCZOS)
+    assert torch.allclose(whole[1], torch.from_numpy(np.array(pillow)).clamp(0, 1), atol=1e-6)
+    for heights in ([60], [1, 2, 3, 54], [16, 16, 16, 12], [59, 1]):
+        resized = torch.cat(list(upscale.resize_strips(iter(x.split(heights, 1)), 60, size)), 1)
+        assert resized.shape == whole.shape and torch.allclose(resized, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, (101, 77)])
+def test_alpha_and_size(size):
+    picture = Picture(torch.rand(3, 70, 60), torch.rand(1, 70, 60).clamp(0.1))
+    result = upscale_picture(picture, size=size)
+    assert torch.allclose(result.alpha, tile.lanczos(picture.alpha, size or (140, 120)), atol=1e-4)
+    rgb = nearest(2)(picture.rgb[None])[0]
+    assert torch.allclose(result.rgb, rgb if size is None else tile.lanczos(rgb, size), atol=1e-4)
+
+
+def test_alpha_leaves_no_fringe():
+    alpha = torch.zeros(1, 40, 50)
+    alpha[:, 10:30, 10:30] = 1
+    red = torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1)
+    result = upscale_picture(Picture(red * alpha, alpha))       # black in transparent pixels
+    assert torch.allclose(result.rgb, red.expand(3, 80, 100), atol=1e-4)
+    assert result.alpha.shape == (1, 80, 100) and result.alpha.min() == 0 and result.alpha.max() == 1
+    assert 0 < result.alpha[0, 20, 30] < 1
+    transparent = torch.rand(3, 3, 3)
+    assert torch.equal(upscale.bleed_colors(transparent, torch.zeros(1, 3, 3)), transparent)
+    one_visible = torch.tensor([[[0.0, 0.5, 0.0]]])
+    filled = upscale.bleed_colors(torch.tensor([[[0.9, 0.3, 0.7]]]).expand(3, 1, 3), one_visible)
+    assert torch.allclose(filled, torch.tensor(0.3))
+
+
+def test_crop():
+    rgb = torch.full((3, 300, 100), 0.5)
+    rgb[:, 200:260] = torch.rand(3, 60, 100)        # the detail
+    portrait = Picture(rgb, torch.rand(1, 300, 100))
+    assert upscale.crop_to_aspect(portrait, (50, 100), "top").rgb.equal(rgb[:, :50])
+    assert upscale.crop_to_aspect(portrait, (50, 100)).rgb.equal(rgb[:, 125:175])
+    focus = upscale.crop_to_aspect(portrait, (70, 100), "focus")
+    assert focus.rgb.shape == (3, 70, 100) and (focus.rgb != 0.5).float().mean() > 0.8
+    assert focus.alpha.shape == (1, 70, 100)
+    landscape = Picture(rgb.transpose(1, 2))
+    assert upscale.crop_to_aspect(landscape, (100, 50), "top").rgb.equal(landscape.rgb[:, :, 125:175])
+    assert (upscale.crop_to_aspect(landscape, (100, 70), "focus").rgb != 0.5).float().mean() > 0.8
+    for h, w in ((1, 1), (1, 300), (300, 1), (7, 5), (300, 100)):
+        for where in ("center", "top", "focus"):
+            assert upscale.crop_to_aspect(Picture(torch.rand(3, h, w)), (300, 100), where).rgb.numel() > 0
+
+
+# ------------------------------------------------------------------ the command
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    model.save(model.HATRefiner.from_preset("tiny", scale=2), path, {})
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, weights):
+    """command(*args) -> (exit code, stdout, stderr), in this process. weights=None passes no --weights."""
+    def call(*args, weights=weights):
+        args = [*args, "--device", "cpu"]
+        if weights and "--weights" not in args:
+            args += ["--weights", weights]
+        monkeypatch.setattr(sys, "argv", ["tile.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            tile.main()
+        return exit.value.code, *capsys.readouterr()
+    return call
+
+
+def picture_file(path, size=(20, 14), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (*size[::-1], 4), dtype=np.uint8)).convert(mode).save(path)
+    return path
+
+
+def test_out_is_optional(tmp_path, command, monkeypatch):
+    """A picture becomes NAME-2x.png beside it, a folder NAME-2x; the results are no pictures of the next run."""
+    picture_file(tmp_path / "a.jpg")
+    picture_file(tmp_path / "b.png")
+    picture_file(tmp_path / "walls/c.webp")
+    for _ in range(2):
+        inputs = [path for path in sorted(tmp_path.iterdir()) if path.name != "walls-2x"]
+        assert command(*inputs, "--overwrite")[0] == 0
+        names = sorted(p.name for p in tmp_path.iterdir())
+        assert names == ["a-2x.png", "a.jpg", "b-2x.png", "b.png", "walls", "walls-2x"]
+        assert read_picture(tmp_path / "walls-2x/c.png").rgb.shape == (3, 28, 40)
+    command(tmp_path / "a.jpg", "--fit", "30x20")
+    command(tmp_path / "a.jpg", "--scale", "1.5", "--format", "keep")
+    assert Image.open(tmp_path / "a-30x20.png").size == (30, 20)
+    assert Image.open(tmp_path / "a-1.5x.jpg").size == (30, 21)
+    monkeypatch.chdir(tmp_path / "walls")
+    assert command(".")[0] == 0 and (tmp_path / "walls-2x/c.png").exists()
+
+
+def test_folder_tree(tmp_path, command):
+    picture_file(tmp_path / "in/a b.jpg")
+    picture_file(tmp_path / "in/deep/壁紙.png", mode="LA")
+    (tmp_path / "in/broken.png").write_text("text")
+    code, out, err = command(tmp_path / "in", "-o", tmp_path / "in/out")
+    assert code == 1 and err.count("\n") == 1 and "broken.png" in err and "2 done, 0 skipped, 1 failed" in out
+    assert read_picture(tmp_path / "in/out/a b.png").rgb.shape == (3, 28, 40)
+    gray = read_picture(tmp_path / "in/out/deep/壁紙.png")
+    assert gray.gray and gray.alpha is not None
+    (tmp_path / "in/broken.png").unlink()
+    before = (tmp_path / "in/out/a b.png").stat().st_mtime_ns
+    code, out, err = command(tmp_path / "in", "-o", tmp_path / "in/out")        # the results are no input
+    assert code == 0 and "0 done, 2 skipped" in out and not err
+    assert (tmp_path / "in/out/a b.png").stat().st_mtime_ns == before
+    assert "2 done" in command(tmp_path / "in", "-o", tmp_path / "in/out", "--overwrite")[1]
+    assert (tmp_path / "in/out/a b.png").stat().st_mtime_ns > before
+    assert command(tmp_path / "in", "-o", tmp_path / "kept", "--format", "keep")[0] == 0
+    assert (tmp_path / "kept/a b.jpg").exists()
+
+
+def test_results_may_lie_above_the_pictures(tmp_path, command, monkeypatch):
+    picture_file(tmp_path / "walls/raw/a.jpg")
+    monkeypatch.chdir(tmp_path / "walls")
+    assert "1 done" in command("raw", "-o", ".")[1] and (tmp_path / "walls/a.png").exists()
+
+
+def test_a_name_clash_does_not_stop_the_others(tmp_path, command):
+    for name in ("a.png", "a.jpg", "b.png", "sub/c.png"):
+        picture_file(tmp_path / "in" / name)
+    code, out, err = command(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 1 and "3 done, 0 skipped, 1 failed" in out and "a.jpg" in err and "a.png" in err
+    before = (tmp_path / "in/b.png").read_bytes()
+    code, _, err = command(tmp_path / "in/b.png", tmp_path / "in/a.jpg", "-o", tmp_path / "in", "--overwrite")
+    assert code == 1 and (tmp_path / "in/b.png").read_bytes() == before and "b.png" in err
+    code, _, err = command(tmp_path / "in/b.png", "-o", tmp_path / "in/b.png", "--overwrite")
+    assert code == 2 and (tmp_path / "in/b.png").read_bytes() == before and "choose another --out" in err
+
+
+def test_captions_beside_pictures_are_skipped(tmp_path, command):
+    picture_file(tmp_path / "in/a.png")
+    for name in ("a.caption", "a.txt"):
+        (tmp_path / "in" / name).write_text("1girl, starry sky")
+    code, out, err = command(*sorted((tmp_path / "in").iterdir()), "-o", tmp_path / "out")
+    assert code == 0 and not err and "1 done, 0 skipped, 0 failed" in out
+
+
+def test_incomplete_results_are_made_again(tmp_path, command):
+    for name in ("empty", "text", "good"):
+        picture_file(tmp_path / f"in/{name}.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/empty.png").touch()
+    (tmp_path / "out/text.png").write_text("no picture")
+    picture_file(tmp_path / "out/good.png", (3, 3))
+    assert "2 done, 1 skipped" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
+    sizes = [Image.open(tmp_path / f"out/{name}.png").size for name in ("empty", "text", "good")]
+    assert sizes == [(40, 28), (40, 28), (3, 3)]
+
+
+def test_mistakes_of_the_user(tmp_path, command, monkeypatch):
+    """One line and exit code 2; nothing is written."""
+    one, out = picture_file(tmp_path / "in/a.png"), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.safetensors").write_bytes(b"1234")
+    for args, reason in (
+            ((tmp_path / "empty", "-o", out), "no picture in"),
+            ((tmp_path / "missing", "-o", out), "missing"),
+            ((tmp_path / "in", "-o", tmp_path / "big.png"), "big.png"),
+            ((one, "-o", out, "--tile-size", "102"), "a multiple of 4"),
+            ((one, "-o", out, "--tile-pad", "3"), "a multiple of 2"),
+            ((one, "-o", out, "--weights", tmp_path / "missing.safetensors"), "missing.safetensors"),
+            ((one, "-o", out, "--weights", tmp_path / "cut.safetensors"), "cut.safetensors")):
+        code, _, err = command(*args)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and reason in err, (args, err)
+    assert command(one, "-o", out, "--fit", "4k")[0] == 2
+    code, _, err = command(one, "-o", out / "a.bmp")
+    assert code == 1 and "a.bmp" in err and not list(out.rglob("*.*"))
+
+
+def test_errors_while_saving(tmp_path, command, monkeypatch):
+    """A full disk stops the batch; another error concerns one file; an interruption keeps what is finished."""
+    one, two, out = picture_file(tmp_path / "in/a.png"), picture_file(tmp_path / "in/b.png"), tmp_path / "out"
+
+    def save_raises(error):
+        def save(*args):
+            raise error
+        monkeypatch.setattr(images, "save_strips", save)
+
+    save_raises(OSError(errno.ENOSPC, "No space left on device"))
+    code, _, err = command(one, two, "-o", out)
+    assert code == 2 and "a.png: No space left on device" in err and err.count("\n") == 1
+    save_raises(OSError(errno.EACCES, "Permission denied"))
+    code, shown, err = command(one, two, "-o", out)
+    assert code == 1 and "0 done, 0 skipped, 2 failed" in shown and err.count("Permission denied") == 2
+    save_raises(KeyboardInterrupt())
+    assert command(one, "-o", out)[0] == 130
+    save_raises(TypeError("a mistake in the code"))
+    monkeypatch.setattr(sys, "argv", ["tile.py", str(one), "-o", str(out)])
+    with pytest.raises(TypeError):
+        tile.main()
+
+
+def test_odd_names_do_not_stop_a_folder(tmp_path, command):
+    folder = tmp_path / "in"
+    picture_file(folder / "b.png")
+    picture_file(folder / ("x" * 251 + ".jpg"))
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    code, out, err = command(folder, "-o", tmp_path / "out", "--format", "webp")
+    assert code == 1 and "1 done, 0 skipped, 2 failed" in out and err.count("\n") == 2 and "loop.png" in err
+
+
+def test_all_kinds_of_pictures(tmp_path, command):
+    """Results have twice the size and the same kind; notes say what was left behind."""
+    for name, size, mode in (("one.png", (1, 1), "RGB"), ("tower.png", (1, 300), "L"), ("odd.jpg", (37, 23), "RGB"),
+                             ("clear.png", (8, 9), "LA"), ("cmyk.jpg", (10, 10), "CMYK"), ("bits.png", (9, 9), "1"),
+                             ("壁紙 その一.png", (5, 6), "RGBA"), ("line\nbreak.bmp", (7, 7), "RGB")):
+        picture_file(tmp_path / "in" / name, size, mode)
+    save_picture(tmp_path / "in/deep.png", Picture(torch.rand(3, 9, 8), torch.rand(1, 9, 8), depth=16))
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    Image.new("RGB", (7, 5)).save(tmp_path / "in/turned.jpg", exif=exif)
+    code, shown, err = command(tmp_path / "in", "-o", tmp_path / "out", "--tile-size", "64")
+    assert code == 0 and "10 done" in shown and not err and "CMYK converted" in shown
+    for path in images.find_pictures(tmp_path / "out"):
+        result, source = read_picture(path), read_picture(next((tmp_path / "in").glob(f"{path.stem}.*")))
+        assert result.rgb.shape[1:] == tuple(2 * side for side in source.rgb.shape[1:]), path
+        assert (result.gray, result.depth) == (source.gray, source.depth), path
+        assert (result.alpha is None) == (source.alpha is None), path
+    shown = command(tmp_path / "in/deep.png", "-o", tmp_path / "deep.jpg")[1]
+    assert "transparency blended over white" in shown and "16 bit reduced to 8" in shown
+
+
+def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeypatch):
+    """But not with --weights."""
+    dark, bright = picture_file(tmp_path / "in/dark.png"), tmp_path / "in/bright.png"
+    Image.fromarray(RNG.integers(225, 246, (14, 20, 3), dtype=np.uint8)).save(bright)
+    shipped = {name: tmp_path / f"weights/{name}-tiny.safetensors" for name in ("web", "clean")}
+    for seed, path in enumerate(shipped.values()):
+        torch.manual_seed(seed)
+        network = model.HATRefiner.from_preset("tiny", scale=2)
+        network.hat_model.conv_last.weight.data += 0.003 * torch.randn(network.hat_model.conv_last.weight.shape)
+        path.parent.mkdir(exist_ok=True)
+        model.save(network, path, {})
+    monkeypatch.setattr(choose, "default_weights", lambda: shipped["web"])
+    monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, plain_model, rgb: rgb.mean() > 0.9)
+    assert command(tmp_path / "in", "-o", tmp_path / "out", "--depth", "16", weights=None)[0] == 0
+    for name, path in shipped.items():
+        command(tmp_path / "in", "-o", tmp_path / name, "--depth", "16", weights=path)
+
+    def result(folder, path):
+        return (tmp_path / folder / path.name).read_bytes()
+    assert result("out", dark) == result("web", dark) != result("clean", dark)
+    assert result("out", bright) == result("clean", bright) != result("web", bright)
+
+
+def test_sizes_depth_and_formats(tmp_path, command):
+    for i, size in enumerate(((20, 14), (14, 20), (33, 7), (64, 40))):
+        picture_file(tmp_path / f"in/{i}.png", size)
+    assert command(tmp_path / "in", "-o", tmp_path / "fit", "--fit", "48x27", "--crop", "focus", "--format",
+                   "webp")[0] == 0
+    assert {Image.open(p).size for p in images.find_pictures(tmp_path / "fit")} == {(48, 27)}
+    assert command(tmp_path / "in/0.png", "-o", tmp_path / "s.png", "--scale", "1.5", "--depth", "16")[0] == 0
+    result, plain = read_picture(tmp_path / "s.png"), read_picture(tmp_path / "in/0.png")
+    assert result.rgb.shape == (3, 21, 30) and result.depth == 16
+    assert (result.rgb - tile.lanczos(plain.rgb, (21, 30))).abs().mean() < 0.05
+    assert command(tmp_path / "in/0.png", "-o", tmp_path / "t.png", "--strength", "0")[0] == 0
+    assert (read_picture(tmp_path / "t.png").rgb - tile.lanczos(plain.rgb, (28, 40))).abs().max() < 0.51 / 255
+    for quality in ("30", "95"):
+        assert command(tmp_path / "in/3.png", "-o", tmp_path / f"{quality}.jpg", "--quality", quality)[0] == 0
+    assert (tmp_path / "30.jpg").stat().st_size < (tmp_path / "95.jpg").stat().st_size / 2
+
+
+class Faulty(torch.nn.Module):
+    """A model that doubles pixels; fault(x) may return another output or raise."""
+    scale = 2
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x):
+        y = self.fault(x)
+        return nearest(2)(x) if y is None else y
+
+
+def test_faults_on_one_tile(tmp_path, command, monkeypatch):
+    """The model fails on one red tile of the second of three pictures."""
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        rgb = torch.rand(3, 96, 96) * 0.8
+        if name == "b":
+            rgb[:, 70:80, 70:80] = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+        save_picture(tmp_path / f"in/{name}.png", Picture(rgb))
+
+    def red(x):
+        return bool(((x[:, 0] == 1) & (x[:, 1] == 0)).any())
+
+    def outcome(fault, *flags):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        monkeypatch.setattr(convert, "load_any", lambda *_: Faulty(fault))
+        code, _, err = command(tmp_path / "in", "-o", out, "--tile-size", "64", "--tile-pad", "8", *flags)
+        for path in out.glob("*.png"):
+            expected = nearest(2)(read_picture(tmp_path / "in" / path.name).rgb[None])[0]
+            assert (read_picture(path).rgb - expected).abs().max() < 0.6 / 255
+        return code, err, "".join(sorted(p.stem for p in out.iterdir()))
+
+    def nan(x):
+        return nearest(2)(x) * torch.nan if red(x) else None
+
+    def black_in_bf16(x):
+        return nearest(2)(x) * 0 if red(x) and torch.is_autocast_enabled("cpu") else None
+
+    def hungry(x):
+        if red(x) and x.shape[-1] > 40:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    def starving(x):
+        if red(x):
+            raise MemoryError
+
+    assert outcome(black_in_bf16, "--amp", "bf16") == (0, "", "abc")
+    code, err, made = outcome(nan)
+    assert (code, made) == (1, "ac") and "b.png" in err and err.count("\n") == 1
+    code, err, made = outcome(hungry, "--amp", "off")
+    assert (code, made) == (0, "abc") and err.count("out of memory") == 2
+    code, err, made = outcome(starving)
+    assert (code, made) == (1, "ac") and "b.png: out of memory" in err
+
+
+def test_processes_share_a_folder(tmp_path, weights):
+    """As torchrun starts them: each picture once, one of them bad, and the same exit code."""
+    for i in range(4):
+        picture_file(tmp_path / f"in/{i}.png", (8, 8))
+    (tmp_path / "in/bad.png").write_text("text")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    args = [sys.executable, tile.__file__, tmp_path / "in", "-o", tmp_path / "out", "--weights", weights,
+            "--device", "cpu"]
+    shared = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    processes = [subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    outputs = [p.communicate(timeout=240) for p in processes]
+    assert [p.returncode for p in processes] == [1, 1], outputs
+    lines = "".join(out for out, _ in outputs)
+    assert "4 done, 0 skipped, 1 failed" in outputs[0][0] and "failed" not in outputs[1][0]
+    assert all(lines.count(f"{i}.png  8x8 -> 16x16") == 1 for i in range(4))
+    assert all(out.count("->") == 2 for out, _ in outputs)
