@@ -14,7 +14,6 @@ One run is one folder (see runs.py). The same command again resumes it, to the b
 The file reads from top to bottom: flags, setup, one training step, validation, the loop.
 """
 import argparse
-import contextlib
 import copy
 import datetime
 import math
@@ -23,7 +22,6 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +134,7 @@ def parse(argv=None):
     a("--detector", metavar="FILE", help="artifact detector for the terms art_cls and art_feat "
                    "(default: weights/detector.safetensors)")
     a = p.add_argument_group("tiling").add_argument
-    a("--use-tiling", action=argparse.BooleanOptionalAction, help="run HAT tile by tile (default: stages 2, 3)")
+    a("--use-tiling", action=argparse.BooleanOptionalAction, help="run HAT in tiles (default: stages 2, 3)")
     a("--tile-size", type=int, default=64, help="LR pixels from tile to tile (default: 64)")
     a("--tile-pad", type=int, default=32, help="LR pixels that a tile adds on each side (default: 32)")
     a = p.add_argument_group("speed").add_argument
@@ -215,6 +213,8 @@ def init_distributed(device):
     if ranks > 1:       # a long timeout, because rank 0 packs the pictures while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     return rank, ranks
 
 
@@ -239,16 +239,6 @@ def choose_validation(args, before, say):
         folder, held_out = data.hold_out(folders, PATCHES)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
         say(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has parts of them")
-
-
-def load_start_weights(model, path, say):
-    """Load the weights of a file and name those that do not fit. Raises WeightsError."""
-    state = read_weights(path)[0]
-    unfit = fit_weights(model, state, path, strict=False)
-    if len(unfit) > len(state) / 2:
-        fit_weights(model, state, path)         # raises the error that names them all
-    if unfit:
-        say(f"{path}: {len(unfit)} tensors do not fit and keep their initial values: {', '.join(unfit)}")
 
 
 def freeze(model, names):
@@ -279,7 +269,12 @@ class Learner:
         torch.manual_seed(args.seed)
         self.model = HATRefiner.from_preset(args.preset, args.scale, drop_path=DROP_PATH)
         if args.weights:
-            load_start_weights(self.model, args.weights, say)
+            state = read_weights(args.weights)[0]
+            misfits = fit_weights(self.model, state, args.weights, strict=False)
+            if misfits:
+                say(f"{args.weights}: {len(misfits)} tensors do not fit: {', '.join(misfits)}")
+            if len(misfits) > len(state) / 2:
+                raise TrainError(f"{args.weights} does not fit preset {args.preset}")
         freeze(self.model, args.freeze)
         set_use_refiner(self.model)
         self.model.hat_model.grad_checkpoint = args.grad_checkpoint
@@ -318,6 +313,9 @@ class Learner:
         if fast and plain and self.device.type == "cuda":
             with torch.autocast("cuda", self.amp, enabled=self.amp is not None, cache_enabled=False):
                 self.graphs = fast.capture_training_graphs(self.model, lr_shapes)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def active_optimizers(self, adversarial):
         return [*self.optimizers.values()] + [self.discriminator_optimizer] * adversarial
@@ -386,7 +384,7 @@ def set_up(args, device, amp, rank, ranks, say):
     files, shares = data.pack_folders(folders, sides, args.held_out, PATCHES, log=say)
     if rank == 0 and ranks > 1:
         dist.barrier()
-    validation = Validation(args, device, rank, ranks)
+    validation = Validation(args, rank, ranks)
     stream = BatchStream(args, files, shares, rank, ranks)
     learner = Learner(args, device, amp, ranks, stream.lr_shapes, say)
 
@@ -412,48 +410,33 @@ def set_up(args, device, amp, rank, ranks, say):
 # one training step
 
 
-@dataclass
-class StepResult:
-    losses: dict            # {name: unweighted value, a tensor}
-    distance: torch.Tensor  # mean |SR - HR|
-    gradients: dict         # {name: norm of the weighted term's gradient at SR}; empty if not measured
-
-
 def backward(learner, batches, adversarial, sharpen, measure_gradients):
-    """Forward and backward of the batches of one step. The gradients add up in the parameters. -> StepResult
+    """Forward and backward of the batches of one step. The gradients add up in the parameters.
 
-    batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). sharpen: line-enhanced targets."""
-    loss, amp, discriminator = learner.loss, learner.amp, learner.discriminator
+    batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). sharpen: line-enhanced targets.
+    Returns ({loss: unweighted value}, mean |SR - HR|, {loss: norm of its weighted gradient at SR})."""
+    loss, scaler, discriminator = learner.loss, learner.scaler, learner.discriminator
     loss.weights = {name: w for name, w in learner.loss_weights.items() if name != "adv" or adversarial}
-    result = StepResult({}, torch.zeros((), device=learner.device), {})
-    for i, (lr, hr) in enumerate(batches):
+    losses, distance, gradients = {}, 0.0, {}
+    for lr, hr in batches:
         lr, hr = (x.to(learner.device, non_blocking=True) for x in (lr, hr))
         target = enhance_lines(hr) if sharpen else hr
-        last = i + 1 == len(batches)        # the ranks exchange their gradients here, once per step
-        with contextlib.nullcontext() if last or learner.ranks == 1 else learner.ddp_model.no_sync():
-            with torch.autocast(learner.device.type, amp, enabled=amp is not None):
-                sr = learner.graphs(lr) if learner.graphs else learner.ddp_model(lr, learner.tiler)
-                terms = loss.terms(sr, target, lr, discriminator, hr)
-            if measure_gradients and last:
-                result.gradients = loss.gradient_norms(sr, target, lr, discriminator, hr)
-            total = sum(loss.weights[name] * value for name, value in terms.items())
-            learner.scaler.scale(total / len(batches)).backward()
-        terms = {name: value.detach() for name, value in terms.items()}
+        with learner.autocast():
+            sr = learner.graphs(lr) if learner.graphs else learner.ddp_model(lr, learner.tiler)
+            terms = loss.terms(sr, target, lr, discriminator, hr)
+        if measure_gradients:
+            gradients = loss.gradient_norms(sr, target, lr, discriminator, hr)
+        total = sum(loss.weights[name] * value for name, value in terms.items())
+        scaler.scale(total / len(batches)).backward()
         if adversarial:
-            terms.update(backward_discriminator(learner, sr, hr, len(batches), last))
+            with learner.autocast():
+                d_loss, d_statistics = discriminator_loss(learner.ddp_discriminator, sr, hr)
+            scaler.scale(d_loss / len(batches)).backward()
+            terms.update(d=d_loss, **d_statistics)
         for name, value in terms.items():
-            result.losses[name] = result.losses.get(name, 0.0) + value / len(batches)
-        result.distance += (sr.detach().float() - hr).abs().mean() / len(batches)
-    return result
-
-
-def backward_discriminator(learner, sr, hr, batches, last):
-    """Add the discriminator's gradients on one of `batches` batches. Returns {name: value} for the log."""
-    with contextlib.nullcontext() if last or learner.ranks == 1 else learner.ddp_discriminator.no_sync():
-        with torch.autocast(learner.device.type, learner.amp, enabled=learner.amp is not None):
-            value, statistics = discriminator_loss(learner.ddp_discriminator, sr, hr)
-        learner.scaler.scale(value / batches).backward()
-    return {"d": value.detach(), **statistics}
+            losses[name] = losses.get(name, 0.0) + value.detach() / len(batches)
+        distance = distance + (sr.detach().float() - hr).abs().mean() / len(batches)
+    return losses, distance, gradients
 
 
 def clip_gradients(learner, adversarial):
@@ -498,8 +481,8 @@ def mean_over_ranks(scalars, device, ranks):
 class Validation:
     """Whole pictures, degraded once with a fixed seed, and their bicubic scores. Ranks share the pictures."""
 
-    def __init__(self, args, device, rank, ranks):
-        self.scale, self.device, self.ranks, self.pictures, scores = args.scale, device, ranks, [], []
+    def __init__(self, args, rank, ranks):
+        self.scale, self.ranks, self.pictures, scores = args.scale, ranks, [], []
         jobs = [(name, {"HR": path}) for name, path in pairs.list_pictures(args.val)]
         if args.val_count and len(jobs) > args.val_count:       # spread over the folder
             jobs = [jobs[i * len(jobs) // args.val_count] for i in range(args.val_count)]
@@ -523,13 +506,13 @@ class Validation:
         return {k: sum(s[k] for s in scores) / len(scores) for k in (scores or [{}])[0]}, len(scores)
 
     @torch.inference_mode()
-    def run(self, model, amp, tiler):
-        """(mean scores of the model, a strip of samples: bicubic | SR | HR; None without pictures)."""
+    def run(self, learner):
+        """(mean scores of the averaged weights, a strip of samples: bicubic | SR | HR)."""
         scores, strips = [], []
         for lr, hr in self.pictures:
-            large = lr[0].numel() > 2 ** 19
-            with torch.autocast(self.device.type, amp, enabled=amp is not None):
-                sr = model(lr[None].to(self.device), tiler or (Tiler(256, 32) if large else None))
+            tiler = Tiler(256, 32) if lr[0].numel() > 2 ** 19 else learner.tiler     # a large picture needs tiles
+            with learner.autocast():
+                sr = learner.ema(lr[None].to(learner.device), tiler)
             sr = sr[0].float().clamp(0, 1).cpu()
             scores.append(score(sr, hr, self.scale))
             if len(strips) < 4:
@@ -551,7 +534,7 @@ def sample_strip(lr, sr, hr, side=192):
 
 def report(args, run, learner, validation, progress, gradients, rate, patch_rate, rank):
     """Validate; save weights, samples, log and state. Returns text for the terminal."""
-    scores, strip = validation.run(learner.ema, learner.amp, learner.tiler)
+    scores, strip = validation.run(learner)
     adversarial = learner.discriminator and progress.step > args.gan_after
     better = bool(adversarial or scores["psnr_y"] > progress.best_psnr)     # a GAN may lower PSNR
     progress.best_psnr = scores["psnr_y"] if better else progress.best_psnr
@@ -638,13 +621,13 @@ def train(args):
             report_due = len(progress.rows) <= REPORTS * fraction
         adversarial = learner.discriminator is not None and step >= args.gan_after
         sharpen = fraction < args.sharpen_until and step % 2 == 0
-        result = backward(learner, batches, adversarial, sharpen, report_due)
+        losses, distance, gradients = backward(learner, batches, adversarial, sharpen, report_due)
         grad_norm = clip_gradients(learner, adversarial)
 
         # ---- all ranks decide by the same numbers
         seconds, step_began = progress.seconds + time.time() - step_began, time.time()
-        scalars = mean_over_ranks(dict(result.losses, stop=len(signals) > 0, seconds=seconds,
-                                       grad_norm=grad_norm, distance=result.distance), device, ranks)
+        scalars = mean_over_ranks(dict(losses, stop=len(signals) > 0, seconds=seconds, grad_norm=grad_norm,
+                                       distance=distance), device, ranks)
         stop, progress.seconds, distance = scalars.pop("stop"), scalars.pop("seconds"), scalars["distance"]
         finite = all(map(math.isfinite, scalars.values()))
         diverged = distance > max(8 * (progress.usual_distance or 1.0), 0.1)
@@ -656,7 +639,7 @@ def train(args):
             progress = rollback(run, learner, progress, ranks, say)
             fraction, bad_steps, stream.calm = finished_fraction(args, progress), 0, None
             continue
-        progress.record({name: scalars[name] for name in result.losses}, distance, finite, diverged)
+        progress.record({name: scalars[name] for name in losses}, distance, finite, diverged)
         progress.step += 1
 
         # ---- report and save
@@ -667,7 +650,6 @@ def train(args):
         if rank == 0:
             line(text)
         if report_due or fraction >= 1:
-            gradients = result.gradients
             scores = report(args, run, learner, validation, progress, gradients, rate, patch_rate, rank)
             line.clear()
             say(f"{text}  {scores}", flush=True)

@@ -379,7 +379,7 @@ def test_ten_bad_steps_roll_back(drawings, tmp_path, run_here, monkeypatch):
     def backward(learner, *a):
         result = real(learner, *a)
         if 4 <= next(steps) < 14:
-            result.distance = result.distance * float("inf")
+            return result[0], result[1] * float("inf"), {}
         return result
     monkeypatch.setattr(train, "backward", backward)
     code, out, _ = run_here(flags(drawings, tmp_path / "run", steps=18))
@@ -397,8 +397,7 @@ def test_run_that_fails_at_every_rate_ends(drawings, tmp_path, run_here, monkeyp
 
     def backward(learner, *a):
         result = real(learner, *a)
-        result.distance = result.distance * float("nan")
-        return result
+        return result[0], result[1] * float("nan"), {}
     monkeypatch.setattr(train, "backward", backward)
     monkeypatch.setattr(train, "ROLLBACK_AFTER", 1)
     code, _, err = run_here(flags(drawings, tmp_path / "run"))
