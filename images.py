@@ -412,6 +412,9 @@ def save_strips(path, strips, size, picture, quality=95, dither=False):
     if format is None:
         raise PictureError(f"{printable(path)}: cannot save as {path.suffix or 'a file without suffix'}; "
                            f"use one of {' '.join(WRITE_FORMATS)}")
+    Image.init()
+    if format not in Image.SAVE:
+        raise PictureError(f"{printable(path)}: this Pillow cannot write {format}; save as .png")
     if max(size) > MAX_SIDE[format]:
         raise PictureError(f"{printable(path)}: {format} holds at most {MAX_SIDE[format]} pixels a side; "
                            "save as .png")

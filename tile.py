@@ -168,7 +168,10 @@ def mirrored_slice(x, dim, start, length):
 
 
 def crossfade(pieces, spans, dim):
-    """Weight successive pieces by their spans and add them where they overlap along dim. Yield them."""
+    """Weight successive pieces by their spans, and add them where they overlap along dim.
+
+    Yields the complete part after each piece.
+    """
     pieces, tail = iter(pieces), None
     for span in spans:
         shape = [1] * 4

@@ -442,13 +442,16 @@ def test_gray_stays_gray(tmp_path):
     assert Image.open(tmp_path / "a.png").mode == "LA"
 
 
-def test_what_cannot_be_saved(tmp_path):
+def test_what_cannot_be_saved(tmp_path, monkeypatch):
     for name, rgb, reason in (("a.gif", torch.zeros(3, 1, 1), "gif"),
                               ("a", torch.zeros(3, 1, 1), "suffix"),
                               ("a.webp", torch.zeros(3, 1, 16384), "16383"),
                               ("a.jpg", torch.zeros(3, 65501, 1), "65500")):
         with pytest.raises(PictureError, match=reason):
             save_picture(tmp_path / name, Picture(rgb))
+    monkeypatch.setattr(Image, "SAVE", {"PNG": None})
+    with pytest.raises(PictureError, match="AVIF"):
+        save_picture(tmp_path / "a.avif", Picture(torch.zeros(3, 1, 1)))
     assert not list(tmp_path.iterdir())
 
 
