@@ -357,6 +357,7 @@ def test_find_pictures(tmp_path):
 # ------------------------------------------------------------------ PNG text, XMP, damaged metadata
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TOO_LARGE = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 2**20))
 TEXT = {"Author": "A. Painter", "parameters": "Seed: 7", "Title": "\u58c1\u7d19"}
 
 
@@ -401,10 +402,10 @@ def test_large_text_and_profiles_are_kept(tmp_path):
 def test_damaged_metadata_does_not_hide_the_pixels(tmp_path, damage, deep):
     """The picture is read, its intact profile is kept, and the lost chunks are named."""
     profile = chunk(b"iCCP", b"ICC\0\0" + zlib.compress(display_p3()))
-    broken = {"text": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27))),
-              "profile": chunk(b"iCCP", b"ICC\0\0" + zlib.compress(bytes(2**27))),
+    broken = {"text": chunk(b"zTXt", b"a\0\0" + TOO_LARGE),
+              "profile": chunk(b"iCCP", b"ICC\0\0" + TOO_LARGE),
               "checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"?", "short": chunk(b"gAMA", b"1"),
-              "after": chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))}[damage]
+              "after": chunk(b"zTXt", b"a\0\0" + TOO_LARGE)}[damage]
     if deep:
         data, expected = png16(DEEP[..., :3]), DEEP[..., :3]
     else:
