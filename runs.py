@@ -30,10 +30,6 @@ COLORS = [(200, 40, 90), (30, 90, 200), (20, 140, 70), (200, 120, 0), (120, 60, 
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 720, 220, 70, 24     # of the curves, in pixels
 
 
-class RunError(UserError):
-    """A run folder that cannot be used as asked."""
-
-
 @dataclass
 class Progress:
     """The scalars of a run that state.pt keeps."""
@@ -81,10 +77,10 @@ class Run:
             return dict(json.loads((self.folder / "args.json").read_text()))
         except (OSError, ValueError, TypeError):
             path = self.folder / "args.json"
-            raise RunError(f"{path} cannot be read; choose another folder with --out") from None
+            raise UserError(f"{path} cannot be read; choose another folder with --out") from None
 
     def check_settings(self, settings):
-        """Raise RunError if `settings` differ from those the run was made with.
+        """Raise UserError if `settings` differ from those the run was made with.
 
         Settings that an older run does not know are not compared."""
         before = self.settings()
@@ -92,12 +88,12 @@ class Run:
                    if name in before and before[name] != value and name not in FREE_SETTINGS]
         if changed:
             said = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
-            raise RunError(f"{self.folder} was made with other settings ({said}); choose another folder with "
-                           "--out, or start again in this one with --overwrite")
+            raise UserError(f"{self.folder} was made with other settings ({said}); choose another folder "
+                            "with --out, or start again in this one with --overwrite")
         weights = [p.name for p in self.folder.glob("*.safetensors")]
         if not before and weights and not self.overwrite:
-            raise RunError(f"{self.folder} holds {weights[0]} but no state.pt to resume from; choose another "
-                           "folder with --out, or replace its files with --overwrite")
+            raise UserError(f"{self.folder} holds {weights[0]} but no state.pt; choose another folder with "
+                            "--out, or replace its files with --overwrite")
 
     def load_state(self):
         """The content of state.pt, or None for a new run."""
@@ -108,7 +104,7 @@ class Run:
             state["progress"] = Progress(**state["progress"])
             return state
         except Exception as e:      # torch.load raises nearly anything for a file that is cut short
-            raise RunError(f"{self.folder / 'state.pt'} cannot be read ({type(e).__name__}); continue from "
+            raise UserError(f"{self.folder / 'state.pt'} cannot be read ({type(e).__name__}); continue from "
                            "best.safetensors with --weights and another --out") from None
 
     def start(self, settings, rank=0):
@@ -148,7 +144,7 @@ def save_png(path, image):
 
 
 def newest_run(stage, preset, scale, folder="runs"):
-    """best.safetensors of the newest run of this stage, preset and scale. Raises RunError."""
+    """best.safetensors of the newest run of this stage, preset and scale. Raises UserError."""
     found = []
     for path in Path(folder).glob("*/args.json"):
         settings, best = json.loads(path.read_text()), path.with_name("best.safetensors")
@@ -156,7 +152,7 @@ def newest_run(stage, preset, scale, folder="runs"):
         if same and best.exists():
             found.append(best)
     if not found:
-        raise RunError(f"{folder}/ has no run of stage {stage} ({preset}, {scale}x): train that first, or "
+        raise UserError(f"{folder}/ has no run of stage {stage} ({preset}, {scale}x): train that first, or "
                        "name a file with --weights")
     return str(max(found, key=lambda path: path.stat().st_mtime))
 
@@ -181,15 +177,15 @@ def progress_text(progress, steps, fraction, patch_rate):
 
 
 def read_log(folder):
-    """The rows of a run's log.csv as [{column: float}], without empty columns. Raises RunError."""
+    """The rows of a run's log.csv as [{column: float}], without empty columns. Raises UserError."""
     try:
         with open(Path(folder) / "log.csv", newline="") as file:
             rows = [{name: float(value) for name, value in row.items() if value}
                     for row in csv.DictReader(file)]
     except (OSError, ValueError) as e:
-        raise RunError(f"{printable(folder)} has no readable log.csv ({e})") from None
+        raise UserError(f"{printable(folder)} has no readable log.csv ({e})") from None
     if not rows or not {"step", "psnr_y", "seconds"} <= rows[-1].keys():
-        raise RunError(f"{printable(folder)}/log.csv has no report yet")
+        raise UserError(f"{printable(folder)}/log.csv has no report yet")
     return rows
 
 

@@ -49,17 +49,17 @@ except ImportError:
 
 # the defaults of each stage; on CUDA and MPS those of GPU replace some of them
 STAGES = {
-    1: dict(patch="64", batch=4, steps=400, use_tiling=False, freeze="residual_block,out_conv",
+    1: dict(patch=[64], batch=4, steps=400, use_tiling=False, freeze="residual_block,out_conv",
             lr={"muon": 2e-3, "adam": 1e-3}, conv_lr_scale=0.3),
-    2: dict(patch="128", batch=1, steps=200, use_tiling=True, freeze="",
+    2: dict(patch=[128], batch=1, steps=200, use_tiling=True, freeze="",
             lr={"muon": 2e-5, "adam": 2e-5}, conv_lr_scale=1.0),
-    3: dict(patch="256", batch=1, steps=200, use_tiling=True, freeze="hat_model",
+    3: dict(patch=[256], batch=1, steps=200, use_tiling=True, freeze="hat_model",
             lr={"muon": 1e-5, "adam": 1e-5}, conv_lr_scale=1.0),
 }
 GPU = {
     1: dict(batch=16, steps=50000),
     2: dict(batch=8, steps=10000),
-    3: dict(batch=4, steps=5000, patch="256,384,512"),
+    3: dict(batch=4, steps=5000, patch=[256, 384, 512]),
 }
 DEMO_STEPS = 400                # at most, on demo pictures: they do not repay a longer run
 WARMUP = 20                     # steps over which the learning rate rises
@@ -76,12 +76,13 @@ DEMO = Path("demo")
 PATCHES = Path("patches")       # packed patch files
 
 
-class TrainError(UserError):
-    """A mistake in the flags."""
-
-
 # ------------------------------------------------------------------------------------------------------------
 # flags
+
+
+def sides(text):
+    """"256,384,512" -> [256, 384, 512]"""
+    return [int(side) for side in text.split(",")]
 
 
 def parse(argv=None):
@@ -90,49 +91,47 @@ def parse(argv=None):
         description="Train HAT and its refiner. Without --data it draws demo pictures and trains on those.",
         epilog="example: python train.py --stage 1 --patch 64 --data wallpapers --out runs/mine")
     a = p.add_argument_group("data").add_argument
-    a("--data", nargs="+", action="extend", metavar="DIR", help="folders of HR pictures, or patch "
-                   "files of data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
+    a("--data", nargs="+", action="extend", metavar="DIR", help="folders of HR pictures, or patch files of "
+      "data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
     a("--val", metavar="DIR", help="validation pictures (default: hold out a tenth of --data)")
     a("--val-count", type=int, default=8, metavar="N", help="use at most N of them, 0: all (default: 8)")
-    a("--recipe", default="bicubic", help=f"degradation, one of {', '.join(degrade.RECIPES)}, or a "
-                   "mix such as web:0.7,bicubic:0.3 (default: bicubic)")
-    a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed "
-                   "of N random crops; half as many in the last third of the run (default: 4)")
-    a("--sharpen-until", type=float, default=0.0, metavar="PART", help="until this part of the run, "
-                   "every second step has a line-enhanced target (default: 0)")
-    a("--workers", type=int, metavar="N", help="processes that make batches (default: 1; GPU: 8)")
+    a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as "
+      "web:0.7,bicubic:0.3 (default: bicubic)")
+    a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed of N "
+      "random crops; half as many in the last third of the run (default: 4)")
+    a("--sharpen-until", type=float, default=0.0, metavar="PART", help="until this part of the run, every "
+      "second step has a line-enhanced target (default: 0)")
+    a("--workers", type=int, metavar="N", help="processes that make batches (default: 1; GPU: up to 8)")
     a = p.add_argument_group("model").add_argument
     a("--preset", choices=PRESETS, default="low", help="network size (default: low)")
     a("--scale", type=int, choices=(2, 3, 4), default=2, help="scale factor (default: 2)")
-    a("--weights", metavar="FILE", help="start from this file (default in stages 2 and 3: the newest "
-                   "run of the stage before)")
-    a("--freeze", metavar="NAMES", help="modules that do not learn, such as hat_model.layers.0 "
-                   "(default by stage: residual_block,out_conv; none; hat_model)")
+    a("--weights", metavar="FILE", help="start from this file (default in stages 2 and 3: the newest run of "
+      "the stage before)")
+    a("--freeze", metavar="NAMES", help="modules that do not learn, such as hat_model.layers.0 (default by "
+      "stage: residual_block,out_conv; none; hat_model)")
     a = p.add_argument_group("schedule").add_argument
-    a("--stage", type=int, choices=STAGES, default=1, help="1 foundation, 2 tiling, 3 refiner "
-                   "(default: 1)")
-    a("--patch", help="side of the LR patches; of a list such as 256,384,512 each step draws one "
-                   "(default by stage: 64, 128, 256)")
-    a("--steps", type=int, help="optimizer steps (default by stage: 400, 200, 200; on a GPU with "
-                   "--data: 50000, 10000, 5000)")
+    a("--stage", type=int, choices=STAGES, default=1, help="1 foundation, 2 tiling, 3 refiner (default: 1)")
+    a("--patch", type=sides, metavar="N", help="side of the LR patches; of a list such as 256,384,512 each "
+      "step draws one (default by stage: 64, 128, 256)")
+    a("--steps", type=int, help="optimizer steps (default by stage: 400, 200, 200; on a GPU with --data: "
+      "50000, 10000, 5000)")
     a("--minutes", type=float, help="train for this long, instead of --steps")
-    a("--batch", type=int, help="patches per step and process; fewer of the larger patches (default "
-                   "by stage: 4, 1, 1; GPU: 16, 8, 4)")
+    a("--batch", type=int, help="patches per step and process; fewer of the larger patches (default by "
+      "stage: 4, 1, 1; GPU: 16, 8, 4)")
     a("--grad-accum", type=int, default=1, metavar="N", help="batches per step (default: 1)")
     a("--lr", type=float, help="peak learning rate (default by stage: 2e-3, with adam 1e-3; 2e-5; 1e-5)")
     a("--optimizer", choices=("muon", "adam"), default="muon", help="muon: Muon for the matrices of "
-                   "attention and MLP, Adam for the rest (default: muon)")
-    a("--ema", type=float, default=0.999, help="decay of the averaged weights, which are saved "
-                   "(default: 0.999)")
-    a("--val-every", type=int, metavar="STEPS", help="(default: 10 validations per run)")
+      "attention and MLP, Adam for the rest (default: muon)")
+    a("--ema", type=float, default=0.999, help="decay of the averaged, saved weights (default: 0.999)")
+    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: 10 in a run)")
     a = p.add_argument_group("loss").add_argument
-    a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; "
-                   "losses.py lists them (default: rmse,luma)")
+    a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; losses.py "
+      "lists them (default: rmse,luma)")
     a("--gan-after", type=int, default=0, metavar="STEP", help="the term adv begins here (default: 0)")
-    a("--vgg-weights", metavar="FILE", help="VGG19 for the term perc; 'torchvision' downloads it")
+    a("--vgg-weights", metavar="FILE", help="VGG19 for the term perc")
     a("--anime-weights", metavar="FILE", help="ResNet50 trained on Danbooru tags, for the term perc")
-    a("--detector", metavar="FILE", help="artifact detector for the terms art_cls and art_feat "
-                   "(default: weights/detector.safetensors)")
+    a("--detector", metavar="FILE", help="artifact detector for the terms art_cls and art_feat (default: "
+      "weights/detector.safetensors)")
     a = p.add_argument_group("tiling").add_argument
     a("--use-tiling", action=argparse.BooleanOptionalAction, help="run HAT in tiles (default: stages 2, 3)")
     a("--tile-size", type=int, default=64, help="LR pixels from tile to tile (default: 64)")
@@ -143,7 +142,7 @@ def parse(argv=None):
     a("--compile", action="store_true", help="torch.compile for HAT: slow start, faster steps")
     a("--grad-checkpoint", action="store_true", help="recompute activations: slower, less memory")
     a = p.add_argument_group("run folder").add_argument
-    a("--out", metavar="DIR", help="(default: runs/stageN-PRESET-SCALEx)")
+    a("--out", metavar="DIR", help="run folder (default: runs/stageN-PRESET-SCALEx)")
     a("--overwrite", action="store_true", help="start again in an existing run folder")
     a("--seed", type=int, default=0, help="of weights, crops and degradations (default: 0)")
     return fill_defaults(p.parse_args(argv))
@@ -152,7 +151,7 @@ def parse(argv=None):
 def fill_defaults(args):
     """Set what depends on stage and device. Raises UserError."""
     if args.minutes and args.steps:
-        raise TrainError("--minutes and --steps exclude each other")
+        raise UserError("--minutes and --steps exclude each other")
     device, _ = pick_device(args.device, args.amp)
     on_gpu = device.type != "cpu"
     defaults = {**STAGES[args.stage], **(GPU[args.stage] if on_gpu else {})}
@@ -172,35 +171,24 @@ def fill_defaults(args):
     return args
 
 
-def patch_sides(args):
-    """[64], or [256, 384, 512]. Raises TrainError."""
-    try:
-        return [int(side) for side in args.patch.split(",")]
-    except ValueError:
-        raise TrainError(f"--patch {args.patch}: give a number, or a list such as 256,384,512") from None
-
-
 def check(args):
     """Find mistakes before any file is read. Raises UserError, LossError, RecipeError."""
-    window, sides, terms = PRESETS[args.preset]["window"], patch_sides(args), parse_loss(args.loss)
+    window, terms = PRESETS[args.preset]["window"], parse_loss(args.loss)
     degrade.parse_recipe(args.recipe)
     data.split_shares(args.data or [])
-    for flag, values in ("--patch", sides), ("--tile-size", [args.tile_size] * args.use_tiling):
+    for flag, values in ("--patch", args.patch), ("--tile-size", [args.tile_size] * args.use_tiling):
         for value in values:
             if value < window or value % window:
-                raise TrainError(f"{flag} {value} does not suit {args.preset}: use a multiple of {window}")
-    for name in ("steps", "batch", "grad_accum", "val_every", "crop_candidates", "lr"):
-        if getattr(args, name) <= 0:
-            raise TrainError(f"--{name.replace('_', '-')} must be above 0")
-    if "adv" in terms and min(sides) * args.scale < 32:
-        raise TrainError("the term adv needs HR patches of at least 32 pixels: raise --patch")
+                raise UserError(f"{flag} {value} does not suit {args.preset}: use a multiple of {window}")
+    if "adv" in terms and min(args.patch) * args.scale < 32:
+        raise UserError("the term adv needs HR patches of at least 32 pixels: raise --patch")
     if "adv" in terms and args.gan_after >= args.steps:
-        raise TrainError(f"--gan-after {args.gan_after} is not below --steps {args.steps}: adv never begins")
+        raise UserError(f"--gan-after {args.gan_after} is not below --steps {args.steps}: adv never begins")
     for flag, users in (("gan_after", {"adv"}), ("vgg_weights", {"perc"}), ("anime_weights", {"perc"}),
                         ("detector", {"art_cls", "art_feat"})):
         if getattr(args, flag) and not users & set(terms):
             flag = flag.replace("_", "-")
-            raise TrainError(f"--{flag} has no effect: --loss lacks {' and '.join(sorted(users))}")
+            raise UserError(f"--{flag} has no effect: --loss lacks {' and '.join(sorted(users))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,7 +222,7 @@ def choose_validation(args, before, say):
     elif before.get("data") == args.data and before.get("held_out"):
         args.val, args.held_out = before["val"], before["held_out"]
     elif any(map(data.is_patch_file, folders)):
-        raise TrainError("a patch file in --data needs --val: a folder of pictures that are not in it")
+        raise UserError("a patch file in --data needs --val: a folder of pictures that are not in it")
     else:
         folder, held_out = data.hold_out(folders, PATCHES)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
@@ -242,15 +230,14 @@ def choose_validation(args, before, say):
 
 
 def freeze(model, names):
-    """Stop the named modules from learning. Raises TrainError."""
+    """Stop the named modules from learning. Raises UserError."""
     modules = {name: module for name, module in model.named_modules() if name}
     for name in filter(None, (n.strip() for n in names.split(","))):
         if name not in modules:
-            known = [n for n in modules if n.count(".") < 1 or (n.count(".") == 2 and ".layers." in n)]
-            raise TrainError(f"--freeze {name}: no such module; use {', '.join(known)} or their modules")
+            raise UserError(f"--freeze {name}: no such module; the modules are {', '.join(modules)}")
         modules[name].requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise TrainError("--freeze leaves no parameter that learns")
+        raise UserError("--freeze leaves no parameter that learns")
 
 
 def set_use_refiner(model):
@@ -274,7 +261,7 @@ class Learner:
             if misfits:
                 say(f"{args.weights}: {len(misfits)} tensors do not fit: {', '.join(misfits)}")
             if len(misfits) > len(state) / 2:
-                raise TrainError(f"{args.weights} does not fit preset {args.preset}")
+                raise UserError(f"{args.weights} does not fit preset {args.preset}")
         freeze(self.model, args.freeze)
         set_use_refiner(self.model)
         self.model.hat_model.grad_checkpoint = args.grad_checkpoint
@@ -345,8 +332,8 @@ class BatchStream:
 
     def __init__(self, args, files, shares, rank, ranks):
         def batches(crop_candidates):
-            steps, sides = args.steps * args.grad_accum, patch_sides(args)
-            return data.Batches(files, steps, args.batch, sides, args.scale, args.recipe, args.seed,
+            steps = args.steps * args.grad_accum
+            return data.Batches(files, steps, args.batch, args.patch, args.scale, args.recipe, args.seed,
                                 crop_candidates, shares, rank, ranks)
         self.args, self.calm = args, None
         self.detailed = batches(args.crop_candidates)
@@ -379,9 +366,9 @@ def set_up(args, device, amp, rank, ranks, say):
     if not args.data and not (DEMO / "val").is_dir():
         say(f"no --data: drawing demo pictures into {DEMO}")
         demo.draw_demo(DEMO)
-    sides = [side * args.scale for side in patch_sides(args)]
     folders = args.data or [str(DEMO / "train")]
-    files, shares = data.pack_folders(folders, sides, args.held_out, PATCHES, log=say)
+    files, shares = data.pack_folders(folders, [side * args.scale for side in args.patch], args.held_out,
+                                     PATCHES, log=say)
     if rank == 0 and ranks > 1:
         dist.barrier()
     validation = Validation(args, rank, ranks)
@@ -495,7 +482,7 @@ class Validation:
             scores.append(score(bicubic, hr, self.scale))
         self.bicubic, self.count = self.mean(scores)
         if not self.count:
-            raise TrainError(f"no usable picture in {args.val}")
+            raise UserError(f"no usable picture in {args.val}")
 
     def mean(self, scores):
         """(mean of the scores of all ranks, their number)."""
@@ -510,7 +497,8 @@ class Validation:
         """(mean scores of the averaged weights, a strip of samples: bicubic | SR | HR)."""
         scores, strips = [], []
         for lr, hr in self.pictures:
-            tiler = Tiler(256, 32) if lr[0].numel() > 2 ** 19 else learner.tiler     # a large picture needs tiles
+            large = lr[0].numel() > 2 ** 19
+            tiler = Tiler(256, 32) if large else learner.tiler
             with learner.autocast():
                 sr = learner.ema(lr[None].to(learner.device), tiler)
             sr = sr[0].float().clamp(0, 1).cpu()
@@ -584,7 +572,7 @@ def finished_fraction(args, progress):
 
 
 def rollback(run, learner, progress, ranks, say):
-    """Return to the last saved state at half the learning rate. -> Progress. Raises TrainError at last."""
+    """Return to the last saved state at half the learning rate. -> Progress. Raises UserError at last."""
     state = run.load_state()
     if ranks > 1:
         dist.barrier()          # all ranks have read it before rank 0 writes the next one
@@ -593,7 +581,7 @@ def rollback(run, learner, progress, ranks, say):
     restored.lr_backoff = progress.lr_backoff / 2
     restored.seconds, restored.skipped_steps = progress.seconds, progress.skipped_steps
     if restored.lr_backoff < 2 ** -20:
-        raise TrainError(f"step {progress.step} fails at every learning rate; the last state is kept")
+        raise UserError(f"step {progress.step} fails at every learning rate; the last state is kept")
     say(f"step {progress.step}: {ROLLBACK_AFTER} bad steps in a row; back to step {restored.step} with the "
         f"learning rate times {restored.lr_backoff:g}", flush=True)
     return restored

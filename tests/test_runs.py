@@ -4,7 +4,8 @@ import sys
 import pytest
 
 import runs
-from runs import Progress, Run, RunError, clock, draw_curves, newest_run
+from images import UserError
+from runs import Progress, Run, clock, draw_curves, newest_run
 
 
 def make_run(folder, psnr, **settings):
@@ -21,7 +22,7 @@ def test_state_and_settings_come_back(tmp_path):
     state = run.load_state()
     assert state["progress"].step == 2 and state["progress"].rows[1]["psnr_y"] == 31.0 and state["x"] == 1
     run.check_settings({"stage": 1, "a_flag_of_tomorrow": 3, "device": "cuda"})
-    with pytest.raises(RunError, match="--lr 0.1"):
+    with pytest.raises(UserError, match="--lr 0.1"):
         run.check_settings({"lr": 0.2})
 
 
@@ -38,7 +39,7 @@ def test_overwrite_forgets_the_older_run(tmp_path):
 def test_broken_state_names_the_way_out(tmp_path):
     run = make_run(tmp_path / "a", [30.0])
     (tmp_path / "a" / "state.pt").write_bytes(b"half")
-    with pytest.raises(RunError, match="--weights"):
+    with pytest.raises(UserError, match="--weights"):
         run.load_state()
 
 
@@ -57,7 +58,7 @@ def test_newest_run_of_a_stage(tmp_path):
         (tmp_path / name / "best.safetensors").write_bytes(b"")
     make_run(tmp_path / "other", [30.0], stage=2)
     assert newest_run(1, "tiny", 2, tmp_path).endswith("new/best.safetensors")
-    with pytest.raises(RunError, match="stage 3"):
+    with pytest.raises(UserError, match="stage 3"):
         newest_run(3, "tiny", 2, tmp_path)
 
 

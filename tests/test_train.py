@@ -348,7 +348,7 @@ def test_stage_3_keeps_no_graph_through_hat(drawings, tmp_path):
 def test_defaults_follow_stage_and_device(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = train.parse(["--device", "cpu"])
-    assert (args.stage, args.patch, args.steps, args.use_tiling, args.lr) == (1, "64", 400, False, 2e-3)
+    assert (args.stage, args.patch, args.steps, args.use_tiling, args.lr) == (1, [64], 400, False, 2e-3)
     assert train.parse(["--device", "cpu", "--stage", "3"]).use_tiling
     assert not train.parse(["--device", "cpu", "--stage", "3", "--no-use-tiling"]).use_tiling
     assert train.parse(["--device", "cpu", "--optimiser", "adam"]).lr == 1e-3
@@ -519,8 +519,8 @@ def test_two_ranks_equal_one_with_twice_the_batch(drawings, tmp_path, run_here):
 
 
 @pytest.mark.parametrize("more", [
-    dict(patch=15), dict(patch="x"), dict(data="nowhere"), dict(val="nowhere"), dict(weights="nowhere"),
-    dict(loss="pixx"), dict(recipe="webb"), dict(steps=0), dict(freeze="hat"), dict(loss="rmse,adv", gan_after=12),
+    dict(patch=15), dict(data="nowhere"), dict(val="nowhere"), dict(weights="nowhere"),
+    dict(loss="pixx"), dict(recipe="webb"), dict(freeze="hat"), dict(loss="rmse,adv", gan_after=12),
     dict(gan_after=3), dict(vgg_weights="x"), dict(stage=2), dict(minutes=1), dict(loss="rmse,perc", vgg_weights="x")],
     ids=str)
 def test_mistakes_are_one_line(drawings, tmp_path, run_here, more):
