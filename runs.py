@@ -17,6 +17,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -37,23 +38,16 @@ class Progress:
     best_psnr: float = -1.0                 # best validation PSNR-Y so far, dB
     seconds: float = 0.0                    # training time so far
     lr_backoff: float = 1.0                 # factor on the learning rate, halved at every rollback
-    usual_distance: float | None = None     # running mean of |SR - HR|
     skipped_steps: int = 0                  # steps whose loss or gradient was not finite
     rows: list = field(default_factory=list)            # rows of log.csv
     loss_sums: dict = field(default_factory=dict)       # since the last report: {name: (sum, count)}
 
-    def record(self, losses, distance, finite, diverged):
-        """Count one step. losses: {name: float}; distance: mean |SR - HR|."""
-        if not finite:
-            self.skipped_steps += 1
-            return
-        for name, value in losses.items():
+    def record(self, losses, finite):
+        """Count one step. losses: {name: float}."""
+        self.skipped_steps += not finite
+        for name, value in losses.items() if finite else ():
             total, count = self.loss_sums.get(name, (0.0, 0))
             self.loss_sums[name] = total + value, count + 1
-        if self.usual_distance is None:
-            self.usual_distance = distance
-        elif not diverged:
-            self.usual_distance += 0.02 * (distance - self.usual_distance)
 
     def mean_losses(self):
         return {name: total / count for name, (total, count) in self.loss_sums.items()}
@@ -133,8 +127,13 @@ class Run:
         write_atomic(self.folder / "log.csv", text.getvalue().encode())
         save_png(self.folder / "curves.png", draw_curves({self.folder.name: rows}))
 
-    def save_sample(self, step, image):
-        save_png(self.folder / "samples" / f"step_{step:06d}.png", image)
+    def save_samples(self, step, strips):
+        """Save strips, a list of uint8 (h, w, 3), below each other in one PNG."""
+        if strips:
+            width = max(s.shape[1] for s in strips)
+            padding = [((0, 4), (0, width - s.shape[1]), (0, 0)) for s in strips]
+            rows = [np.pad(s, p, constant_values=255) for s, p in zip(strips, padding)]
+            save_png(self.folder / "samples" / f"step_{step:06d}.png", Image.fromarray(np.concatenate(rows)))
 
 
 def save_png(path, image):

@@ -24,10 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -49,19 +47,14 @@ except ImportError:
 
 # the defaults of each stage; on CUDA and MPS those of GPU replace some of them
 STAGES = {
-    1: dict(patch=[64], batch=4, steps=400, use_tiling=False, freeze="residual_block,out_conv",
-            lr={"muon": 2e-3, "adam": 1e-3}, conv_lr_scale=0.3),
-    2: dict(patch=[128], batch=1, steps=200, use_tiling=True, freeze="",
-            lr={"muon": 2e-5, "adam": 2e-5}, conv_lr_scale=1.0),
-    3: dict(patch=[256], batch=1, steps=200, use_tiling=True, freeze="hat_model",
-            lr={"muon": 1e-5, "adam": 1e-5}, conv_lr_scale=1.0),
+    1: dict(patch=[64], batch=4, steps=400, use_tiling=False, freeze="residual_block,out_conv", lr=2e-3),
+    2: dict(patch=[128], batch=1, steps=200, use_tiling=True, freeze="", lr=2e-5),
+    3: dict(patch=[256], batch=1, steps=200, use_tiling=True, freeze="hat_model", lr=1e-5),
 }
-GPU = {
-    1: dict(batch=16, steps=50000),
-    2: dict(batch=8, steps=10000),
-    3: dict(batch=4, steps=5000, patch=[256, 384, 512]),
-}
+GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
+       3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
 DEMO_STEPS = 400                # at most, on demo pictures: they do not repay a longer run
+CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
 DROP_PATH = 0.0                 # stochastic depth of the last block; HAT's authors use 0.1
@@ -157,7 +150,8 @@ def fill_defaults(args):
     defaults = {**STAGES[args.stage], **(GPU[args.stage] if on_gpu else {})}
     if not args.data:
         defaults["steps"] = min(defaults["steps"], DEMO_STEPS)
-    defaults["lr"] = defaults["lr"][args.optimizer]
+    if args.stage == 1 and args.optimizer == "adam":
+        defaults["lr"] = 1e-3
     defaults["workers"] = min(8, os.cpu_count() or 1) if on_gpu else 1
     defaults["out"] = f"runs/stage{args.stage}-{args.preset}-{args.scale}x"
     for name in ("patch", "batch", "steps", "use_tiling", "freeze", "lr", "workers", "out"):
@@ -176,12 +170,9 @@ def check(args):
     window, terms = PRESETS[args.preset]["window"], parse_loss(args.loss)
     degrade.parse_recipe(args.recipe)
     data.split_shares(args.data or [])
-    for flag, values in ("--patch", args.patch), ("--tile-size", [args.tile_size] * args.use_tiling):
-        for value in values:
-            if value < window or value % window:
-                raise UserError(f"{flag} {value} does not suit {args.preset}: use a multiple of {window}")
-    if "adv" in terms and min(args.patch) * args.scale < 32:
-        raise UserError("the term adv needs HR patches of at least 32 pixels: raise --patch")
+    for side in args.patch:
+        if side < window or side % window:
+            raise UserError(f"--patch {side} does not suit {args.preset}: use a multiple of {window}")
     if "adv" in terms and args.gan_after >= args.steps:
         raise UserError(f"--gan-after {args.gan_after} is not below --steps {args.steps}: adv never begins")
     for flag, users in (("gan_after", {"adv"}), ("vgg_weights", {"perc"}), ("anime_weights", {"perc"}),
@@ -206,10 +197,8 @@ def init_distributed(device):
     return rank, ranks
 
 
-def choose_validation(args, before, say):
-    """Set args.val, and args.held_out: the pictures of --data that are never trained on.
-
-    before: the settings of the run that is resumed, or {}. Raises UserError."""
+def choose_validation(args, say):
+    """Set args.val, and args.held_out: the pictures of --data that are never trained on. Raises UserError."""
     folders, args.held_out = [folder for folder, _ in data.split_shares(args.data or [])], []
     if not folders:
         args.val = args.val or str(DEMO / "val")
@@ -219,10 +208,6 @@ def choose_validation(args, before, say):
         args.held_out = [str(path) for path in inside]
         if inside:
             say(f"{len(inside)} pictures of --val are also in --data; they are not trained on")
-    elif before.get("data") == args.data and before.get("held_out"):
-        args.val, args.held_out = before["val"], before["held_out"]
-    elif any(map(data.is_patch_file, folders)):
-        raise UserError("a patch file in --data needs --val: a folder of pictures that are not in it")
     else:
         folder, held_out = data.hold_out(folders, PATCHES)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
@@ -236,8 +221,6 @@ def freeze(model, names):
         if name not in modules:
             raise UserError(f"--freeze {name}: no such module; the modules are {', '.join(modules)}")
         modules[name].requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise UserError("--freeze leaves no parameter that learns")
 
 
 def set_use_refiner(model):
@@ -269,7 +252,7 @@ class Learner:
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.learning = [p for p in self.model.parameters() if p.requires_grad]
         self.averages = [a for a, p in zip(self.ema.parameters(), self.model.parameters()) if p.requires_grad]
-        self.optimizers = build_optimizers(self.model, args.optimizer, STAGES[args.stage]["conv_lr_scale"])
+        self.optimizers = build_optimizers(self.model, args.optimizer, CONV_LR_SCALE[args.stage])
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=amp == torch.float16)
         window = self.model.hat_model.window
         self.tiler = Tiler(args.tile_size, args.tile_pad, align=window) if args.use_tiling else None
@@ -316,8 +299,7 @@ class Learner:
         return parts
 
     def state_dict(self):
-        parts = {name: part.state_dict() for name, part in self.parts().items()}
-        return {"rng": torch.get_rng_state(), **parts}
+        return {name: part.state_dict() for name, part in self.parts().items()} | {"rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
         for name, part in self.parts().items():
@@ -360,15 +342,14 @@ def set_up(args, device, amp, rank, ranks, say):
         say(f"stage {args.stage} starts from {args.weights}")
     if rank > 0:
         dist.barrier()          # rank 0 draws and packs first
-    choose_validation(args, before, say)
+    choose_validation(args, say)
     settings = {**vars(args), "ranks": ranks}
     run.check_settings(settings)
     if not args.data and not (DEMO / "val").is_dir():
         say(f"no --data: drawing demo pictures into {DEMO}")
         demo.draw_demo(DEMO)
-    folders = args.data or [str(DEMO / "train")]
-    files, shares = data.pack_folders(folders, [side * args.scale for side in args.patch], args.held_out,
-                                     PATCHES, log=say)
+    folders, sides = args.data or [str(DEMO / "train")], [side * args.scale for side in args.patch]
+    files, shares = data.pack_folders(folders, sides, args.held_out, PATCHES, log=say)
     if rank == 0 and ranks > 1:
         dist.barrier()
     validation = Validation(args, rank, ranks)
@@ -401,10 +382,10 @@ def backward(learner, batches, adversarial, sharpen, measure_gradients):
     """Forward and backward of the batches of one step. The gradients add up in the parameters.
 
     batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). sharpen: line-enhanced targets.
-    Returns ({loss: unweighted value}, mean |SR - HR|, {loss: norm of its weighted gradient at SR})."""
+    Returns ({loss: unweighted value}, {loss: norm of its weighted gradient at SR, if measured})."""
     loss, scaler, discriminator = learner.loss, learner.scaler, learner.discriminator
     loss.weights = {name: w for name, w in learner.loss_weights.items() if name != "adv" or adversarial}
-    losses, distance, gradients = {}, 0.0, {}
+    losses, gradients = {}, {}
     for lr, hr in batches:
         lr, hr = (x.to(learner.device, non_blocking=True) for x in (lr, hr))
         target = enhance_lines(hr) if sharpen else hr
@@ -422,8 +403,7 @@ def backward(learner, batches, adversarial, sharpen, measure_gradients):
             terms.update(d=d_loss, **d_statistics)
         for name, value in terms.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(batches)
-        distance = distance + (sr.detach().float() - hr).abs().mean() / len(batches)
-    return losses, distance, gradients
+    return losses, gradients
 
 
 def clip_gradients(learner, adversarial):
@@ -494,35 +474,30 @@ class Validation:
 
     @torch.inference_mode()
     def run(self, learner):
-        """(mean scores of the averaged weights, a strip of samples: bicubic | SR | HR)."""
+        """(mean scores of the averaged weights, list of sample strips)."""
         scores, strips = [], []
         for lr, hr in self.pictures:
-            large = lr[0].numel() > 2 ** 19
-            tiler = Tiler(256, 32) if large else learner.tiler
+            tiler = Tiler(256, 32) if lr[0].numel() > 2 ** 19 else learner.tiler
             with learner.autocast():
                 sr = learner.ema(lr[None].to(learner.device), tiler)
             sr = sr[0].float().clamp(0, 1).cpu()
             scores.append(score(sr, hr, self.scale))
             if len(strips) < 4:
                 strips.append(sample_strip(lr, sr, hr))
-        width = max([s.shape[1] for s in strips], default=0)
-        strips = [np.pad(s, ((0, 4), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
-        return self.mean(scores)[0], Image.fromarray(np.concatenate(strips)) if strips else None
+        return self.mean(scores)[0], strips
 
 
 def sample_strip(lr, sr, hr, side=192):
-    """Bicubic | SR | HR of the most detailed square. Returns uint8 (side, 3 * side, 3)."""
+    """Bicubic | SR | HR of the square in the middle. Returns uint8 (side, 3 * side, 3)."""
     h, w = min(side, hr.shape[1]), min(side, hr.shape[2])
-    detail = (hr[:, 1:, 1:] - hr[:, :-1, :-1]).abs().mean(0, keepdim=True)
-    windows = torch.nn.functional.avg_pool2d(detail, (h - 1, w - 1), stride=16)[0]
-    y, x = (16 * n for n in divmod(windows.argmax().item(), windows.shape[1]))
+    y, x = (hr.shape[1] - h) // 2, (hr.shape[2] - w) // 2
     bicubic = degrade.resize(lr[None], hr.shape[-2:])[0].clamp(0, 1)
     return to_uint8(torch.cat([p[:, y:y + h, x:x + w] for p in (bicubic, sr, hr)], 2))
 
 
 def report(args, run, learner, validation, progress, gradients, rate, patch_rate, rank):
     """Validate; save weights, samples, log and state. Returns text for the terminal."""
-    scores, strip = validation.run(learner)
+    scores, strips = validation.run(learner)
     adversarial = learner.discriminator and progress.step > args.gan_after
     better = bool(adversarial or scores["psnr_y"] > progress.best_psnr)     # a GAN may lower PSNR
     progress.best_psnr = scores["psnr_y"] if better else progress.best_psnr
@@ -541,8 +516,7 @@ def report(args, run, learner, validation, progress, gradients, rate, patch_rate
         save(learner.ema, run.folder / "last.safetensors", header)
         if better:
             save(learner.ema, run.folder / "best.safetensors", header)
-        if strip:
-            run.save_sample(progress.step, strip)
+        run.save_samples(progress.step, strips)
         run.save_log(progress.rows)
         run.save_state(learner.state_dict(), progress)
     gain = scores["psnr_y"] - validation.bicubic["psnr_y"]
@@ -609,25 +583,24 @@ def train(args):
             report_due = len(progress.rows) <= REPORTS * fraction
         adversarial = learner.discriminator is not None and step >= args.gan_after
         sharpen = fraction < args.sharpen_until and step % 2 == 0
-        losses, distance, gradients = backward(learner, batches, adversarial, sharpen, report_due)
+        losses, gradients = backward(learner, batches, adversarial, sharpen, report_due)
         grad_norm = clip_gradients(learner, adversarial)
 
         # ---- all ranks decide by the same numbers
         seconds, step_began = progress.seconds + time.time() - step_began, time.time()
-        scalars = mean_over_ranks(dict(losses, stop=len(signals) > 0, seconds=seconds, grad_norm=grad_norm,
-                                       distance=distance), device, ranks)
-        stop, progress.seconds, distance = scalars.pop("stop"), scalars.pop("seconds"), scalars["distance"]
+        scalars = dict(losses, stop=len(signals) > 0, seconds=seconds, grad_norm=grad_norm)
+        scalars = mean_over_ranks(scalars, device, ranks)
+        stop, progress.seconds = scalars.pop("stop"), scalars.pop("seconds")
         finite = all(map(math.isfinite, scalars.values()))
-        diverged = distance > max(8 * (progress.usual_distance or 1.0), 0.1)
 
         # ---- update, or roll back
         update(learner, step, adversarial, finite)
-        bad_steps = bad_steps + 1 if diverged or not finite else 0
+        bad_steps = 0 if finite else bad_steps + 1
         if bad_steps == ROLLBACK_AFTER:
             progress = rollback(run, learner, progress, ranks, say)
             fraction, bad_steps, stream.calm = finished_fraction(args, progress), 0, None
             continue
-        progress.record({name: scalars[name] for name in losses}, distance, finite, diverged)
+        progress.record({name: scalars[name] for name in losses}, finite)
         progress.step += 1
 
         # ---- report and save

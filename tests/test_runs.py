@@ -45,11 +45,10 @@ def test_broken_state_names_the_way_out(tmp_path):
 
 def test_progress_counts_finite_steps_only():
     progress = Progress()
-    progress.record({"rmse": 1.0}, 0.5, finite=True, diverged=False)
-    progress.record({"rmse": 3.0}, 9.0, finite=True, diverged=True)
-    progress.record({"rmse": float("nan")}, 0.5, finite=False, diverged=False)
+    progress.record({"rmse": 1.0}, finite=True)
+    progress.record({"rmse": 3.0}, finite=True)
+    progress.record({"rmse": float("nan")}, finite=False)
     assert progress.mean_losses() == {"rmse": 2.0} and progress.skipped_steps == 1
-    assert progress.usual_distance == 0.5
 
 
 def test_newest_run_of_a_stage(tmp_path):

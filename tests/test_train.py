@@ -379,7 +379,7 @@ def test_ten_bad_steps_roll_back(drawings, tmp_path, run_here, monkeypatch):
     def backward(learner, *a):
         result = real(learner, *a)
         if 4 <= next(steps) < 14:
-            return result[0], result[1] * float("inf"), {}
+            return {name: value * float("inf") for name, value in result[0].items()}, {}
         return result
     monkeypatch.setattr(train, "backward", backward)
     code, out, _ = run_here(flags(drawings, tmp_path / "run", steps=18))
@@ -387,17 +387,12 @@ def test_ten_bad_steps_roll_back(drawings, tmp_path, run_here, monkeypatch):
     assert state_of(tmp_path / "run")["progress"]["lr_backoff"] == 0.5
 
 
-def test_diverging_run_rolls_back(drawings, tmp_path, run_here):
-    code, out, _ = run_here(flags(drawings, tmp_path / "run", lr=30, steps=60, val_every=20))
-    assert "back to step" in out
-
-
 def test_run_that_fails_at_every_rate_ends(drawings, tmp_path, run_here, monkeypatch):
     real = train.backward
 
     def backward(learner, *a):
         result = real(learner, *a)
-        return result[0], result[1] * float("nan"), {}
+        return {name: value * float("nan") for name, value in result[0].items()}, {}
     monkeypatch.setattr(train, "backward", backward)
     monkeypatch.setattr(train, "ROLLBACK_AFTER", 1)
     code, _, err = run_here(flags(drawings, tmp_path / "run"))
