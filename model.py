@@ -113,8 +113,8 @@ def attention(q, k, v, bias, scale):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
     heads = []      # plain products, one head at a time: the fastest gradient of the bias on a CPU
-    for q, k, v, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.unbind(1)):
-        heads.append(torch.baddbmm(b, q, k.mT, alpha=scale).softmax(-1) @ v)
+    for q_head, k_head, v_head, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.unbind(1)):
+        heads.append(torch.baddbmm(b, q_head, k_head.mT, alpha=scale).softmax(-1) @ v_head)
     return torch.cat(heads, -1)
 
 
@@ -501,8 +501,8 @@ def read_weights(path, header_only=False):
 
 
 def fit_weights(model, state, path, strict=True):
-    """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that did
-    not fit: missing from the file, unknown to the model, or of another shape. With strict, these raise
+    """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that
+    did not fit: missing from the file, unknown to the model, or of another shape. With strict, these raise
     WeightsError instead and nothing is loaded; path is for its message."""
     own = model.state_dict()
     if not any(name.startswith(("residual_block.", "out_conv.")) for name in state):
