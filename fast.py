@@ -51,7 +51,7 @@ def install(hat):
 
 @torch.no_grad()
 def check(model):
-    """Compare the fast forward with the plain one on a copy of the model. Returns one line, or None if equal."""
+    """Compare the fast forward with the plain one on a copy of the model. Returns one line, or None."""
     generator = torch.Generator().manual_seed(0)        # leaves the global random state alone
     model = copy.deepcopy(model).cpu().float().eval()
     for p in model.parameters():        # a branch that starts at zero would hide an edit
