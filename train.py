@@ -299,7 +299,8 @@ class Learner:
         return parts
 
     def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts().items()} | {"rng": torch.get_rng_state()}
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        return {**states, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
         for name, part in self.parts().items():
@@ -534,7 +535,6 @@ def catch_signals():
     def handler(number, _):
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return received
