@@ -8,7 +8,6 @@ Needs torch, numpy, and Pillow. Works when copied alone.
 import contextlib
 import io
 import os
-import re
 import struct
 import sys
 import time
@@ -19,19 +18,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
-MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383, "AVIF": 32768}      # pixels
-MAX_JPEG_EXIF, MAX_JPEG_XMP = 65533, 65504  # bytes; each must fit into one JPEG segment
+GRAY_FORMATS = ("PNG", "JPEG")
+MAX_JPEG_SEGMENT = 65500                    # bytes of EXIF or XMP
 ORIENTATION = 0x0112                        # EXIF tag
-BITS_PER_SAMPLE = 258                       # TIFF tag
-TIFF_TAGS = {270, 305, 306, 315, 33432}     # description, software, date, artist, copyright
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_XMP = "XML:com.adobe.xmp"               # keyword of the PNG text that holds XMP
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # bytes; by default Pillow rejects text and profiles above 1 MiB
+warnings.filterwarnings("ignore", module="PIL")     # about damaged metadata and large pictures
 
 
 class UserError(ValueError):
@@ -44,11 +43,11 @@ class PictureError(UserError):
 
 @dataclass
 class Picture:
-    """A picture and everything that its file is to keep.
+    """A picture and all data that saving must keep.
 
     rgb: (3, H, W) float32 in [0, 1], orientation applied. alpha: (1, H, W) in [0, 1] or None.
     gray, depth (8 or 16): how the file stores the pixels. icc, exif, xmp: raw bytes or None.
-    note: what reading changed or left behind. text: PNG text by keyword, such as Author.
+    note: changes and losses during reading. text: PNG text by keyword, such as Author.
     """
     rgb: torch.Tensor
     alpha: torch.Tensor | None = None
@@ -76,31 +75,26 @@ def as_paths(paths):
 
 
 def find_pictures(paths):
-    """Return the sorted paths of all pictures in files and folders, each once.
+    """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
     Search folders recursively for READ_SUFFIXES, follow links, and skip hidden names. Accept a file with any
-    suffix. Raises PictureError for a path that does not exist or a folder that cannot be listed.
+    suffix. Raises PictureError for a path that does not exist.
     """
-    def refuse(error):
-        raise PictureError(f"{printable(error.filename)}: {error.strerror}")
-
     pictures, visited = set(), set()
     for path in as_paths(paths):
+        if not os.path.exists(path):
+            raise PictureError(f"{printable(path)}: no such file or folder")
         if not os.path.isdir(path):
-            if not os.path.exists(path):
-                raise PictureError(f"{printable(path)}: no such file or folder")
             pictures.add(path)
-            continue
-        for folder, subfolders, names in os.walk(path, followlinks=True, onerror=refuse):
+        for folder, subfolders, names in os.walk(path, followlinks=True):
             real = os.path.realpath(folder)
-            if real in visited:         # a link to a folder that was searched already
+            if real in visited:         # a link to a folder that was already searched
                 subfolders.clear()
                 continue
             visited.add(real)
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in names:
-                if not name.startswith(".") and Path(name).suffix.lower() in READ_SUFFIXES:
-                    pictures.add(Path(folder, name))
+            pictures.update(Path(folder, name) for name in names
+                            if not name.startswith(".") and Path(name).suffix.lower() in READ_SUFFIXES)
     return sorted(pictures)
 
 
@@ -118,7 +112,7 @@ def atomic_path(path):
 
 
 def write_atomic(path, data):
-    """Write bytes to a file that is complete or absent, and create its folder. Raises OSError."""
+    """Write bytes to a file completely or not at all, and create its folder. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -132,213 +126,109 @@ def write_atomic(path, data):
 def read_picture(path, srgb=False):
     """Read PNG, JPEG, WebP, AVIF, BMP, TIFF, or GIF (first frame) -> Picture.
 
-    srgb=True converts 8-bit colors to sRGB by the ICC profile; otherwise the profile is kept. CMYK is always
-    converted. Raises PictureError if the file is missing, damaged, no picture, or above Pillow's pixel limit.
+    CMYK becomes sRGB. srgb=True converts all colors to sRGB (8 bit if the profile is another one) and drops
+    the profile. Raises PictureError if the file is missing, damaged, not a picture, or larger than Pillow's
+    pixel limit.
     """
-    path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")
-        if path.stat().st_size == 0:
-            raise ValueError("empty file (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            pixels, orientation, picture = decode_or_repair(path, srgb)
+        try:
+            return decode(path, srgb)
+        except Exception:       # Pillow rejects a whole PNG for one damaged text or profile
+            data = Path(path).read_bytes()
+            if not data.startswith(PNG_SIGNATURE):
+                raise
+            picture = decode(io.BytesIO(remove_metadata(data)), srgb)
+            picture.note = "; ".join(filter(None, ["damaged PNG metadata left behind", picture.note]))
+            return picture
     except Image.UnidentifiedImageError:
         raise PictureError(f"{printable(path)}: not a picture, or a format that Pillow cannot read") from None
     except Exception as error:      # a broken file can make Pillow raise nearly any exception
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise PictureError(f"{printable(path)}: {reason}") from error
 
-    x = to_tensor(apply_orientation(pixels, orientation))
-    picture.alpha = x[-1:].clone() if len(x) in (2, 4) else None
-    picture.rgb = x[:1].repeat(3, 1, 1) if picture.gray else x[:3]
-    return picture
 
-
-def decode_or_repair(path, srgb):
-    """Decode a file; if that fails and the file is a PNG, decode it without its optional chunks."""
-    first_error = None
-    for file, note in readable_copies(path):
-        try:
-            pixels, orientation, picture = decode(file, srgb)
-            picture.note = "; ".join(filter(None, (note, picture.note)))
-            return pixels, orientation, picture
-        except Exception as error:
-            first_error = first_error or error
-    raise first_error
-
-
-def readable_copies(path):
-    """Yield (file, note): the path itself, then, for a PNG, copies in memory without optional chunks.
-
-    Pillow rejects the whole file for one optional chunk (text, profile) that is damaged or too large.
-    """
-    yield path, ""
-    with open(path, "rb") as file:
-        if file.read(8) != PNG_SIGNATURE:
-            return
-        data = PNG_SIGNATURE + file.read()
-    for keep in ({b"tRNS", b"gAMA", b"sRGB", b"iCCP", b"eXIf"}, {b"tRNS"}, set()):
-        parts, dropped, start = [PNG_SIGNATURE], [], 8
-        while start + 8 <= len(data):
-            length, name = struct.unpack(">I4s", data[start:start + 8])
-            optional = name[0] & 32         # PNG: a lower-case first letter
-            if optional and name not in keep:
-                dropped.append(name.decode("latin-1"))
-            else:
-                parts.append(data[start:start + 12 + length])
-            start += 12 + length
-        names = printable(", ".join(sorted(set(dropped))))
-        yield io.BytesIO(b"".join(parts)), f"damaged or oversized metadata left behind: PNG chunks {names}"
+def remove_metadata(data):
+    """Remove all chunks that the pixels do not need from the bytes of a PNG."""
+    parts, start = [PNG_SIGNATURE], 8
+    while start + 8 <= len(data):
+        length, name = struct.unpack(">I4s", data[start:start + 8])
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            parts.append(data[start:start + 12 + length])
+        start += 12 + length
+    return b"".join(parts)
 
 
 def decode(file, srgb):
-    """Decode a path or BytesIO -> (pixels (H, W, C) uint8 or uint16, orientation, Picture without pixels)."""
+    """Decode a path or BytesIO -> Picture. See read_picture()."""
     notes = []
-    with Image.open(file) as im:
-        if im.format == "EPS":      # Pillow would start Ghostscript
-            raise ValueError("PostScript is not supported")
+    with Image.open(file, formats=READ_FORMATS) as im:
+        png_layout = im.tile[0][-1] if im.format == "PNG" else ""       # such as "RGB;16B"
+        load_upright(im)
+        pixels = read_samples(im, file, png_layout)
+        gray = pixels.shape[2] < 3
+        icc, exif = im.info.get("icc_profile"), im.info.get("exif")
+        xmp = im.info.get("xmp") or im.info.get(PNG_XMP)
+        # Unlike im.text, im.info has the orientation removed.
+        text = {key: str(im.info.get(key, value)) for key, value in getattr(im, "text", {}).items()}
+        text.pop(PNG_XMP, None)
         if im.mode == "CMYK":
-            converted = convert_to_srgb(im, im.info.get("icc_profile"))
-            pixels = np.asarray(converted[0]) if converted else read_samples(im, file)
-            icc = None
-            how = f"by its profile {converted[1]}" if converted else "without profile"
-            notes.append(f"CMYK converted to sRGB {how}")
-        else:
-            pixels = read_samples(im, file)
-            icc = im.info.get("icc_profile")
-            if color_space(icc) not in (b"RGB ", b"GRAY"):
-                icc = None
-        orientation, exif = read_exif(im)
-        xmp, text = read_text(im, orientation)
-        bits = max(im.tag_v2.get(BITS_PER_SAMPLE, (8,))) if im.format == "TIFF" else 8
-        if bits == 16 and pixels.dtype == np.uint8:
-            notes.append("16-bit TIFF read as 8 bit")
+            notes.append("CMYK converted to RGB")
+        if im.format == "TIFF":
+            notes.append("TIFF tags left behind")
         if getattr(im, "n_frames", 1) > 1:
             notes.append(f"first of {im.n_frames} frames")
-    if srgb and icc:
-        pixels, icc, note = pixels_to_srgb(pixels, icc)
-        notes.append(note)
+        if icc and (srgb or im.mode == "CMYK"):
+            pixels, note = convert_to_srgb(im, pixels, icc)
+            icc = None
+            notes.append(note)
+
     depth = 16 if pixels.dtype == np.uint16 else 8
-    picture = Picture(None, None, pixels.shape[2] < 3, depth, icc, exif, "; ".join(notes), xmp, text)
-    return pixels, orientation, picture
+    x = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float().div_(2**depth - 1)
+    alpha = x[-1:].clone() if len(x) in (2, 4) else None
+    rgb = x[:1].repeat(3, 1, 1) if gray else x[:3]
+    gray = gray and color_space(icc) != b"RGB "     # a gray file cannot hold an RGB profile
+    exif = exif and b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")
+    xmp = xmp.encode() if isinstance(xmp, str) else xmp
+    return Picture(rgb, alpha, gray, depth, icc, exif, "; ".join(filter(None, notes)), xmp, text)
 
 
-def read_samples(im, file):
-    """Decode an open Pillow image -> (H, W, C) uint8 or uint16. C: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
-    png_tile = im.tile[0] if im.format == "PNG" and im.tile else [None]
-    layout = png_tile[-1]           # how a PNG stores its samples, such as "RGB;16B"
+def load_upright(im):
+    """Decode an open Pillow image and apply its orientation; remove the orientation from EXIF and XMP."""
     im.load()
-    has_transparent_color = "transparency" in im.info
-    if has_transparent_color and layout in ("L;2", "L;4"):
-        # Pillow scales the pixels to 8 bits, but not the transparent level.
-        im.info["transparency"] *= 85 if layout == "L;2" else 17
-
-    if layout in ("RGB;16B", "RGBA;16B", "LA;16B"):
-        pixels = read_16_bit_png(im, file, png_tile)
-    elif im.mode.startswith("I"):
-        if im.mode == "I" and im.getextrema()[1] > 65535:
-            raise ValueError("32-bit samples have no standard range; save it as 8 or 16 bit")
-        pixels = np.asarray(im).clip(0, 65535).astype(np.uint16)[..., None]
-    elif im.mode == "F":
-        raise ValueError("floating-point samples have no standard range; save it as 8 or 16 bit")
-    else:
-        gray = im.mode in ("1", "L", "LA", "La")
-        alpha = has_transparent_color or im.mode in ("LA", "La", "RGBA", "RGBa", "PA")
-        mode = ("L" if gray else "RGB") + ("A" if alpha else "")
-        if has_transparent_color and gray:
-            im = im.convert("RGBA")     # a direct conversion to LA loses the transparent color
-        pixels = np.asarray(im if im.mode == mode else im.convert(mode))
-        return pixels if pixels.ndim == 3 else pixels[..., None]
-
-    if has_transparent_color:
-        opaque = (pixels != np.array(im.info["transparency"], np.uint16)).any(-1, keepdims=True)
-        pixels = np.concatenate([pixels, opaque.astype(np.uint16) * 65535], -1)
-    return pixels
-
-
-def read_16_bit_png(im, file, png_tile):
-    """Decode a 16-bit color PNG -> (H, W, C) uint16. Pillow keeps the high bytes only, so decode it twice."""
-    *position, layout = png_tile
-    with Image.open(file) as again:
-        if layout == "LA;16B":      # read as RGBA, it gives all four bytes of a pixel
-            again.tile = [(*position, "RGBA")]
-            samples = np.asarray(again).astype(np.uint16)
-            return samples[..., 0::2] << 8 | samples[..., 1::2]
-        again.tile = [(*position, layout.replace("16B", "16L"))]    # read as little-endian: the low bytes
-        low = np.asarray(again).astype(np.uint16)
-    return np.asarray(im).astype(np.uint16) << 8 | low
-
-
-def read_exif(im):
-    """Read EXIF of a loaded image -> (orientation 1..8, EXIF bytes with orientation 1, or None if invalid).
-
-    Keep only TIFF_TAGS of a TIFF, since most of its tags describe the pixel layout.
-    """
-    orientation = 1
     try:
-        tags = im.getexif()
-        orientation = tags.get(ORIENTATION, 1)
-        if im.format == "TIFF":
-            kept = Image.Exif()
-            kept.update({tag: tags[tag] for tag in TIFF_TAGS & tags.keys()})
-            return orientation, kept.tobytes() if kept else None
-        exif = im.info.get("exif")
-        if orientation != 1 and exif:
-            tags[ORIENTATION] = 1
-            exif = tags.tobytes()
-        return orientation, b"Exif\0\0" + exif.removeprefix(b"Exif\0\0") if exif else None
+        ImageOps.exif_transpose(im, in_place=True)
     except Exception:       # invalid EXIF can make Pillow raise nearly any exception
-        return orientation, None
+        im.info.pop("exif", None)
 
 
-def read_text(im, orientation):
-    """Read text of a loaded image -> (XMP bytes with orientation 1, or None; {keyword: PNG text})."""
-    xmp = im.info.get("xmp") or im.info.get(PNG_XMP)
-    if isinstance(xmp, str):
-        xmp = xmp.encode()
-    if xmp and orientation != 1:
-        xmp = re.sub(rb'(tiff:Orientation(?:="|>))[2-8]', rb"\g<1>1", xmp)
-    text = im.text if im.format == "PNG" else {}
-    return xmp or None, {keyword: str(value) for keyword, value in text.items() if keyword != PNG_XMP}
-
-
-def apply_orientation(pixels, orientation):
-    """Turn or mirror pixels (H, W, C) as the EXIF orientation 1..8 says."""
-    if orientation in (5, 7):
-        pixels = pixels.swapaxes(0, 1)
-    quarter_turns = {3: 2, 4: 2, 6: 3, 7: 2, 8: 1}.get(orientation, 0)      # counterclockwise
-    pixels = np.rot90(pixels, quarter_turns)
-    return pixels[:, ::-1] if orientation in (2, 4) else pixels
-
-
-def to_tensor(pixels):
-    """Convert (H, W, C) uint8 or uint16 to (C, H, W) float32 in [0, 1]; row blocks bound the memory."""
-    height, width, channels = pixels.shape
-    x = torch.empty(channels, height, width)
-    for y in range(0, height, 256):
-        rows = torch.from_numpy(pixels[y:y + 256].astype(np.float32, order="C"))
-        x[:, y:y + 256] = rows.permute(2, 0, 1) / (65535 if pixels.dtype == np.uint16 else 255)
-    return x
+def read_samples(im, file, png_layout):
+    """Convert a decoded image to (H, W, C) uint8 or uint16. C: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
+    if png_layout in ("RGB;16B", "RGBA;16B"):
+        # Pillow keeps the high bytes only. Decoded as little-endian, it keeps the low bytes.
+        with Image.open(file) as low:
+            low.tile = [(*low.tile[0][:3], png_layout.replace("16B", "16L"))]
+            load_upright(low)
+            return np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
+    if im.mode == "F" or (im.mode == "I" and im.getextrema()[1] > 65535):
+        raise ValueError("samples of 32 bits have no standard range; save it with 8 or 16 bit")
+    if im.mode.startswith("I"):
+        return np.asarray(im).astype(np.uint16)[..., None]
+    gray = im.mode in ("1", "L", "LA", "La")
+    if gray and "transparency" in im.info:
+        im = im.convert("RGBA")     # a direct conversion to LA loses the transparent color
+    return np.atleast_3d(im.convert(("L" if gray else "RGB") + ("A" if im.has_transparency_data else "")))
 
 
 def picture_size(path):
     """Return (height, width) of a picture, orientation applied, from its header; (0, 0) if not readable."""
-    if not os.path.isfile(path):
+    try:
+        with Image.open(path, formats=READ_FORMATS) as im:
+            # PngImageFile.getexif() decodes the whole picture; the one of the base class does not.
+            orientation = Image.Image.getexif(im).get(ORIENTATION, 1)
+            swapped = orientation in (5, 6, 7, 8) and im.format != "TIFF"   # Pillow already rotates TIFF
+            return im.size if swapped else im.size[::-1]
+    except Exception:       # read_picture() reports the reason
         return 0, 0
-    for file, _ in readable_copies(path):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(file) as im:
-                    # PngImageFile.getexif() decodes the whole picture; the one of the base class does not.
-                    orientation = Image.Image.getexif(im).get(ORIENTATION, 1)
-                    turned = orientation in (5, 6, 7, 8) and im.format != "TIFF"    # Pillow turns TIFF itself
-                    return im.size if turned else im.size[::-1]
-        except Exception:       # read_picture() reports the reason
-            continue
-    return 0, 0
 
 
 # ------------------------------------------------------------------ color
@@ -348,43 +238,33 @@ def color_space(icc):
     return (icc or b"")[16:20]
 
 
-def convert_to_srgb(im, icc):
-    """Convert an 8-bit Pillow image (gray, RGB, CMYK) by its ICC profile -> (sRGB image, profile name).
+def convert_to_srgb(im, pixels, icc):
+    """Convert the pixels (H, W, C) of a Pillow image by its ICC profile -> (pixels, note).
 
-    Return None if the profile is invalid or this Pillow cannot convert.
+    Return the same pixels if the profile is sRGB or invalid, otherwise uint8.
     """
-    try:
-        from PIL import ImageCms
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc or b""))
-        if im.mode == "L" and color_space(icc) == b"RGB ":
-            im = im.convert("RGB")
-        name = " ".join(ImageCms.getProfileDescription(profile).split())
-        return ImageCms.profileToProfile(im, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"), name
-    except Exception:       # the color engine has its own exception classes
-        return None
-
-
-def pixels_to_srgb(pixels, icc):
-    """Convert 8-bit pixels (H, W, C) to sRGB -> (pixels, None or the profile that still applies, note)."""
-    if pixels.dtype != np.uint8:
-        return pixels, icc, "profile kept, 16 bit"
     channels = 1 if pixels.shape[2] < 3 else 3      # without alpha
-    colors = np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels[..., :3])
-    converted = convert_to_srgb(Image.fromarray(colors), icc)
-    if not converted:
-        return pixels, icc, "profile kept, it is invalid"
-    im, name = converted
-    pixels = np.concatenate([np.asarray(im)[..., :channels], pixels[..., channels:]], -1)
-    return pixels, None, f"{name} converted to sRGB"
+    bits_removed = 8 * pixels.itemsize - 8
+    mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and color_space(icc) == b"GRAY" else "RGB"
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        name = " ".join(ImageCms.getProfileDescription(profile).split())
+        # "Linear sRGB" and "sRGB-elle-V2-g10" are other curves.
+        if "sRGB" in name and "inear" not in name and "elle" not in name:
+            return pixels, ""
+        colors = Image.fromarray(np.uint8(pixels[..., 0] >> bits_removed)) if channels == 1 else im
+        colors = ImageCms.profileToProfile(
+            colors.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except Exception:       # the color engine has its own exception classes
+        return pixels, "invalid ICC profile left behind"
+    alpha = np.uint8(pixels[..., channels:] >> bits_removed)
+    return np.concatenate([np.asarray(colors)[..., :channels], alpha], -1), f"{name} converted to sRGB"
 
 
 def composite(picture, background):
-    """Blend a Picture over a background (a number, (r, g, b), or (3, H, W), in [0, 1]) -> (3, H, W)."""
+    """Blend a Picture over a background, a number or a tensor (3, H, W) in [0, 1] -> (3, H, W)."""
     if picture.alpha is None:
         return picture.rgb
-    background = torch.as_tensor(background, dtype=picture.rgb.dtype)
-    if background.ndim < 3:
-        background = background.reshape(-1, 1, 1)
     return picture.rgb * picture.alpha + background * (1 - picture.alpha)
 
 
@@ -393,75 +273,65 @@ def composite(picture, background):
 def save_picture(path, picture, quality=95):
     """Save a Picture to a file. See save_strips()."""
     planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
-    size = picture.rgb.shape[1:]
-    strips = (torch.cat([plane[:, y:y + 256] for plane in planes]) for y in range(0, size[0], 256))
-    save_strips(path, strips, size, picture, quality)
+    save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture, quality)
 
 
 def save_strips(path, strips, size, picture, quality=95, dither=False):
-    """Save strips (3 or, with alpha, 4, h, W), top to bottom, as a file of size (H, W), complete or absent.
+    """Save strips (3 or, with alpha, 4, h, W), top to bottom, as one picture of size (H, W).
 
-    The suffix selects the format (WRITE_FORMATS). `picture` gives everything but the pixels; left_behind()
-    lists what the format cannot hold. PNG is written strip by strip. JPEG has no alpha, so the picture is
-    blended over white. quality: 1..100 for JPEG (always 4:4:4, for thin colored lines), WebP, and AVIF.
-    dither: see quantize(). Raises PictureError if the format is unknown or too small for the picture, and
-    OSError if the file cannot be written.
+    The file is written completely or not at all. The suffix selects the format (WRITE_FORMATS). `picture`
+    gives everything but the pixels; left_behind() lists the data that the format cannot hold. PNG is written
+    strip by strip. JPEG has no alpha, so the picture is blended over white. quality: 1..100 for JPEG (always
+    4:4:4, for thin colored lines), WebP, and AVIF. dither: see quantize(). Raises PictureError if the format
+    is unknown or cannot hold the picture, and OSError if the file cannot be written.
     """
     path = Path(path)
     format = WRITE_FORMATS.get(path.suffix.lower())
     if format is None:
-        raise PictureError(f"{printable(path)}: cannot save as {path.suffix or 'a file without suffix'}; "
-                           f"use one of {' '.join(WRITE_FORMATS)}")
-    Image.init()
-    if format not in Image.SAVE:
-        raise PictureError(f"{printable(path)}: this Pillow cannot write {format}; save as .png")
-    if max(size) > MAX_SIDE[format]:
-        raise PictureError(f"{printable(path)}: {format} holds at most {MAX_SIDE[format]} pixels a side; "
-                           "save as .png")
-    gray = stored_gray(picture, format)
+        raise PictureError(f"{printable(path)}: unknown suffix; use one of {' '.join(WRITE_FORMATS)}")
+    gray = picture.gray and format in GRAY_FORMATS
     alpha = picture.alpha is not None and format != "JPEG"
-    depth = 16 if picture.depth == 16 and format == "PNG" else 8
-    channels = (1 if gray else 3) + alpha
+    depth = picture.depth if format == "PNG" else 8
     rows = quantized_rows(strips, gray, alpha, depth, dither)
+    metadata, _ = split_metadata(picture, format)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         if format == "PNG":
-            write_png(file, rows, size, channels, depth, stored_metadata(picture, format), picture.text)
-        else:
-            write_with_pillow(file, path, rows, size, channels, quality, stored_metadata(picture, format))
-
-
-def stored_gray(picture, format):
-    """Whether a file of this format stores the picture as gray. An RGB profile needs RGB pixels."""
-    return picture.gray and format in ("PNG", "JPEG") and color_space(picture.icc) != b"RGB "
-
-
-def stored_metadata(picture, format):
-    """The icc, exif, and xmp (bytes or None) that a file of this format can hold -> dict."""
-    icc, exif, xmp = picture.icc, picture.exif, picture.xmp
-    if color_space(icc) != (b"GRAY" if stored_gray(picture, format) else b"RGB "):
-        icc = None
-    if format == "JPEG" and len(exif or b"") > MAX_JPEG_EXIF:
-        exif = None
-    if format == "JPEG" and len(xmp or b"") > MAX_JPEG_XMP:
-        xmp = None
-    return {"icc": icc, "exif": exif, "xmp": xmp}
+            write_png(file, rows, size, (1 if gray else 3) + alpha, depth, metadata, picture.text)
+            return
+        memory = io.BytesIO()       # when Pillow writes to a full disk itself, the reason is lost
+        try:
+            pixels = np.concatenate(list(rows))
+            im = Image.fromarray(pixels[..., 0] if gray else pixels)
+            im.save(memory, format, quality=quality, subsampling="4:4:4", **metadata)
+        except (OSError, ValueError, KeyError) as error:
+            raise PictureError(f"{printable(path)}: Pillow cannot write this {format}: {error}") from error
+        file.write(memory.getbuffer())
 
 
 def left_behind(picture, path):
-    """Return what a file with the suffix of `path` cannot hold of the picture, as a list of phrases."""
-    format = WRITE_FORMATS[Path(path).suffix.lower()]
-    stored = stored_metadata(picture, format)
-    phrases = []
+    """Return the data that a file with the suffix of `path` cannot hold, as a list of phrases."""
+    return split_metadata(picture, WRITE_FORMATS[Path(path).suffix.lower()])[1]
+
+
+def split_metadata(picture, format):
+    """Return ({Pillow's name: metadata that this format can hold}, [phrase about other data])."""
+    metadata, phrases = {}, []
     if format == "JPEG" and picture.alpha is not None:
         phrases.append("transparency blended over white")
     if format != "PNG" and picture.depth == 16:
         phrases.append("16 bit reduced to 8")
-    for name, label in (("icc", "ICC profile"), ("exif", "EXIF"), ("xmp", "XMP")):
-        if getattr(picture, name) and not stored[name]:
+    profile_space = b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "
+    for name, label, data, fits in (
+            ("icc_profile", "ICC profile", picture.icc, color_space(picture.icc) == profile_space),
+            ("exif", "EXIF", picture.exif, format != "JPEG" or len(picture.exif or b"") <= MAX_JPEG_SEGMENT),
+            ("xmp", "XMP", picture.xmp, format != "JPEG" or len(picture.xmp or b"") <= MAX_JPEG_SEGMENT)):
+        if data and fits:
+            metadata[name] = data
+        elif data:
             phrases.append(f"{label} left behind")
     if format != "PNG" and picture.text:
         phrases.append(f"PNG text left behind: {printable(', '.join(picture.text))}")
-    return phrases
+    return metadata, phrases
 
 
 def quantized_rows(strips, gray, alpha, depth, dither):
@@ -484,8 +354,8 @@ def quantize(x, depth, dither_row=None):
     """Convert (C, h, W) float in [0, 1] to (h, W, C) uint8 (depth 8) or uint16 (depth 16).
 
     Round to the nearest level. With dither_row (the row of the picture at which x begins), add interleaved
-    gradient noise (Jimenez, SIGGRAPH 2014) instead, so that soft gradients show no bands. Exact levels do not
-    change.
+    gradient noise (Jimenez, SIGGRAPH 2014) instead, so that soft gradients show no bands. Values that are
+    already an exact level do not change.
     """
     x = x.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).mul(2**depth - 1).numpy()
     if dither_row is None:
@@ -494,7 +364,7 @@ def quantize(x, depth, dither_row=None):
         rows, columns, channels = np.ogrid[dither_row:dither_row + x.shape[0], :x.shape[1], :x.shape[2]]
         phase = (columns + 5.588238 * channels) * 0.06711056
         noise = (52.9829189 * ((phase + rows * 0.00583715) % 1) % 1).astype(np.float32)
-        x = np.floor(x + noise * 0.999 + 0.0005)    # the margins absorb rounding errors of exact levels
+        x = np.floor(x + noise * 0.999 + 0.0005)    # the margins keep exact levels unchanged
     return x.astype(np.uint16 if depth == 16 else np.uint8)
 
 
@@ -503,77 +373,49 @@ def to_uint8(x):
     return quantize(x, 8)
 
 
-def write_with_pillow(file, path, rows, size, channels, quality, metadata):
-    """Write rows (h, W, C) as JPEG, WebP, or AVIF with metadata. Raises PictureError and OSError."""
-    format = WRITE_FORMATS[path.suffix.lower()]
-    pixels, y = np.empty((*size, channels), np.uint8), 0
-    for array in rows:
-        pixels[y:y + len(array)] = array
-        y += len(array)
-    options = {"JPEG": {"subsampling": 0}, "AVIF": {"subsampling": "4:4:4"}}.get(format, {})
-    for key, data in (("icc_profile", metadata["icc"]), ("exif", metadata["exif"]), ("xmp", metadata["xmp"])):
-        if data:
-            options[key] = data
-    memory = io.BytesIO()       # when Pillow writes to a full disk itself, the reason is lost
-    try:
-        im = Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
-        im.save(memory, format, quality=quality, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise PictureError(f"{printable(path)}: Pillow cannot write this {format}: {error}") from error
-    file.write(memory.getbuffer())
-
-
 def write_png(file, rows, size, channels, depth, metadata, text):
     """Write arrays (h, W, C) of uint8 or uint16 as PNG, a few rows at a time.
 
     Pillow needs the whole picture at once and writes 16 bit for gray only.
     """
-    def write_chunk(name, data):
-        checksum = zlib.crc32(name + data)
-        file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum))
+    info = PngImagePlugin.PngInfo()
+    if "icc_profile" in metadata:
+        info.add(b"iCCP", b"ICC\0\0" + zlib.compress(metadata["icc_profile"]))
+    if "exif" in metadata:
+        info.add(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
+    if "xmp" in metadata:
+        info.add_itxt(PNG_XMP, metadata["xmp"].decode("utf-8", "replace"))
+    for keyword, value in text.items():
+        info.add_text(keyword, value)
 
     height, width = size
     color_type = (0, 4, 2, 6)[channels - 1]
     file.write(PNG_SIGNATURE)
-    write_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
-    if metadata["icc"]:
-        write_chunk(b"iCCP", b"ICC\0\0" + zlib.compress(metadata["icc"]))
-    if metadata["exif"]:
-        write_chunk(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
-    if metadata["xmp"]:
-        write_chunk(b"iTXt", PNG_XMP.encode() + b"\0\0\0\0\0" + metadata["xmp"])
-    for keyword, value in text.items():
-        keyword = keyword.encode("latin-1", "replace")[:79]
-        try:
-            write_chunk(b"tEXt", keyword + b"\0" + value.encode("latin-1"))
-        except UnicodeEncodeError:
-            write_chunk(b"iTXt", keyword + b"\0\0\0\0\0" + value.encode("utf-8", "replace"))
-
+    PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
+    for name, data, *_ in info.chunks:
+        PngImagePlugin.putchunk(file, name, data)
     compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * depth // 8), np.int16)
     for array in rows:
         samples = array.astype(f">u{depth // 8}").reshape(-1, width * channels)     # PNG is big-endian
         samples = samples.view(np.uint8).astype(np.int16)
         compressed = compressor.compress(filter_png_rows(samples, above, channels * depth // 8).tobytes())
         if compressed:
-            write_chunk(b"IDAT", compressed)
+            PngImagePlugin.putchunk(file, b"IDAT", compressed)
         above = samples[-1:]
-    write_chunk(b"IDAT", compressor.flush())
-    write_chunk(b"IEND", b"")
+    PngImagePlugin.putchunk(file, b"IDAT", compressor.flush())
+    PngImagePlugin.putchunk(file, b"IEND", b"")
 
 
 def filter_png_rows(rows, above, pixel_bytes):
-    """Filter rows of bytes (h, n) int16 after the row `above` (1, n) -> (h, 1 + n) uint8, filter type first.
+    """Apply PNG's filter Sub or Up to rows of bytes (h, n), int16 -> (h, 1 + n) uint8, filter type first.
 
-    Choose Sub, Up, or Paeth for each row: the one with the smallest sum of residuals.
+    above (1, n): the row above the first one. Choose the smaller sum of residuals for each row.
     """
+    left = np.pad(rows, ((0, 0), (pixel_bytes, 0)))[:, :rows.shape[1]]
     up = np.concatenate([above, rows[:-1]])
-    left, corner = (np.pad(a, ((0, 0), (pixel_bytes, 0)))[:, :rows.shape[1]] for a in (rows, up))
-    to_left, to_up, to_corner = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
-    paeth = np.where(to_up <= to_corner, up, corner)
-    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, paeth)
-    residuals = np.stack([(rows - guess).astype(np.uint8) for guess in (left, up, paeth)])
+    residuals = np.stack([rows - left, rows - up]).astype(np.uint8)
     best = np.minimum(residuals, -residuals).sum(2, dtype=np.int64).argmin(0)
-    filter_types = np.uint8([1, 2, 4])[best][:, None]
+    filter_types = np.uint8([1, 2])[best][:, None]
     return np.concatenate([filter_types, residuals[best, np.arange(len(rows))]], 1)
 
 

@@ -68,36 +68,12 @@ def test_one_transparent_color(tmp_path):
     assert pixels(read_picture(tmp_path / "gray.png")).tolist() == [[[7, 255], [9, 0]]]
     Image.fromarray(np.uint8([[[1, 2, 3], [4, 5, 6]]])).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
     assert pixels(read_picture(tmp_path / "rgb.png")).tolist() == [[[1, 2, 3, 0], [4, 5, 6, 255]]]
-    key = struct.pack(">HHH", *DEEP[3, 4, :3].tolist())
-    (tmp_path / "deep.png").write_bytes(png16(DEEP[..., :3], chunk(b"tRNS", key)))
-    alpha = pixels(read_picture(tmp_path / "deep.png"))[..., 3]
-    assert alpha[3, 4] == 0 and (alpha == 65535).sum() == alpha.size - 1
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_one_transparent_level_of_few(tmp_path, bits):
-    """Pillow scales pixels of 1, 2, and 4 bits to 8 bits, but not the transparent level."""
-    most = 2**bits - 1
-    row = sum(v << 8 - bits * (i + 1) for i, v in enumerate((0, most)))  # two pixels, black and white
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)) + chunk(b"tRNS", struct.pack(">H", most))
-    data = chunk(b"IDAT", zlib.compress(bytes([0, row]))) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + data)
-    assert pixels(read_picture(tmp_path / "a.png")).tolist() == [[[0, 255], [255, 0]]]
 
 
 def test_32_bits_are_refused(tmp_path):
     Image.fromarray(np.int32([[0, 70000], [2**30, 5]])).save(tmp_path / "a.tif")
     with pytest.raises(PictureError, match="a.tif"):
         read_picture(tmp_path / "a.tif")
-
-
-def test_artist_of_a_tiff_is_kept(tmp_path):
-    tags = Image.Exif()
-    tags[315], tags[33432], tags[images.ORIENTATION] = "somebody", "CC0", 6
-    Image.new("RGB", (8, 6)).save(tmp_path / "a.tif", exif=tags)
-    save_picture(tmp_path / "b.png", read_picture(tmp_path / "a.tif"))
-    with Image.open(tmp_path / "b.png") as im:
-        assert dict(im.getexif()) == {315: "somebody", 33432: "CC0"} and im.size == (6, 8)
 
 
 def test_cmyk(tmp_path):
@@ -111,10 +87,10 @@ def test_cmyk(tmp_path):
     assert "CMYK" in got.note
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3, 4])
 def test_16_bit(tmp_path, channels):
     """Reading and saving are exact; Pillow reads the same high bytes."""
-    array = DEEP[..., :channels] if channels > 2 else DEEP[..., 4 - channels:]
+    array = DEEP[..., :channels]
     (tmp_path / "a.png").write_bytes(png16(array))
     got = read_picture(tmp_path / "a.png")
     assert got.depth == 16 and got.gray == (channels < 3) and (pixels(got) == array).all()
@@ -200,9 +176,20 @@ def test_profiles_of_the_wrong_kind_are_dropped(tmp_path):
     Image.fromarray(RGBA, "CMYK").save(tmp_path / "a.jpg", icc_profile=display_p3())
     got = read_picture(tmp_path / "a.jpg")
     assert got.icc is None
-    Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", icc_profile=b"\0" * 200)
-    got = read_picture(tmp_path / "a.png", srgb=True)
-    assert got.icc is None and not got.note
+    for broken in (b"\0" * 200, b"\0" * 16 + b"RGB " + b"\0" * 200, linear_gray()):
+        Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", icc_profile=broken)
+        got = read_picture(tmp_path / "a.png", srgb=True)
+        assert got.icc is None and "profile" in got.note and (pixels(got) == RGBA[..., :3]).all()
+
+
+def test_srgb_profile_is_dropped_without_conversion(tmp_path):
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    save_picture(tmp_path / "deep.png", Picture(torch.rand(3, 4, 4), depth=16, icc=icc))
+    Image.fromarray(RGBA).save(tmp_path / "a.png", icc_profile=icc)
+    for name in ("a.png", "deep.png"):
+        kept, converted = read_picture(tmp_path / name), read_picture(tmp_path / name, srgb=True)
+        assert kept.icc == icc and converted.icc is None and not converted.note
+        assert converted.depth == kept.depth and (pixels(converted) == pixels(kept)).all()
 
 
 def test_color_profile_is_kept(tmp_path):
@@ -246,9 +233,9 @@ def test_conversion_to_srgb(tmp_path):
     assert kept.icc == display_p3() and (pixels(kept)[..., :3] == colors).all() and not kept.note
     assert abs(pixels(converted)[..., :3] - expected).max() < 2 and (pixels(converted)[..., 3:] == alpha).all()
     assert converted.icc is None and converted.note == "Display P3 converted to sRGB"
-    save_picture(tmp_path / "deep.png", Picture(torch.rand(3, 4, 4), depth=16, icc=display_p3()))
-    deep = read_picture(tmp_path / "deep.png", srgb=True)
-    assert deep.icc == display_p3() and "16 bit" in deep.note
+    deep = np.concatenate([colors, alpha], -1) * np.uint16(257)
+    (tmp_path / "deep.png").write_bytes(png16(deep, chunk(b"iCCP", b"ICC\0\0" + zlib.compress(display_p3()))))
+    assert (pixels(read_picture(tmp_path / "deep.png", srgb=True)) == pixels(converted)).all()
 
 
 def linear_gray():
@@ -265,7 +252,10 @@ def test_gray_profiles(tmp_path):
     kept, converted = read_picture(tmp_path / "a.png"), read_picture(tmp_path / "a.png", srgb=True)
     assert kept.icc == linear_gray() and (pixels(kept)[..., 0] == gray).all()
     assert converted.icc is None and converted.gray and abs(pixels(converted)[..., 0] - expected).max() < 2
+    kept.depth = 16
     save_picture(tmp_path / "b.png", kept)
+    assert (pixels(read_picture(tmp_path / "b.png", srgb=True)) == pixels(converted)).all()
+    kept.depth = 8
     assert read_picture(tmp_path / "b.png").icc == linear_gray() and images.left_behind(kept, "b.png") == []
     assert images.left_behind(kept, "b.webp") == ["ICC profile left behind"]
 
@@ -305,8 +295,8 @@ def test_bad_files_are_named_in_one_line(tmp_path, monkeypatch):
         with pytest.raises(PictureError) as e:
             read_picture(tmp_path / name)
         assert name.replace("\n", "\\n") in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 300
-    for name, reason in (("nothing.png", "empty"), ("text.jpg", "not a picture"), ("missing.png", "No such file"),
-                         ("cut.png", "truncated"), ("cut.jpeg", "truncated"), ("float.tif", "8 or 16 bit")):
+    for name, reason in (("text.jpg", "not a picture"), ("missing.png", "No such file"),
+                         ("cut.png", "truncated"), ("cut.jpeg", "truncated"), ("float.tif", "32 bits")):
         with pytest.raises(PictureError, match=reason):
             read_picture(tmp_path / name)
     noise.save(tmp_path / "bomb.png")
@@ -369,7 +359,7 @@ def test_text_and_xmp_are_kept(tmp_path, deep):
     info.add_itxt(images.PNG_XMP, XMP.decode())
     Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", pnginfo=info)
     picture = read_picture(tmp_path / "a.png")
-    assert picture.text == TEXT and picture.xmp == XMP.replace(b'"6"', b'"1"')
+    assert picture.text == TEXT and picture.xmp == XMP.replace(b'tiff:Orientation="6"', b"")
     assert picture.rgb.shape == (3, 7, 5)           # turned by the XMP, once
     picture.depth = 16 if deep else 8
     for name in ("b.png", "b.jpg", "b.webp", "b.avif"):
@@ -400,8 +390,6 @@ def test_large_text_and_profiles_are_kept(tmp_path):
 @pytest.mark.parametrize("damage", ["text", "profile", "checksum", "short", "after"])
 @pytest.mark.parametrize("deep", [False, True])
 def test_damaged_metadata_does_not_hide_the_pixels(tmp_path, damage, deep):
-    """The picture is read, its intact profile is kept, and the lost chunks are named."""
-    profile = chunk(b"iCCP", b"ICC\0\0" + zlib.compress(display_p3()))
     broken = {"text": chunk(b"zTXt", b"a\0\0" + TOO_LARGE),
               "profile": chunk(b"iCCP", b"ICC\0\0" + TOO_LARGE),
               "checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"?", "short": chunk(b"gAMA", b"1"),
@@ -412,20 +400,17 @@ def test_damaged_metadata_does_not_hide_the_pixels(tmp_path, damage, deep):
         memory = io.BytesIO()
         Image.fromarray(RGBA[..., :3]).save(memory, "PNG")
         data, expected = memory.getvalue(), RGBA[..., :3]
-    data = data[:33] + (b"" if damage == "profile" else profile) + data[33:]
     at = len(data) - 12 if damage == "after" else 33
     (tmp_path / "a.png").write_bytes(data[:at] + broken + data[at:])
     picture = read_picture(tmp_path / "a.png")
-    assert (pixels(picture) == expected).all() and broken[4:8].decode() in picture.note
-    assert (picture.icc is None) == (damage in ("profile", "short"))
-    assert images.picture_size(tmp_path / "a.png") == expected.shape[:2]
+    assert (pixels(picture) == expected).all() and "metadata" in picture.note
 
 
 # ------------------------------------------------------------------ writing
 
 def test_alpha_over_a_background(tmp_path):
     picture = Picture(torch.zeros(3, 8, 8), torch.full((1, 8, 8), 0.6))
-    assert torch.allclose(images.composite(picture, (1, 0, 0.5))[:, 0, 0], torch.tensor([0.4, 0, 0.2]))
+    assert torch.allclose(images.composite(picture, 0.5), torch.full((3, 8, 8), 0.2))
     assert torch.allclose(images.composite(picture, torch.ones(3, 8, 8)), torch.full((3, 8, 8), 0.4))
     save_picture(tmp_path / "a.jpg", picture)
     got = read_picture(tmp_path / "a.jpg")
@@ -443,16 +428,13 @@ def test_gray_stays_gray(tmp_path):
     assert Image.open(tmp_path / "a.png").mode == "LA"
 
 
-def test_what_cannot_be_saved(tmp_path, monkeypatch):
+def test_what_cannot_be_saved(tmp_path):
     for name, rgb, reason in (("a.gif", torch.zeros(3, 1, 1), "gif"),
                               ("a", torch.zeros(3, 1, 1), "suffix"),
-                              ("a.webp", torch.zeros(3, 1, 16384), "16383"),
-                              ("a.jpg", torch.zeros(3, 65501, 1), "65500")):
+                              ("a.webp", torch.zeros(3, 1, 16384), "WEBP"),
+                              ("a.jpg", torch.zeros(3, 65501, 1), "JPEG")):
         with pytest.raises(PictureError, match=reason):
             save_picture(tmp_path / name, Picture(rgb))
-    monkeypatch.setattr(Image, "SAVE", {"PNG": None})
-    with pytest.raises(PictureError, match="AVIF"):
-        save_picture(tmp_path / "a.avif", Picture(torch.zeros(3, 1, 1)))
     assert not list(tmp_path.iterdir())
 
 
