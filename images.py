@@ -6,6 +6,7 @@
 Needs torch, numpy, and Pillow. Works when copied alone.
 """
 import contextlib
+import glob
 import io
 import os
 import struct
@@ -80,21 +81,15 @@ def find_pictures(paths):
     Search folders recursively for READ_SUFFIXES, follow links, and skip hidden names. Accept a file with any
     suffix. Raises PictureError for a path that does not exist.
     """
-    pictures, visited = set(), set()
+    pictures = set()
     for path in as_paths(paths):
-        if not os.path.exists(path):
-            raise PictureError(f"{printable(path)}: no such file or folder")
-        if not os.path.isdir(path):
+        if os.path.isdir(path):
+            names = glob.iglob("**", root_dir=path, recursive=True)
+            pictures.update(path / name for name in names if Path(name).suffix.lower() in READ_SUFFIXES)
+        elif os.path.exists(path):
             pictures.add(path)
-        for folder, subfolders, names in os.walk(path, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in visited:         # a link to a folder that was already searched
-                subfolders.clear()
-                continue
-            visited.add(real)
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            pictures.update(Path(folder, name) for name in names
-                            if not name.startswith(".") and Path(name).suffix.lower() in READ_SUFFIXES)
+        else:
+            raise PictureError(f"{printable(path)}: no such file or folder")
     return sorted(pictures)
 
 
@@ -107,8 +102,7 @@ def atomic_path(path):
         yield temporary
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path, data):
@@ -167,7 +161,8 @@ def decode(file, srgb):
         pixels = read_samples(im, file, png_layout)
         gray = pixels.shape[2] < 3
         icc, exif = im.info.get("icc_profile"), im.info.get("exif")
-        xmp = im.info.get("xmp") or im.info.get(PNG_XMP)
+        exif = exif and b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")       # only WebP and PNG lack the prefix
+        xmp = im.info.get("xmp") or im.info.get(PNG_XMP, "").encode() or None
         # Unlike im.text, im.info has the orientation removed.
         text = {key: str(im.info.get(key, value)) for key, value in getattr(im, "text", {}).items()}
         text.pop(PNG_XMP, None)
@@ -187,9 +182,8 @@ def decode(file, srgb):
     alpha = x[-1:].clone() if len(x) in (2, 4) else None
     rgb = x[:1].repeat(3, 1, 1) if gray else x[:3]
     gray = gray and color_space(icc) != b"RGB "     # a gray file cannot hold an RGB profile
-    exif = exif and b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")
-    xmp = xmp.encode() if isinstance(xmp, str) else xmp
-    return Picture(rgb, alpha, gray, depth, icc, exif, "; ".join(filter(None, notes)), xmp, text)
+    note = "; ".join(filter(None, notes))
+    return Picture(rgb, alpha, gray, depth, icc, exif, note, xmp, text)
 
 
 def load_upright(im):
@@ -230,8 +224,6 @@ def picture_size(path):
     except Exception:       # read_picture() reports the reason
         return 0, 0
 
-
-# ------------------------------------------------------------------ color
 
 def color_space(icc):
     """Return the color space of a raw ICC profile: b"RGB ", b"GRAY", b"CMYK", ...; b"" without a profile."""
@@ -315,22 +307,23 @@ def left_behind(picture, path):
 
 def split_metadata(picture, format):
     """Return ({Pillow's name: metadata that this format can hold}, [phrase about other data])."""
-    metadata, phrases = {}, []
+    phrases = []
     if format == "JPEG" and picture.alpha is not None:
         phrases.append("transparency blended over white")
     if format != "PNG" and picture.depth == 16:
         phrases.append("16 bit reduced to 8")
-    profile_space = b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "
-    for name, label, data, fits in (
-            ("icc_profile", "ICC profile", picture.icc, color_space(picture.icc) == profile_space),
-            ("exif", "EXIF", picture.exif, format != "JPEG" or len(picture.exif or b"") <= MAX_JPEG_SEGMENT),
-            ("xmp", "XMP", picture.xmp, format != "JPEG" or len(picture.xmp or b"") <= MAX_JPEG_SEGMENT)):
-        if data and fits:
-            metadata[name] = data
-        elif data:
-            phrases.append(f"{label} left behind")
     if format != "PNG" and picture.text:
         phrases.append(f"PNG text left behind: {printable(', '.join(picture.text))}")
+    metadata = {}
+    if color_space(picture.icc) == (b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "):
+        metadata["icc_profile"] = picture.icc
+    elif picture.icc:
+        phrases.append("ICC profile left behind")
+    for name, data in (("exif", picture.exif), ("xmp", picture.xmp)):
+        if data and format == "JPEG" and len(data) > MAX_JPEG_SEGMENT:
+            phrases.append(f"{name.upper()} left behind")
+        elif data:
+            metadata[name] = data
     return metadata, phrases
 
 
