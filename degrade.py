@@ -8,8 +8,8 @@
 
 A recipe is an entry of RECIPES: a chain of operations with ranges for their arguments. The arguments are
 drawn for each picture from its own seed. So the result depends on the picture, recipe, scale, and seed, but
-not on the batch or the number of worker processes. To keep it the same to the bit, pixel arithmetic is element
-by element: matrix products and library convolutions sum in an order that depends on the shape.
+not on the batch or the number of worker processes. To keep it the same to the bit, pixel arithmetic is
+element by element: matrix products and library convolutions sum in an order that depends on the shape.
 
 artifact() applies one artifact of a given strength, to train an artifact detector.
 
@@ -52,7 +52,8 @@ from PIL import Image, ImageDraw
 
 ANY_KERNEL = dict(bicubic=0.7, lanczos=0.1, bilinear=0.1, area=0.1)
 REAL_KERNEL = dict(area=1 / 3, bilinear=1 / 3, bicubic=1 / 3)
-MIXED_CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}     # of JPEG; other codecs always use 4:2:0
+WEB_CHROMA = {"4:2:0": 0.8, "4:4:4": 0.2}       # of JPEG; other codecs always use 4:2:0
+MIXED_CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}
 ANY_OFFSET = (0, 15)        # the 8 and 16 pixel blocks of a codec begin anywhere, as in a cropped picture
 REAL_SHAPE = {"iso": 0.45, "aniso": 0.25, "generalized iso": 0.12, "generalized aniso": 0.03,
               "plateau iso": 0.12, "plateau aniso": 0.03}
@@ -69,7 +70,7 @@ RECIPES = {
         dict(op="downscale", kernel=ANY_KERNEL),
         dict(op="blur", p=0.9, sigma=(0.2, 0.8)),
         dict(op="compress", p=0.95, codec=dict(jpeg=0.85, webp=0.15),
-             quality=dict(jpeg=(85, 95), webp=(80, 95)), chroma={"4:2:0": 0.8, "4:4:4": 0.2}, offset=ANY_OFFSET),
+             quality=dict(jpeg=(85, 95), webp=(80, 95)), chroma=WEB_CHROMA, offset=ANY_OFFSET),
     ]),
 
     # The same without cropping: the blocks of the codec begin at the corner.
@@ -77,7 +78,7 @@ RECIPES = {
         dict(op="downscale", kernel=ANY_KERNEL),
         dict(op="blur", p=0.9, sigma=(0.2, 0.8)),
         dict(op="compress", p=0.95, codec=dict(jpeg=0.85, webp=0.15),
-             quality=dict(jpeg=(85, 95), webp=(80, 95)), chroma={"4:2:0": 0.8, "4:4:4": 0.2}, offset=(0, 0)),
+             quality=dict(jpeg=(85, 95), webp=(80, 95)), chroma=WEB_CHROMA, offset=(0, 0)),
     ]),
 
     # Compression only, from hardly visible to a thumbnail's.
@@ -192,7 +193,6 @@ class RecipeError(ValueError):
 
 # ---- resampling
 
-
 def cubic(x):
     """Keys 1981, a = -0.5."""
     x = abs(x)
@@ -215,7 +215,7 @@ KERNELS = dict(bicubic=(cubic, 2.0), lanczos=(lanczos, 3.0), bilinear=(triangle,
 
 @functools.lru_cache(maxsize=256)
 def resampling_weights(n, out, kernel, antialias):
-    """Return (index, weight), both (taps, out): output pixel i is the sum of x[index[:, i]] * weight[:, i]."""
+    """Return (index, weight), both (taps, out): output pixel i is sum(x[index[:, i]] * weight[:, i])."""
     function, radius = KERNELS[kernel]
     ratio = n / out                                 # input pixels per output pixel
     stretch = max(ratio, 1.0) if antialias else 1.0
@@ -270,7 +270,6 @@ def resize(x, size, kernel="bicubic", antialias=True):
 
 
 # ---- operations on one picture x (3, H, W); degrade() clamps their results to [0, 1]
-
 
 def to_8_bit(x):
     """Clamp x to [0, 1] and round it to the 256 levels of an 8-bit file."""
@@ -429,7 +428,6 @@ def color_shift(x, gain, shift):
 
 # ---- codecs
 
-
 @functools.lru_cache(maxsize=None)
 def can_write(codec):
     """Whether this machine has the codec: Pillow for pictures, PyAV for video."""
@@ -469,9 +467,9 @@ def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
     """Encode and decode with a real codec.
 
     codec: jpeg, webp, avif, or one of VIDEO. quality: 1 to 100, or the quantizer of a video codec.
-    chroma: 4:2:0 or 4:4:4 (JPEG only). offset: (rows, columns) of mirrored picture in front of the first pixel
-    while it is encoded, so that the blocks of the codec begin elsewhere, as in a cropped picture. Raises
-    ValueError for a codec that this machine cannot write.
+    chroma: 4:2:0 or 4:4:4 (JPEG only). offset: (rows, columns) of mirrored picture in front of the first
+    pixel while it is encoded, so that the blocks of the codec begin elsewhere, as in a cropped picture.
+    Raises ValueError for a codec that this machine cannot write.
     """
     if codec not in CODECS or not can_write(codec):
         raise ValueError(f"no codec '{codec}'; there are {', '.join(filter(can_write, CODECS))}")
@@ -492,7 +490,6 @@ def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
 
 
 # ---- drawing the arguments: (rng, entry of a chain, HR size, LR size) -> arguments of the operation
-
 
 def pick(rng, chances):
     """Draw a name from {name: chance}."""
@@ -566,8 +563,8 @@ def draw_grain(rng, entry, hr_size, lr_size):
 
 
 def draw_vae_grid(rng, entry, hr_size, lr_size):
-    amplitude = rng.uniform(*entry["amplitude"])
-    return dict(amplitude=amplitude, offset=(draw_int(rng, (0, 7)), draw_int(rng, (0, 7))), seed=draw_seed(rng))
+    amplitude, offset = rng.uniform(*entry["amplitude"]), (draw_int(rng, (0, 7)), draw_int(rng, (0, 7)))
+    return dict(amplitude=amplitude, offset=offset, seed=draw_seed(rng))
 
 
 def draw_color_shift(rng, entry, hr_size, lr_size):
@@ -657,7 +654,6 @@ def check_recipe(name):
 
 # ---- degrading a batch
 
-
 def parse_recipe(text):
     """'web:3,bicubic' -> {'web': 0.75, 'bicubic': 0.25}: the share of each recipe, 1 where none is given.
 
@@ -712,7 +708,7 @@ def degrade(hr, recipe, scale, seeds):
     """Make the LR pictures of a batch of HR pictures.
 
     hr: (B, 3, H, W) float in [0, 1] on the CPU; H and W are multiples of scale, a whole number. recipe: a
-    name of RECIPES or a mix such as "web:0.7,bicubic:0.3", of which each picture draws one. seeds: B integers.
+    name of RECIPES or a mix such as "web:0.7,bicubic:0.3"; each picture draws one. seeds: B integers.
     Returns (B, 3, H/scale, W/scale) float32 in [0, 1], on the levels of 8 bits. Raises RecipeError, and
     ValueError for a wrong shape.
     """
@@ -728,7 +724,7 @@ def degrade(hr, recipe, scale, seeds):
         for apply, arguments in draw(shares, seed, (h, w), scale):
             x = apply(x, **arguments).clamp(0, 1)
         if x.shape != lr[i].shape:
-            raise RecipeError(f"recipe '{recipe}' does not end at the LR size; add an entry with op='downscale'")
+            raise RecipeError(f"recipe '{recipe}' does not end at the LR size; add op='downscale'")
         lr[i] = x
     return to_8_bit(lr)
 
@@ -741,7 +737,6 @@ def picture_seed(name, seed=0):
 
 # ---- artifacts of a given strength, to train a detector
 
-
 def add_blocking(x, rng, jpeg_quality, webp_quality, webp_chance, chroma_420_chance):
     """Compression blocks with a random offset. All WebP has 4:2:0 chroma, visible at any quality."""
     codec, quality = "jpeg", jpeg_quality
@@ -752,7 +747,7 @@ def add_blocking(x, rng, jpeg_quality, webp_quality, webp_chance, chroma_420_cha
 
 
 def add_ringing(x, rng, cutoff, amount):
-    """Mix with a low-pass filter, cutoff in radians per pixel: circular, or separable with a Lanczos window."""
+    """Mix in a low-pass filter, cutoff in radians per pixel: circular, or separable with Lanczos window."""
     if rng.random() < 0.5:
         kernel = blur_kernel(21, "sinc", cutoff=cutoff)
     else:
@@ -843,7 +838,6 @@ def artifact(hr, kind, strength, seeds):
 
 # ---- the sheet: one picture through several recipes
 
-
 def describe(operations):
     """Operations in words: 'downscale area, gaussian_blur 0.53, compress jpeg 84 4:2:0'."""
     lines = []
@@ -898,10 +892,9 @@ def draw_sheet(hr, scale, names, seed):
 
 # ---- the command
 
-
 def parse_arguments():
     parser = argparse.ArgumentParser(
-        description="Write the LR picture of each HR picture of a folder, with the same relative name, as PNG. "
+        description="Write an LR picture for each HR picture of a folder, as PNG with the same name. "
                     "A picture is cropped to a multiple of --scale first. Transparent areas become white.",
         epilog=f"recipes: {', '.join(RECIPES)}, or a mix such as soft:0.5,light:0.3,bicubic:0.2. "
                "Example: python degrade.py wallpapers/ wallpapers_lr/ --recipe web --scale 2")
@@ -982,7 +975,7 @@ def write_folder(args):
         cropped += (h, w) != hr.shape[-2:]
         lr = degrade(hr[None, :, :h, :w], recipe, args.scale, [picture_seed(name, args.seed)])[0]
         lr_path.parent.mkdir(parents=True, exist_ok=True)
-        gray = picture.gray and images.color_space(picture.icc) == b"GRAY"      # the profile needs gray pixels
+        gray = picture.gray and images.color_space(picture.icc) == b"GRAY"      # it needs gray pixels
         images.save_picture(lr_path, images.Picture(rgb=lr, icc=picture.icc, gray=gray), args.jpeg or 95)
         written += 1
         rate = count / (time.time() - start + 1e-9)

@@ -25,9 +25,8 @@ class PairError(images.UserError):
 
 # ---- matching by name
 
-
 def list_pictures(paths):
-    """Files and folders -> [(name, path)]. A name is relative to the given folder, or the name of the file."""
+    """Files and folders -> [(name, path)]. A name is relative to its folder, or the name of a given file."""
     pictures = []
     for place in images.as_paths(paths):
         for path in images.find_pictures([place]):
@@ -97,7 +96,6 @@ def only_in(place, stems):
 
 # ---- reading
 
-
 def crop_to_match(pictures, scale, crop=False):
     """Crop the pictures of one name to matching sizes: LR (3, h, w), the others (3, h * scale, w * scale).
 
@@ -117,8 +115,9 @@ def crop_to_match(pictures, scale, crop=False):
         factor, size = factors[side], sizes[side]
         fits = max(size[0] / h, size[1] / w) <= 1.25 if crop else size in (first, [h, w])
         if not fits:
+            advice = "" if crop else "; --crop crops all to one size"
             raise PairError(f"its {images.printable(side)} picture is {x.shape[-1]}x{x.shape[-2]} instead of "
-                            f"{w // factor}x{h // factor}" + ("" if crop else "; --crop crops all to one size"))
+                            f"{w // factor}x{h // factor}{advice}")
         cropped[side] = x[:, :h // factor, :w // factor].contiguous()
     return cropped
 
