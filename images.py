@@ -6,7 +6,6 @@
 Needs torch, numpy, and Pillow. Works when copied alone.
 """
 import contextlib
-import glob
 import io
 import os
 import struct
@@ -81,15 +80,21 @@ def find_pictures(paths):
     Search folders recursively for READ_SUFFIXES, follow links, and skip hidden names. Accept a file with any
     suffix. Raises PictureError for a path that does not exist.
     """
-    pictures = set()
+    pictures, visited = set(), set()
     for path in as_paths(paths):
-        if os.path.isdir(path):
-            names = glob.iglob("**", root_dir=path, recursive=True)
-            pictures.update(path / name for name in names if Path(name).suffix.lower() in READ_SUFFIXES)
-        elif os.path.exists(path):
-            pictures.add(path)
-        else:
+        if not os.path.exists(path):
             raise PictureError(f"{printable(path)}: no such file or folder")
+        if not os.path.isdir(path):
+            pictures.add(path)
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            if os.path.realpath(folder) in visited:         # a link to a folder that was already searched
+                subfolders.clear()
+                continue
+            visited.add(os.path.realpath(folder))
+            for name in names:
+                if not name.startswith(".") and Path(name).suffix.lower() in READ_SUFFIXES:
+                    pictures.add(Path(folder, name))
     return sorted(pictures)
 
 
@@ -125,6 +130,8 @@ def read_picture(path, srgb=False):
     pixel limit.
     """
     try:
+        if os.path.getsize(path) == 0:
+            raise ValueError("empty file (0 bytes)")
         try:
             return decode(path, srgb)
         except Exception:       # Pillow rejects a whole PNG for one damaged text or profile
