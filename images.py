@@ -247,7 +247,7 @@ def convert_to_srgb(im, pixels, icc):
     mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and color_space(icc) == b"GRAY" else "RGB"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        name = " ".join(ImageCms.getProfileDescription(profile).split())
+        name = ImageCms.getProfileDescription(profile)
         # "Linear sRGB" and "sRGB-elle-V2-g10" are other curves.
         if "sRGB" in name and "inear" not in name and "elle" not in name:
             return pixels, ""
@@ -257,7 +257,7 @@ def convert_to_srgb(im, pixels, icc):
     except Exception:       # the color engine has its own exception classes
         return pixels, "invalid ICC profile left behind"
     alpha = np.uint8(pixels[..., channels:] >> bits_removed)
-    return np.concatenate([np.asarray(colors)[..., :channels], alpha], -1), f"{name} converted to sRGB"
+    return np.concatenate([np.asarray(colors)[..., :channels], alpha], -1), ""
 
 
 def composite(picture, background):
