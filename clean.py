@@ -102,9 +102,9 @@ def sharpness(squares):
 def blockiness(squares, jpeg=False):
     """Return how strongly a JPEG grid of 8 pixels shows, in dB; None without squares.
 
-    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each block. So
-    the three highest frequencies of an 8-sample DCT are weak where it meets the grid. The result compares the
-    weakest of the 8 offsets with their median: about 0 without JPEG, 0.5 at quality 95, 6 at quality 30.
+    squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each block.
+    So the three highest frequencies of an 8-sample DCT are weak where it meets the grid. The result is the
+    weakest of the 8 offsets relative to their median: about 0 without JPEG, 0.5 for quality 95, 6 for 30.
     jpeg: the file itself is a JPEG, so offset 0 counts half.
     """
     if not len(squares):
@@ -155,7 +155,7 @@ def examine(job, max_pixels=None):
     if max_pixels and height * width > max_pixels:
         return row
     try:
-        picture = data.read_srgb(path)
+        picture = images.read_picture(path, srgb=True)
     except images.PictureError as error:
         return row | {"problem": str(error).removeprefix(f"{images.printable(path)}: ")}
     row["format"], quality = file_format(path)
@@ -188,28 +188,15 @@ class Rules:
     distance: int = MAX_DISTANCE
 
 
-class HashIndex:
-    """Find 64-bit hashes that differ in at most 7 bits.
+BIT_COUNTS = np.array([value.bit_count() for value in range(2**16)], np.uint8)
 
-    Then one of the four 16-bit bands differs in at most one bit, so 4 * 17 look-ups are enough.
-    """
 
-    def __init__(self):
-        self.bands = {}
-
-    def add(self, code, value):
-        for band in range(4):
-            self.bands.setdefault((band, code >> 16 * band & 0xffff), []).append((code, value))
-
-    def find(self, code, distance):
-        """Return the value of a hash at most `distance` bits away, or None."""
-        for band in range(4):
-            part = code >> 16 * band & 0xffff
-            for flip in (0, *(1 << bit for bit in range(16))):
-                for other, value in self.bands.get((band, part ^ flip), ()):
-                    if (other ^ code).bit_count() <= distance:
-                        return value
-        return None
+def find_near(codes, code, distance):
+    """Return the index of the first of `codes` (uint64) that differs from `code` in few bits, or None."""
+    difference = codes ^ np.uint64(code)
+    bits = BIT_COUNTS[difference.view(np.uint16).reshape(-1, 4)].sum(1)
+    near = np.flatnonzero(bits <= distance)
+    return int(near[0]) if len(near) else None
 
 
 def defect(row, rules):
@@ -244,22 +231,23 @@ def decide(rows, rules):
         else:
             good.append(row)
 
-    index, first_of_content, kept = HashIndex(), {}, {}
+    codes, kept, name_of_content = np.zeros(len(good), np.uint64), {}, {}
 
     def best_first(row):
         return -int(row["width"]) * int(row["height"]), float(row["blocks"] or 0), row["content"], row["name"]
 
     for row in sorted(good, key=best_first):
         name, content, code = row["name"], row["content"], int(row["hash"], 16)
-        same, similar = first_of_content.get(content), index.find(code, rules.distance)
-        if same:
-            dropped[name] = "duplicate", f"same pixels as {same}"
-        elif similar:
-            dropped[name] = "duplicate", f"nearly the same as {similar}"
+        twin = name_of_content.get(content)
+        near = None if twin else find_near(codes[:len(kept)], code, rules.distance)
+        if twin:
+            dropped[name] = "duplicate", f"same pixels as {twin}"
+        elif near is not None:
+            dropped[name] = "duplicate", f"nearly the same as {list(kept)[near]}"
         else:
-            first_of_content[content] = name
-            index.add(code, name)
+            codes[len(kept)] = code
             kept[name] = content
+            name_of_content[content] = name
 
     new_names = set()
     for name, content in sorted(kept.items()):
@@ -282,7 +270,7 @@ def csv_bytes(rows):
 
 
 def read_table(path, fields):
-    """Read a CSV file as a list of {field: text}, or [] if it is missing. Raises UserError for other columns."""
+    """Read a CSV file as a list of {field: text}; [] if it is missing. Raises UserError for other fields."""
     if not path.exists():
         return []
     text = path.read_bytes().decode("utf-8", "replace")
@@ -303,9 +291,7 @@ def scan(paths, file, max_pixels, workers, log):
     rows, jobs = [], []
     for name, path in paths.items():
         row = known.get((name, *file_stamp(path)))
-        # An unreadable picture may be readable now. A picture that was too large may be allowed now.
-        too_large = row and max_pixels and int(row["width"] or 0) * int(row["height"] or 0) > max_pixels
-        if row and (row["content"] or too_large):
+        if row and row["content"]:      # not for pictures that were unreadable or too large
             rows.append(row)
         else:
             jobs.append((path, name))
@@ -346,8 +332,8 @@ def clean(folders, out, rules=None, copy=False, workers=None, log=print):
     """Sort the pictures of folders (with subfolders) and files. Returns the decisions, see `decide`.
 
     The folder `out` gets pictures/ (links or copies of the kept pictures), report.csv (a line per file) and
-    scan.csv. An interrupted call continues. Pictures that an earlier report.csv lists and that are not kept now
-    are removed from `out`. Raises images.UserError for a wrong folder, and OSError.
+    scan.csv. An interrupted call continues. Pictures that an earlier report.csv lists and that are not kept
+    now are removed from `out`. Raises images.UserError for a wrong folder, and OSError.
     """
     out, rules = Path(out), rules or Rules()
     inputs = data.list_inputs(folders, exclude=[out / "pictures"])
@@ -364,7 +350,8 @@ def clean(folders, out, rules=None, copy=False, workers=None, log=print):
             targets[row["kept_as"]] = path
 
     report = out / "report.csv"
-    previous = {row["kept_as"] for row in read_table(report, REPORT_FIELDS) if row["kept_as"]}
+    previous = {row["kept_as"] for row in read_table(report, REPORT_FIELDS)
+                if re.fullmatch("pictures/[^/]+", row["kept_as"])}
     unknown = [target for target in targets if target not in previous and os.path.lexists(out / target)]
     if unknown:
         raise images.UserError(f"{images.printable(out / unknown[0])} is in the way; choose an empty --out")
@@ -390,7 +377,7 @@ def copy_job(job, min_side):
     """
     path, stem = job
     try:
-        short = min(images.picture_size(path)) or min(data.read_srgb(path).rgb.shape[1:])
+        short = min(images.picture_size(path)) or min(images.read_picture(path, srgb=True).rgb.shape[1:])
         factors = {**data.COPY_SCALES, data.COPY_SHORT_SIDE: data.COPY_SHORT_SIDE / short}
         changed = max(os.stat(path).st_mtime_ns, os.lstat(path).st_ctime_ns)
         todo = {}
@@ -402,7 +389,7 @@ def copy_job(job, min_side):
                 todo[target] = factor
         if not todo:
             return 0
-        picture = data.read_srgb(path)
+        picture = images.read_picture(path, srgb=True)
     except images.PictureError as error:
         return error
     planes = picture.rgb if picture.alpha is None else torch.cat([picture.rgb, picture.alpha])
@@ -421,15 +408,15 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
 
     NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same
     subfolder of `out`. No copy is larger than its picture or has a side below min_side. A copy that is newer
-    than its picture is not made again. Raises images.UserError, also for two pictures of one name, and OSError.
+    than its picture is not made again. Raises images.UserError, as for two pictures of one name, and OSError.
     """
     stems = {}
     for path, name in data.list_inputs(folders, exclude=[out]).items():
         _, name = name.split("/", 1)
         other = stems.setdefault(str(Path(out) / name.removesuffix(path.suffix)), path)
         if other != path:
-            raise images.UserError(f"{images.printable(other)} and {images.printable(path)} would share the names "
-                                   "of their copies; rename one, or run clean first")
+            names = f"{images.printable(other)} and {images.printable(path)}"
+            raise images.UserError(f"{names} would have copies of one name; rename one, or run clean first")
     made = unreadable = 0
     jobs = [(path, stem) for stem, path in stems.items()]
     job = functools.partial(copy_job, min_side=min_side)
@@ -512,7 +499,7 @@ def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, per_picture=32, calm_share
 
 def write_mined(files, out, size, scale, fingerprint, keep, per_picture, calm_share, seed, log):
     """Select the patches of patch files and write them to `out`. For the arguments see `mine`."""
-    pictures, details = [], []      # per picture: (file number, name, patch numbers), and details of the patches
+    pictures, details = [], []      # per picture: (file number, name, patch numbers), details of patches
     tensors = [(data.read_tensor(file, "patches"), data.read_tensor(file, "lr")) for file in files]
     for k, file in enumerate(files):
         picture, detail = data.read_tensor(file, "picture"), data.read_tensor(file, "detail")
@@ -558,7 +545,7 @@ def spaced(n, count):
 def thumbnail_job(path):
     """Return (mean detail of the patches, thumbnail, file name), or None for an unreadable picture."""
     try:
-        rgb = images.composite(data.read_srgb(path), 1.0)
+        rgb = images.composite(images.read_picture(path, srgb=True), 1.0)
     except images.PictureError:
         return None
     image = Image.fromarray(images.to_uint8(rgb))

@@ -13,7 +13,6 @@ Needs torch, numpy, Pillow, and images.py, degrade.py and pairs.py beside it.
 import argparse
 import functools
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -27,12 +26,11 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 import degrade
 import images
@@ -56,7 +54,7 @@ class DataError(images.UserError):
 def init_worker(*_):
     """Prepare a worker process: use one thread, and exit together with the main process."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches all processes; the main process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches all processes; the main one decides
 
     def exit_with_parent():
         multiprocessing.parent_process().join()
@@ -93,7 +91,7 @@ def run_parallel(function, jobs, workers, label):
     images.ProgressLine.clear()
 
 
-# ------------------------------------------------------------------ reading pictures
+# ------------------------------------------------------------------ pictures
 
 def list_inputs(folders, exclude=()):
     """Find the pictures of files and folders.
@@ -112,46 +110,6 @@ def list_inputs(folders, exclude=()):
     if not names:
         raise DataError(f"no picture in {', '.join(map(images.printable, folders))}")
     return names
-
-
-@functools.lru_cache(maxsize=8)
-def srgb_transform(icc, mode):
-    """Build Pillow's transform from an ICC profile to sRGB. mode: "RGB" or "L".
-
-    Returns None for a broken profile, and for a profile that is sRGB up to rounding.
-    """
-    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    probe = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3)
-    probe = Image.fromarray(probe).convert(mode)
-    black_point_compensation = 0x2000
-    try:
-        transform = ImageCms.buildTransform(
-            ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile("sRGB"), mode, "RGB",
-            ImageCms.Intent.RELATIVE_COLORIMETRIC, black_point_compensation)
-        converted = ImageCms.applyTransform(probe, transform)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-    change = np.abs(np.int16(converted) - np.int16(probe.convert("RGB"))).max()
-    return transform if change > 2 else None
-
-
-def read_srgb(path):
-    """Read a picture file as images.Picture with sRGB colors; the first frame of an animation.
-
-    A picture with an ICC profile is converted with 8 bits per sample. Raises images.PictureError.
-    """
-    picture = images.read_picture(path)
-    mode = "L" if images.color_space(picture.icc) == b"GRAY" else "RGB"
-    matches = mode == "RGB" or picture.gray         # a gray profile in a color picture is wrong
-    transform = srgb_transform(picture.icc, mode) if picture.icc and matches else None
-    if transform is None:
-        return replace(picture, icc=None)
-    rgb = torch.empty_like(picture.rgb)
-    for y in range(0, rgb.shape[1], 256):           # strips save memory
-        strip = Image.fromarray(images.to_uint8(picture.rgb[:, y:y + 256])).convert(mode)
-        strip = np.array(ImageCms.applyTransform(strip, transform))
-        rgb[:, y:y + 256] = torch.from_numpy(strip).permute(2, 0, 1).float().div_(255)
-    return replace(picture, rgb=rgb, icc=None)
 
 
 def detail(pixels):
@@ -233,7 +191,6 @@ class PatchWriter:
         self.path, self.size, self.scale, self.fingerprint = Path(path), size, scale, fingerprint
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.names, self.counts, self.details = [], [], []      # per picture, per picture, per patch
-        self.skipped = {"small": [], "unreadable": []}          # reason: names of pictures
         self.part_paths = [Path(f"{path}.part"), *([Path(f"{path}.lr.part")] if scale else [])]
         self.files = [open(part, "w+b") for part in self.part_paths]
         self.files[0].seek(8 + HEADER_BYTES)
@@ -254,12 +211,6 @@ class PatchWriter:
         self.counts.append(len(details))
         self.details += list(details)
 
-    def skip(self, name, reason):
-        """Note a picture without patches. reason: "small" or "unreadable"."""
-        self.names.append(images.printable(name))
-        self.counts.append(0)
-        self.skipped[reason].append(images.printable(name))
-
     def finish(self):
         """Write the LR patches, the small tensors and the header, and rename the file."""
         file, count = self.files[0], len(self.details)
@@ -275,11 +226,7 @@ class PatchWriter:
             file.write(content)
         shapes |= {"names": ("U8", [len(names)]), "picture": ("I32", [count]), "detail": ("F32", [count])}
 
-        small, unreadable = self.skipped.values()
-        metadata = {"fingerprint": self.fingerprint,
-                    "pictures": len(self.names) - len(small) - len(unreadable),
-                    "too_small": len(small), "unreadable": len(unreadable),
-                    "skipped": ", ".join(small + unreadable)[:1000]}
+        metadata = {"fingerprint": self.fingerprint, "pictures": len(self.names)}
         if self.scale:
             metadata["scale"] = self.scale
         header, end = {"__metadata__": {key: str(value) for key, value in metadata.items()}}, 0
@@ -330,8 +277,8 @@ def cut_job(job, size, seed, min_side, scale, select):
     """
     path, name, lr_path = job
     try:
-        hr = read_srgb(path)
-        lr = read_srgb(lr_path) if lr_path else None
+        hr = images.read_picture(path, srgb=True)
+        lr = images.read_picture(lr_path, srgb=True) if lr_path else None
     except images.PictureError as error:
         return error
     h, w = hr.rgb.shape[1:]
@@ -401,39 +348,34 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
 
     size: side of a patch. Pictures with a side below min_side are skipped; sides below `size` are extended by
     reflection. Colors become sRGB. Unreadable pictures are reported and skipped.
-    seed: for the backgrounds of transparent pictures. lr_dir: one folder of LR pictures per folder; their
-    patches are stored as well. workers: see run_parallel. without: paths to leave out.
-    select: a function (details, name) -> indices of the patches to keep, for each picture; selection: its
-    settings, which are part of the fingerprint.
+    seed: for the backgrounds of transparent pictures. lr_dir: one folder of LR pictures per folder.
+    workers: see run_parallel. without: paths to leave out. select: a function (details, name) -> indices of
+    the patches to keep of a picture; selection: its settings, for the fingerprint.
 
     A patch file of the same pictures and settings is reused; a patch file of others is replaced. Raises
     DataError, images.PictureError for a missing folder, and OSError if the file cannot be written.
     """
-    out = Path(out)
+    out, start, skipped = Path(out), time.time(), 0
     jobs, scale, fingerprint = plan_pack(folders, size, seed, min_side, lr_dir, selection, without)
     if is_packed(out, fingerprint, overwrite, log):
         return out
-    start = time.time()
     job = functools.partial(cut_job, size=size, seed=seed, min_side=min_side, scale=scale, select=select)
     with PatchWriter(out, size, scale if lr_dir else None, fingerprint) as writer:
         for (_, name, _), result in run_parallel(job, jobs, workers, "packing"):
             if isinstance(result, images.UserError):
+                skipped += 1
                 note = f"skipped: {result}"
-                writer.skip(name, "small" if isinstance(result, DataError) else "unreadable")
             else:
                 *patches, note = result
                 writer.add(name, *patches)
             if note:
                 images.ProgressLine.clear()
                 log(note)
-        small, unreadable = (len(names) for names in writer.skipped.values())
-        counts = f"{unreadable} unreadable and {small} unsuitable pictures skipped"
         if not writer.details:
-            raise DataError(f"none of {len(jobs)} pictures can be used: {counts} (--min-side {min_side})")
+            raise DataError(f"none of {len(jobs)} pictures can be packed (--min-side {min_side})")
         writer.finish()
-    used = len(jobs) - small - unreadable
-    log(f"{out}: {len(writer.details)} patches of {size}x{size} from {used} pictures in "
-        f"{time.time() - start:.0f} s; {counts}")
+    log(f"{out}: {len(writer.details)} patches of {size}x{size} from {len(writer.names)} pictures in "
+        f"{time.time() - start:.0f} s; {skipped} skipped")
     return out
 
 
@@ -457,7 +399,7 @@ def hold_out(folders, folder, count=8, side=512):
         if len(squares) == min(count, len(originals) // 10):
             break
         try:
-            picture = read_srgb(path)
+            picture = images.read_picture(path, srgb=True)
         except images.PictureError:
             continue
         h, w = picture.rgb.shape[1:]

@@ -3,9 +3,9 @@
     python demo.py runs/demo                        # 28 + 6 scenes in runs/demo/train and runs/demo/val
     python demo.py runs/textures --textures 36      # stars, screentone, hatching, grain, dithering, text, ...
 
-To add a scene, write a function (canvas, rng) -> PIL image like `meadow`, and add it to SCENES. This changes the
-demo pictures of every seed. To add a texture, write a function (rng, height, width) -> uint8 (H, W) or (H, W, 3)
-like `hatching`, and add it to TEXTURES.
+To add a scene, write a function (canvas, rng) -> PIL image like `meadow`, and add it to SCENES. This changes
+the demo pictures of every seed. To add a texture, write a function (rng, height, width) -> uint8 (H, W) or
+(H, W, 3) like `hatching`, and add it to TEXTURES.
 Needs numpy and Pillow; copy this file and it works alone.
 """
 import argparse
@@ -97,8 +97,8 @@ class Canvas:
     def strokes(self, curves, width, colors, edge=None, tip=False, line=1.0):
         """Draw brush strokes along cubic curves (n, 4, 2).
 
-        A stroke is thickest in the middle, or with `tip` at its root. Leaves, petals and locks of hair are short
-        or thick strokes. edge: color of an outline of `line` pixels.
+        A stroke is thickest in the middle, or with `tip` at its root. Leaves, petals and locks of hair are
+        short or thick strokes. edge: color of an outline of `line` pixels.
         """
         t = np.linspace(0, 1, 14)[None, :, None]
         a, b, c, d = (curves[:, i, None] for i in range(4))
