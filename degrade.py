@@ -637,10 +637,12 @@ def check_recipe(name):
         place = f"recipe '{name}', entry {number} of the chain ({op})"
         if op not in OPERATIONS:
             raise RecipeError(f"{place}: op must be one of {', '.join(OPERATIONS)}")
-        parameters = OPERATIONS[op].parameters
-        for key in entry.keys() - parameters.keys() - {"op", "p"}:
-            raise RecipeError(f"{place}: no parameter {key}; there are {', '.join(parameters)}, and p")
+        parameters = {"p": CHANCE, **OPERATIONS[op].parameters}
+        for key in entry.keys() - parameters.keys() - {"op"}:
+            raise RecipeError(f"{place}: no parameter {key}; there are {', '.join(parameters)}")
         for key, expected in parameters.items():
+            if key == "p" and "p" not in entry:
+                continue
             if key not in entry:
                 raise RecipeError(f"{place}: the parameter {key} is missing")
             if not is_valid(entry[key], expected):
@@ -839,15 +841,14 @@ def artifact(hr, kind, strength, seeds):
 # ---- the sheet: one picture through several recipes
 
 def describe(operations):
-    """Operations in words: 'downscale area, gaussian_blur 0.53, compress jpeg 84 4:2:0'."""
+    """Operations in words: 'downscale 192 192 area, gaussian_blur 0.53, compress jpeg 84 4:2:0'."""
     lines = []
     for function, arguments in operations:
         words = [function.__name__]
         for name, value in arguments.items():
-            if name in ("seed", "offset", "gray", "antialias") or function is downscale and name == "size":
-                continue
-            values = value if isinstance(value, (tuple, list)) else [value]
-            words += [f"{v:.2g}" if isinstance(v, float) else str(v) for v in values]
+            if name not in ("seed", "offset", "gray", "antialias"):
+                values = value if isinstance(value, (tuple, list)) else [value]
+                words += [f"{v:.2g}" if isinstance(v, float) else str(v) for v in values]
         lines.append(" ".join(words))
     return ", ".join(lines)
 
@@ -903,7 +904,6 @@ def parse_arguments():
     parser.add_argument("--recipe", help="a recipe or a mix (default: web; for --sheet: all recipes)")
     parser.add_argument("--scale", type=int, default=2, help="scale factor, a whole number (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (default: 0)")
-    parser.add_argument("--jpeg", type=int, metavar="QUALITY", help="write JPEG of this quality, not PNG")
     parser.add_argument("--sheet", type=Path, metavar="FILE",
                         help="draw one picture and its LR picture by every recipe, to look at")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -915,43 +915,45 @@ def parse_arguments():
     return args
 
 
+def read_hr(path, scale):
+    """Read a picture and crop it to a multiple of scale -> (rgb (3, H, W), Picture). Raises PictureError."""
+    import images
+    picture = images.read_picture(path)
+    rgb = images.composite(picture, 1.0)
+    h, w = (n // scale * scale for n in rgb.shape[-2:])
+    if min(h, w) == 0:
+        raise images.PictureError(f"{images.printable(path)}: smaller than the scale {scale}")
+    return rgb[:, :h, :w], picture
+
+
 def write_sheet(args):
     """--sheet: one picture in, one out."""
     import images
     names = list(parse_recipe(args.recipe) if args.recipe else RECIPES)
     if args.sheet.exists() and not args.overwrite:
         raise images.UserError(f"{args.sheet} exists; choose another name or give --overwrite")
-    hr = images.composite(images.read_picture(args.hr), 1.0)
-    if min(hr.shape[-2:]) < args.scale:
-        raise images.UserError(f"{hr.shape[-1]}x{hr.shape[-2]} is smaller than the scale {args.scale}")
-    pixels = np.array(draw_sheet(hr, args.scale, names, args.seed))
-    page = torch.from_numpy(pixels).permute(2, 0, 1).float().div(255)
+    page = np.array(draw_sheet(read_hr(args.hr, args.scale)[0], args.scale, names, args.seed))
     args.sheet.parent.mkdir(parents=True, exist_ok=True)
-    images.save_picture(args.sheet, images.Picture(rgb=page))
+    images.save_picture(args.sheet, images.Picture(rgb=torch.from_numpy(page).permute(2, 0, 1) / 255))
     print(f"{len(names)} recipes of {images.printable(args.hr)} in {images.printable(args.sheet)}")
 
 
 def plan_files(args):
-    """Return [(relative name, HR path, LR path)]. Raises UserError."""
+    """Return {path of the LR picture: path of the HR picture}. Raises UserError."""
     import images
     if not args.hr.is_dir():
         raise images.UserError(f"{args.hr} is not a folder")
     if args.lr.resolve().is_relative_to(args.hr.resolve()):
         raise images.UserError(f"{args.lr} lies inside {args.hr}; choose a folder beside it")
-    suffixes = (".jpg", ".jpeg") if args.jpeg else (".png",)
-    names = {}
+    jobs = {}
     for path in images.find_pictures([args.hr]):
-        name = path.relative_to(args.hr)
-        lr_path = args.lr / (name if name.suffix.lower() in suffixes else name.with_suffix(suffixes[0]))
-        if lr_path in names:
-            raise images.UserError(f"{names[lr_path]} and {name} would both become {lr_path.name}")
-        names[lr_path] = name
-    if not names:
-        raise images.UserError(f"no picture in {args.hr}")
-    existing = [path for path in names if path.exists()]
-    if existing and not args.overwrite:
-        raise images.UserError(f"{existing[0]} exists; choose another folder or give --overwrite")
-    return [(name.as_posix(), args.hr / name, lr_path) for lr_path, name in names.items()]
+        lr_path = args.lr / path.relative_to(args.hr).with_suffix(".png")
+        if lr_path in jobs:
+            raise images.UserError(f"{jobs[lr_path]} and {path} would both become {lr_path}")
+        if lr_path.exists() and not args.overwrite:
+            raise images.UserError(f"{lr_path} exists; choose another folder or give --overwrite")
+        jobs[lr_path] = path
+    return jobs
 
 
 def write_folder(args):
@@ -960,35 +962,27 @@ def write_folder(args):
     recipe = args.recipe or "web"
     parse_recipe(recipe)
     jobs = plan_files(args)
-    progress, start, written, cropped = images.ProgressLine(), time.time(), 0, 0
-    for count, (name, path, lr_path) in enumerate(jobs, 1):
+    progress, start, written = images.ProgressLine(), time.time(), 0
+    for count, (lr_path, path) in enumerate(jobs.items(), 1):
         try:
-            picture = images.read_picture(path)
-            hr = images.composite(picture, 1.0)
-            h, w = (n // args.scale * args.scale for n in hr.shape[-2:])
-            if min(h, w) == 0:
-                raise images.PictureError(f"{images.printable(path)}: smaller than the scale {args.scale}")
+            hr, picture = read_hr(path, args.scale)
         except images.PictureError as error:
             progress.clear()
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        cropped += (h, w) != hr.shape[-2:]
-        lr = degrade(hr[None, :, :h, :w], recipe, args.scale, [picture_seed(name, args.seed)])[0]
+        seed = picture_seed(path.relative_to(args.hr).as_posix(), args.seed)
+        lr = degrade(hr[None], recipe, args.scale, [seed])[0]
         lr_path.parent.mkdir(parents=True, exist_ok=True)
         gray = picture.gray and images.color_space(picture.icc) == b"GRAY"      # it needs gray pixels
-        images.save_picture(lr_path, images.Picture(rgb=lr, icc=picture.icc, gray=gray), args.jpeg or 95)
+        images.save_picture(lr_path, images.Picture(rgb=lr, icc=picture.icc, gray=gray))
         written += 1
         rate = count / (time.time() - start + 1e-9)
         progress(f"{count}/{len(jobs)}  {rate:.1f} pictures/s  {(len(jobs) - count) / rate:.0f} s left")
     progress.clear()
     if not written:
-        raise images.UserError(f"none of the {len(jobs)} pictures could be used")
-    notes = [f"{written} pictures in {images.printable(args.lr)}, recipe {recipe}, scale {args.scale}"]
-    if cropped:
-        notes.append(f"{cropped} cropped to a multiple of {args.scale}")
-    if written < len(jobs):
-        notes.append(f"{len(jobs) - written} skipped")
-    print("; ".join(notes))
+        raise images.UserError(f"none of the {len(jobs)} pictures in {args.hr} could be used")
+    print(f"{written} pictures in {images.printable(args.lr)}, recipe {recipe}, scale {args.scale}; "
+          f"{len(jobs) - written} skipped")
 
 
 def main():
@@ -1000,7 +994,7 @@ def main():
     except (RecipeError, images.UserError) as error:
         images.fail(images.printable(error))
     except OSError as error:
-        images.fail(f"cannot write {images.printable(error.filename or args.sheet or args.lr)}: {error}")
+        images.fail(f"cannot write {images.printable(args.sheet or args.lr)}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""degrade.py: resampling against Pillow, PyTorch and plain sums; operations against plain sums and their formulas;
-draws against their tables, and those of `real` against Real-ESRGAN's figures; the same bits in any batch, thread and
-process; the graded faults; the contact sheet; the command."""
-import errno
+"""degrade.py: resampling against Pillow and PyTorch, operations against plain formulas, random draws against the
+recipes, the same bits in any batch, thread, and process, artifacts, the command."""
+import functools
 import hashlib
 import io
 import math
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,29 +15,25 @@ import torch.nn.functional as F
 from PIL import Image
 
 import degrade
-import tile
+import images
 from test_clean import linear_profile
 
-ROOT = Path(__file__).resolve().parent.parent
 PILLOW = dict(bicubic=Image.Resampling.BICUBIC, lanczos=Image.Resampling.LANCZOS, bilinear=Image.Resampling.BILINEAR)
 
 
 def smooth(*shape, seed=0):
-    """Something picture-like in [0, 1]: soft shapes and some hard edges."""
+    """Pictures in [0, 1] with soft shapes and some hard edges."""
     g = torch.Generator().manual_seed(seed)
     b, c, h, w = shape
     x = F.interpolate(torch.rand(b, c, h // 8 + 2, w // 8 + 2, generator=g), (h, w), mode="bicubic")
     return degrade.to_8_bit(torch.where(x > 0.7, x, x * 0.8))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Resampling
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- resampling
 
 @pytest.mark.parametrize("kernel", PILLOW)
 @pytest.mark.parametrize("size", [(50, 75), (31, 77), (202, 300), (140, 40)])
-def test_resize_is_pillows_away_from_the_border(kernel, size):
+def test_resize_equals_pillow_away_from_the_border(kernel, size):
     x = smooth(1, 3, 101, 150)[0]
     theirs = np.stack([Image.fromarray(c.numpy()).resize(size[::-1], PILLOW[kernel]) for c in x])
     ours = degrade.resize(x, size, kernel).numpy()
@@ -48,7 +42,7 @@ def test_resize_is_pillows_away_from_the_border(kernel, size):
 
 
 @pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
-def test_resize_is_pytorchs_away_from_the_border(kernel):
+def test_resize_equals_pytorch_away_from_the_border(kernel):
     x = smooth(2, 3, 90, 70)
     for size in ((45, 35), (30, 50), (180, 210)):
         theirs = F.interpolate(x, size, mode=kernel, antialias=True)
@@ -87,14 +81,14 @@ def test_bicubic_halving_by_hand():
 
 @pytest.mark.parametrize("kernel", degrade.KERNELS)
 @pytest.mark.parametrize("sizes", [((1, 1), (7, 3)), ((7, 3), (1, 1)), ((1, 40), (2, 5)), ((5, 5), (5, 5))])
-def test_resize_of_any_size_keeps_flat_colour(kernel, sizes):
+def test_resize_of_any_size_keeps_a_flat_color(kernel, sizes):
     x = torch.tensor([0.2, 0.5, 0.9])[:, None, None].expand(3, *sizes[0])
     y = degrade.resize(x, sizes[1], kernel)
     assert y.shape == (3, *sizes[1])
     assert torch.allclose(y, x[:, :1, :1].expand_as(y), atol=1e-6)
 
 
-def test_resize_without_antialiasing_is_pytorchs():
+def test_resize_without_antialiasing_equals_pytorch():
     x = smooth(1, 3, 90, 70)
     for size in ((30, 21), (41, 200)):
         theirs = F.interpolate(x, size, mode="bilinear", align_corners=False)
@@ -109,18 +103,7 @@ def test_resize_passes_gradients():
     assert x.grad.shape == x.shape and (x.grad[..., 4:-4, 4:-4] - 0.75).abs().max() < 1e-3   # area ratio: 450 / 600
 
 
-def test_resize_errors():
-    x = torch.zeros(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="bicubic, lanczos, bilinear, area"):
-        degrade.resize(x, (2, 2), "sinc")
-    with pytest.raises(ValueError, match="at least 1 pixel"):
-        degrade.resize(x, (0, 2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Operations
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- operations
 
 def by_plain_sums(x, kernel):
     """(C, H, W) under a (k, k) kernel with a repeated border, in float64."""
@@ -150,7 +133,7 @@ def test_convolve_by_plain_sums():
 
 
 def moments(kernel):
-    """Mean and covariance of x and y under a kernel taken for a distribution."""
+    """Mean and covariance of x and y under a kernel as a distribution."""
     at = np.stack(np.meshgrid(*[np.arange(len(kernel))] * 2)).reshape(2, -1)
     mean = at @ kernel.ravel()
     return mean, (at - mean[:, None]) * kernel.ravel() @ (at - mean[:, None]).T
@@ -160,16 +143,16 @@ def test_gaussian_kernels_have_their_sigmas_and_angle():
     t = np.arange(-10, 11)
     g = np.exp(-0.5 * (t / 1.7) ** 2)
     assert np.allclose(degrade.blur_kernel(21, "iso", (1.7, 1.7)), np.outer(g, g) / g.sum() ** 2)
-    for kind in ("aniso", "generalised aniso"):
+    for kind in ("aniso", "generalized aniso"):
         mean, cov = moments(degrade.blur_kernel(31, kind, (3.0, 1.0), 0.5))
         turn = np.array([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]])
         assert np.allclose(mean, 15) and np.allclose(cov, turn @ np.diag([9, 1]) @ turn.T, atol=1e-2)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.5])
-def test_generalised_and_plateau_kernels_follow_their_formulas(beta):
+def test_generalized_and_plateau_kernels_follow_their_formulas(beta):
     sizes, angle = (2.0, 0.7), 0.4
-    general = degrade.blur_kernel(9, "generalised aniso", sizes, angle, beta)
+    general = degrade.blur_kernel(9, "generalized aniso", sizes, angle, beta)
     plateau = degrade.blur_kernel(9, "plateau aniso", sizes, angle, beta)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     inverse = np.linalg.inv(turn @ np.diag(np.square(sizes)) @ turn.T)
@@ -198,21 +181,21 @@ def test_sinc_kernel_is_a_circular_low_pass(cutoff):
     assert wide[frequency < 0.8 * cutoff].min() > 0.9 and wide[frequency > min(1.25 * cutoff, 3)].max() < 0.1
 
 
-def test_unsharp_and_drift():
+def test_unsharp_and_color_shift():
     x = smooth(1, 3, 20, 30)[0]
     soft = degrade.gaussian_blur(x, 1.3)
     assert torch.allclose(degrade.unsharp(x, 1.3, 0.7), 1.7 * x - 0.7 * soft, atol=1e-6)
     assert torch.allclose(degrade.unsharp(x, 1.3, -1.0), soft, atol=1e-6)
-    y = degrade.drift(x, [1.0, 0.9, 1.1], [0.0, 0.1, -0.1])
+    y = degrade.color_shift(x, [1.0, 0.9, 1.1], [0.0, 0.1, -0.1])
     assert torch.equal(y[0], x[0]) and torch.allclose(y[1], 0.9 * x[1] + 0.1) and torch.allclose(y[2], 1.1 * x[2] - 0.1)
 
 
-def test_noise_has_the_strength_it_says():
+def test_noise_has_its_strength():
     x = torch.tensor([0.3, 0.5, 0.7])[:, None, None].repeat(1, 200, 200)
-    for grey in (False, True):
-        field = degrade.noise(x, "gaussian", 12.0, grey, 7) - x
+    for gray in (False, True):
+        field = degrade.noise(x, "gaussian", 12.0, gray, 7) - x
         assert abs(field.std() * 255 - 12) < 0.3 and abs(field.mean() * 255) < 0.3
-        assert torch.allclose(field[0], field[1], atol=1e-6) == grey
+        assert torch.allclose(field[0], field[1], atol=1e-6) == gray
     x[1], x[:, :100] = 0.7, 0.2                             # three levels in all, so that 4 photons make full white
     field = degrade.noise(x, "poisson", 0.6, False, 7) - x
     for channel, level in enumerate((0.3, 0.7, 0.7)):
@@ -220,8 +203,8 @@ def test_noise_has_the_strength_it_says():
             assert abs(part.std() / (0.6 * math.sqrt(there / 4)) - 1) < 0.05 and abs(part.mean()) < 0.01
     assert torch.equal(degrade.noise(x, "poisson", 0.6, False, 7), x + field)
     assert not torch.equal(degrade.noise(x, "poisson", 0.6, False, 8), x + field)
-    grey = degrade.noise(x, "poisson", 0.6, True, 7) - x
-    assert torch.allclose(grey[0], grey[2], atol=1e-6) and grey.std() > 0.05
+    gray = degrade.noise(x, "poisson", 0.6, True, 7) - x
+    assert torch.allclose(gray[0], gray[2], atol=1e-6) and gray.std() > 0.05
 
 
 def test_grain_has_its_amplitude_and_direction():
@@ -232,25 +215,25 @@ def test_grain_has_its_amplitude_and_direction():
     assert across > 2 * down                                # long strokes from top to bottom
 
 
-def test_median_keeps_lines_and_takes_specks():
-    x = smooth(1, 3, 40, 50)[0] * 0.02 + 0.4                # nothing in it is a line
+def test_median_keeps_lines_and_removes_specks():
+    x = smooth(1, 3, 40, 50)[0] * 0.02 + 0.4                # without lines
     padded = np.pad(x.numpy(), ((0, 0), (1, 1), (1, 1)), "edge")
     windows = np.stack([padded[:, i:i + 40, j:j + 50] for i in range(3) for j in range(3)])
-    assert np.array_equal(degrade.median_off_lines(x, 0.1).numpy(), np.median(windows, 0))
+    assert np.array_equal(degrade.median(x, 0.1).numpy(), np.median(windows, 0))
     x[:, :, 25] = 0.9                                       # a thin line: a median alone would remove it
     x[:, 10, 8] += 0.09                                     # a speck, too faint for a line
-    y = degrade.median_off_lines(x, 0.1)
+    y = degrade.median(x, 0.1)
     assert torch.equal(y[:, :, 23:28], x[:, :, 23:28])
     assert (y[:, 10, 8] < 0.43).all() and not torch.equal(y[:, :, :20], x[:, :, :20])
     x = torch.full((3, 20, 30), 0.4)
     x[:, :, 8], x[:, :, 20] = 0.6, 0.7
-    y = degrade.median_off_lines(x, 0.25)                   # a step of 0.3 is a line then, one of 0.2 is not
+    y = degrade.median(x, 0.25)                   # a step of 0.3 is a line then, one of 0.2 is not
     assert torch.equal(y[:, :, 14:], x[:, :, 14:]) and (y[:, :, :14] == 0.4).all()
 
 
-def test_cells_repeat_every_8_pixels():
+def test_vae_grid_repeats_every_8_pixels():
     x = torch.full((3, 64, 80), 0.5)
-    field = degrade.cells(x, 1.5, (3, 6), 5) - x
+    field = degrade.vae_grid(x, 1.5, (3, 6), 5) - x
     assert abs(field.std() * 255 - 1.5) < 0.4 and abs(field.mean() * 255) < 0.3
 
     def blocks(y, x):
@@ -263,7 +246,7 @@ def test_cells_repeat_every_8_pixels():
     assert (moved[:, :1] * moved).sum(2).min() < 0.99
 
 
-def test_compress_is_pillows_codec_on_a_shifted_grid():
+def test_compress_equals_pillow_on_a_shifted_grid():
     x = smooth(1, 3, 37, 50)[0]
     pixels = x.mul(255).round().byte().permute(1, 2, 0).numpy()
     for codec, kind, how in (("jpeg", "JPEG", dict(subsampling="4:2:0")), ("webp", "WEBP", {})):
@@ -300,260 +283,260 @@ def test_other_codecs(codec):
         assert degrade.compress(torch.rand(3, *size), codec, bad, offset=(15, 0)).shape == (3, *size)
 
 
-def test_downscale_is_resize_on_8_bits():
+def test_downscale_is_resize_in_8_bits():
     x = smooth(1, 3, 16, 24)[0]
     for kernel in degrade.KERNELS:
         assert torch.equal(degrade.downscale(x, (8, 12), kernel), degrade.to_8_bit(degrade.resize(x, (8, 12), kernel)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- recipes
+
+TOLERANCE = 0.03        # three standard deviations of a share of 3000 are less
+CLEAN = [(degrade.downscale, dict(size=(40, 60), kernel="bicubic"))]
 
 
-NEAR = 0.03         # three sigmas of a share of 3000 are less
-DRAWN = {}
+@functools.lru_cache(maxsize=None)
+def draws(recipe):
+    """The operations of 3000 pictures of 120x80 at scale 2, without the clean ones."""
+    shares = degrade.parse_recipe(recipe)
+    every = [degrade.draw(shares, seed, (80, 120), 2) for seed in range(3000)]
+    return [operations for operations in every if operations != CLEAN]
 
 
-def drawn(recipe):
-    """Steps of 3000 pictures of 120x80, by two, those of the clean share left out; kept for the tests to share."""
-    if recipe not in DRAWN:
-        every = [degrade.draw(recipe, seed, (80, 120), 2) for seed in range(3000)]
-        DRAWN[recipe] = [s for s in every if s != [(degrade.downscale, dict(size=(40, 60), kernel="bicubic"))]]
-        DRAWN[recipe + " clean"] = 1 - len(DRAWN[recipe]) / len(every)
-    return DRAWN[recipe]
+def names(operations):
+    return "".join(function.__name__ + " " for function, _ in operations)
 
 
-def order(steps):
-    return "".join(operation.__name__ + " " for operation, _ in steps)
+def arguments(operations, name):
+    return [values for function, values in operations if function.__name__ == name]
 
 
-def arguments(steps, name):
-    return [how for operation, how in steps if operation.__name__ == name]
-
-
-def spans(values, limits, near=0.03):
-    """Values drawn evenly from limits: within, and reaching close to both ends."""
+def spans(values, limits, tolerance=0.05):
+    """Whether uniform draws lie within limits and come close to both."""
     low, high = limits
-    slack = near * (high - low)
+    slack = tolerance * (high - low)
     return low <= min(values) <= low + slack and high - slack <= max(values) <= high
 
 
-def agree(names, chances):
-    """Shares of names are as the chances say."""
-    assert set(names) == set(chances)
-    return all(abs(names.count(n) / len(names) - c / sum(chances.values())) < NEAR for n, c in chances.items())
+def has_shares(values, chances):
+    """Whether names occur as often as their chances say."""
+    assert set(values) == {name for name, chance in chances.items() if chance}
+    total = sum(chances.values())
+    return all(abs(values.count(n) / len(values) - c / total) < TOLERANCE for n, c in chances.items())
 
 
-ORDER = dict(       # what must happen, and may happen, one after the other
+ORDER = dict(       # operations in parentheses may be left out
     bicubic="downscale ",
     web="downscale (gaussian_blur )?(compress )?",
-    jpeg="downscale (compress )?compress ",
-    light="(compress )?(resize )?downscale (gaussian_blur )?(blur )?(compress )?",
-    real="blur resize noise compress (blur )?resize noise (resize (blur )?compress |compress resize (blur )?)",
-    soft="downscale (grain )?(compress )?(blur )?",
-    awm2x="downscale (median_off_lines )?(gaussian_blur )?(unsharp )?compress ",
-    awm4x="downscale (median_off_lines )?(gaussian_blur )?(unsharp )?compress ",
-    diffusion="downscale (unsharp )?(cells )?(drift )?(compress )?",
-    line="(compress )?(blur )?downscale compress ",
     gallery="downscale (gaussian_blur )?(compress )?",
+    jpeg="downscale (compress )?compress ",
+    light="(compress )?(resize )?downscale (gaussian_blur )?(kernel_blur )?(compress )?",
+    real="kernel_blur resize noise compress (kernel_blur )?resize noise "
+         "(resize (kernel_blur )?compress |compress resize (kernel_blur )?)",
+    soft="downscale (grain )?(compress )?(kernel_blur )?",
+    awm2x="downscale (median )?(gaussian_blur )?(unsharp )?compress ",
+    awm4x="downscale (median )?(gaussian_blur )?(unsharp )?compress ",
+    diffusion="downscale (unsharp )?(vae_grid )?(color_shift )?(compress )?",
+    line="(compress )?(kernel_blur )?downscale compress ",
 )
 
 
 @pytest.mark.parametrize("recipe", degrade.RECIPES)
-def test_order_and_clean_share(recipe):
+def test_order_and_chances(recipe):
     table = degrade.RECIPES[recipe]
-    assert all(re.fullmatch(ORDER[recipe], order(steps)) for steps in drawn(recipe))
-    if recipe != "bicubic":
-        nothing = math.prod(1 - row.get("p", 1.0) for key, row in table.items()
-                            if key not in ("clean", "early", "downscale"))              # not clean, but as good as
-        assert table["clean"] == 0.1 and abs(DRAWN[recipe + " clean"] - 0.1) < NEAR / 1.5 + nothing
-        for name in {key.split("_")[0] for key in table} - {"clean", "early"}:          # each with its own probability
-            mine = [row.get("p", 1.0) for key, row in table.items() if key.split("_")[0] == name]
-            done = sum(len(arguments(s, degrade.OPERATIONS[name][0].__name__)) for s in drawn(recipe))
-            assert abs(done / len(drawn(recipe)) - sum(mine)) < NEAR
+    assert all(re.fullmatch(ORDER[recipe], names(operations)) for operations in draws(recipe))
+    if recipe == "bicubic":
+        return
+    unchanged = math.prod(1 - entry.get("p", 1.0) for entry in table["chain"] if entry["op"] != "downscale")
+    assert abs(1 - len(draws(recipe)) / 3000 - table["clean"]) < TOLERANCE / 1.5 + unchanged
+    for function in {degrade.OPERATIONS[entry["op"]].apply for entry in table["chain"]}:
+        entries = [entry for entry in table["chain"] if degrade.OPERATIONS[entry["op"]].apply is function]
+        count = sum(len(arguments(operations, function.__name__)) for operations in draws(recipe))
+        assert abs(count / len(draws(recipe)) - sum(entry.get("p", 1.0) for entry in entries)) < TOLERANCE
 
 
-def steps_by_row(recipe):
-    """{row of the table: its arguments}; rows of one operation told apart where all of them happened."""
-    rows = [key for key in degrade.RECIPES[recipe] if key not in ("clean", "early")]
-    found = {row: [] for row in rows}
-    for steps in drawn(recipe):
-        for row in rows:
-            name = degrade.OPERATIONS[row.split("_")[0]][0].__name__
-            alike = [r for r in rows if r.split("_")[0] == row.split("_")[0]]
-            mine = arguments(steps, name)
-            if len(mine) == len(alike):
-                found[row].append(mine[alike.index(row)])
-    return found
+@pytest.mark.parametrize("op", [op for op, operation in degrade.OPERATIONS.items()
+                                if operation.draw is degrade.draw_ranges])
+def test_ranges_are_drawn_uniformly(op):
+    entry = next(entry for recipe in degrade.RECIPES.values() for entry in recipe["chain"] if entry["op"] == op)
+    rng = np.random.default_rng(0)
+    values = [degrade.OPERATIONS[op].draw(rng, entry, None, None) for _ in range(1000)]
+    for name in degrade.OPERATIONS[op].parameters:
+        assert spans([v[name] for v in values], entry[name])
 
 
-@pytest.mark.parametrize("recipe", [r for r in degrade.RECIPES if r not in ("bicubic", "real")])
-def test_draws_keep_to_their_tables(recipe):
-    table, found = degrade.RECIPES[recipe], steps_by_row(recipe)
-    for row, hows in found.items():
-        limits, kind = table[row], row.split("_")[0]
-        assert len(hows) > 300
-        if kind in ("gaussian", "unsharp", "median"):
-            for key in hows[0]:
-                assert spans([how[key] for how in hows], limits[key])
-        elif kind == "downscale":
-            assert agree([how["kernel"] for how in hows], limits)
-            assert {how["size"] for how in hows} == {(40, 60)}
-        elif kind == "rescale":
-            assert spans([how["size"][1] / 60 for how in hows], limits["factor"], 0.05)
-            assert all(abs(how["size"][0] / 40 - how["size"][1] / 60) < 0.03 for how in hows)
-            assert abs(sum(how["size"][1] >= 60 for how in hows) / len(hows) - limits["way"]["up"]) < NEAR
-            assert agree([how["kernel"] for how in hows], limits["kernel"])
-            assert abs(sum(not how["antialias"] for how in hows) / len(hows) - limits["aliased"]) < NEAR
-        elif kind == "compress":
-            codecs = [how["codec"] for how in hows]
-            for codec in set(codecs):
-                low, high = limits["quality"][codec]
-                assert {how["quality"] for how in hows if how["codec"] == codec} <= set(range(low, high + 1))
-                assert spans([how["quality"] for how in hows if how["codec"] == codec], (low, high), 0.06)
-            if recipe != "line":
-                assert agree(codecs, limits["codec"])
-            jpegs = [how["chroma"] for how in hows if how["codec"] == "jpeg"]
-            assert agree(jpegs, limits["chroma"])
-            assert all(how["chroma"] == "4:2:0" for how in hows if how["codec"] != "jpeg")
-            assert {how["offset"][0] for how in hows} == {how["offset"][1] for how in hows} == set(range(1 if recipe == "gallery" else 16))
-        elif kind == "blur":
-            check_blur(hows, limits)
-        elif kind == "grain":
-            assert spans([how["amplitude"] for how in hows], limits["amplitude"])
-            assert spans([how["sigma"][1] for how in hows], limits["fine"])
-            brushed = [how["sigma"][0] for how in hows if how["sigma"][0] != how["sigma"][1]]
-            assert abs(len(brushed) / len(hows) - limits["brush"]) < NEAR and spans(brushed, limits["long"])
-            assert spans([how["angle"] for how in hows], (0, math.pi))
-            assert len({how["seed"] for how in hows}) == len(hows)
-        elif kind == "cells":
-            assert spans([how["amplitude"] for how in hows], limits["amplitude"])
-            assert {how["offset"] for how in hows} == {(i, j) for i in range(8) for j in range(8)}
-        else:
-            assert kind == "drift"
-            for key in ("gain", "shift"):
-                for channel in range(3):
-                    assert spans([how[key][channel] for how in hows], limits[key])
+def test_compress_draws_as_its_entry_says():
+    entry = degrade.RECIPES["web"]["chain"][2]
+    rng = np.random.default_rng(0)
+    values = [degrade.draw_compress(rng, entry, None, None) for _ in range(3000)]
+    assert has_shares([v["codec"] for v in values], entry["codec"])
+    for codec, (low, high) in entry["quality"].items():
+        assert {v["quality"] for v in values if v["codec"] == codec} == set(range(low, high + 1))
+    assert has_shares([v["chroma"] for v in values if v["codec"] == "jpeg"], entry["chroma"])
+    assert {v["chroma"] for v in values if v["codec"] == "webp"} == {"4:2:0"}
+    assert {v["offset"][0] for v in values} == {v["offset"][1] for v in values} == set(range(16))
 
 
-def check_blur(hows, limits):
-    sizes = set(range(limits["size"][0], limits["size"][1] + 1, 2))
-    assert {how["size"] for how in hows} == sizes
-    sincs = [how for how in hows if how["kind"] == "sinc"]
-    assert abs(len(sincs) / len(hows) - limits["sinc"]) < NEAR
-    starts = sorted(limits["cutoff"])
-    for start, end in zip(starts, starts[1:] + [99]):
-        mine = [how["cutoff"] for how in sincs if start <= how["size"] < end]
-        assert not mine or spans(mine, limits["cutoff"][start], 0.1)
-    rest = [how for how in hows if how["kind"] != "sinc"]
-    if rest:
-        assert agree([how["kind"] for how in rest], limits["kind"])
-        assert spans([how["sigma"][0] for how in rest], limits["sigma"])
-    for how in rest:
-        assert limits["sigma"][0] <= how["sigma"][1] <= limits["sigma"][1] and abs(how["angle"]) <= math.pi
-        if "aniso" not in how["kind"]:
-            assert how["sigma"][0] == how["sigma"][1] and how["angle"] == 0.0
-        low, high = limits["beta"][how["kind"].split()[0]] if " " in how["kind"] else (1.0, 1.0)
-        assert low <= how["beta"] <= high
-    for kind, (low, high) in limits.get("beta", {}).items():
-        betas = [how["beta"] for how in rest if how["kind"].startswith(kind)]
-        if betas and low < 1:
+def test_grain_grid_and_colors_draw_as_their_entries_say():
+    rng = np.random.default_rng(0)
+    entry = degrade.RECIPES["soft"]["chain"][1]
+    values = [degrade.draw_grain(rng, entry, None, None) for _ in range(2000)]
+    assert spans([v["amplitude"] for v in values], entry["amplitude"])
+    assert spans([v["sigma"][1] for v in values], entry["sigma"]) and spans([v["angle"] for v in values], (0, math.pi))
+    brush = [v["sigma"][0] for v in values if v["sigma"][0] != v["sigma"][1]]
+    assert abs(len(brush) / 2000 - entry["brush"]) < 0.04 and spans(brush, entry["brush_length"])
+    entry = degrade.RECIPES["diffusion"]["chain"][2]
+    values = [degrade.draw_vae_grid(rng, entry, None, None) for _ in range(1000)]
+    assert {v["offset"] for v in values} == {(i, j) for i in range(8) for j in range(8)}
+    entry = degrade.RECIPES["diffusion"]["chain"][3]
+    values = [degrade.draw_color_shift(rng, entry, None, None) for _ in range(1000)]
+    for name in ("gain", "shift"):
+        assert all(spans([v[name][channel] for v in values], entry[name]) for channel in range(3))
+
+
+def check_kernels(values, size, sinc, cutoff, shape=None, sigma=None, beta=None):
+    """Compare draws of kernel_blur with its ranges."""
+    assert {v["size"] for v in values} == set(range(size[0], size[1] + 1, 2))
+    sincs = [v for v in values if v["shape"] == "sinc"]
+    assert abs(len(sincs) / len(values) - sinc) < TOLERANCE
+    starts = [*sorted(cutoff), 99]
+    for start, end in zip(starts, starts[1:]):
+        assert spans([v["cutoff"] for v in sincs if start <= v["size"] < end], cutoff[start], 0.1)
+    others = [v for v in values if v["shape"] != "sinc"]
+    if not others:
+        return
+    assert has_shares([v["shape"] for v in others], shape) and spans([v["sigma"][0] for v in others], sigma)
+    for v in others:
+        assert sigma[0] <= v["sigma"][1] <= sigma[1] and abs(v["angle"]) <= math.pi
+        if "aniso" not in v["shape"]:
+            assert v["sigma"][0] == v["sigma"][1] and v["angle"] == 0.0
+        assert v["beta"] == 1.0 or " " in v["shape"]
+    for family, limits in beta.items():
+        betas = [v["beta"] for v in others if v["shape"].startswith(family)]
+        assert spans(betas, limits, 0.1)
+        if limits[0] < 1:
             assert abs(sum(b < 1 for b in betas) / len(betas) - 0.5) < 3 / math.sqrt(len(betas))
-        if betas:
-            assert spans(betas, (low, high), 0.1)
 
 
-def test_real_is_real_esrgans_second_order():
-    """Figures by hand, not from the table: options/train_realesrgan_x2plus.yml of the authors."""
-    every = drawn("real")
-    kinds = {"iso": .45, "aniso": .25, "generalised iso": .12, "generalised aniso": .03, "plateau iso": .12,
+def test_real_has_the_ranges_of_real_esrgan():
+    """The numbers are those of the authors' options/train_realesrgan_x2plus.yml, not of our table."""
+    shape = {"iso": .45, "aniso": .25, "generalized iso": .12, "generalized aniso": .03, "plateau iso": .12,
              "plateau aniso": .03}
-    cutoff = {7: (math.pi / 3, math.pi), 13: (math.pi / 5, math.pi)}
-    early = [order(s).endswith("noise compress resize ") or order(s).endswith("noise compress resize blur ")
-             for s in every]
-    assert abs(sum(early) / len(every) - 0.5) < NEAR
-
-    firsts = [[how for _, how in s[:4]] for s in every]         # blur resize noise compress
-    seconds = [s[4:] for s in every]
-    second_blurs = [s[0][1] for s in seconds if s[0][0] is degrade.blur]
-    assert abs(len(second_blurs) / len(every) - 0.8) < NEAR
+    cutoff = {0: (math.pi / 3, math.pi), 13: (math.pi / 5, math.pi)}
+    every = draws("real")
+    early = [bool(re.search("noise compress resize (kernel_blur )?$", names(operations))) for operations in every]
+    assert abs(sum(early) / len(every) - 0.5) < TOLERANCE
+    firsts = [[values for _, values in operations[:4]] for operations in every]     # blur, resize, noise, compress
+    seconds = [operations[4:] for operations in every]
+    second_blurs = [s[0][1] for s in seconds if s[0][0] is degrade.kernel_blur]
+    assert abs(len(second_blurs) / len(every) - 0.8) < TOLERANCE
     for blurs, sigma in (([f[0] for f in firsts], (0.2, 3)), (second_blurs, (0.2, 1.5))):
-        check_blur(blurs, dict(size=(7, 21), sinc=0.1, cutoff=cutoff, kind=kinds, sigma=sigma,
-                               beta=dict(generalised=(0.5, 4), plateau=(1, 2))))
-    for sizes, whole, way, factor in (([f[1] for f in firsts], 120, (.2, .7, .1), (.15, 1.5)),
-                                      ([arguments(s, "resize")[0] for s in seconds], 60, (.3, .4, .3), (.3, 1.2))):
-        widths = [how["size"][1] for how in sizes]
-        assert abs(sum(w == whole for w in widths) / len(every) - way[2]) < NEAR + (0.03 if whole == 60 else 0.02)
-        assert abs(sum(w < whole for w in widths) / len(every) - way[1]) < NEAR
-        assert spans([w / whole for w in widths], factor, 0.04)
-        assert agree([how["kernel"] for how in sizes], dict(area=1, bilinear=1, bicubic=1))
-        assert not any(how["antialias"] for how in sizes)
+        check_kernels(blurs, (7, 21), 0.1, cutoff, shape, sigma, dict(generalized=(0.5, 4), plateau=(1, 2)))
+    for sizes, base, (up, down, keep), factor in (
+            ([f[1] for f in firsts], 120, (.2, .7, .1), (.15, 1.5)),
+            ([arguments(s, "resize")[0] for s in seconds], 60, (.3, .4, .3), (.3, 1.2))):
+        widths = [v["size"][1] for v in sizes]
+        assert abs(sum(w == base for w in widths) / len(every) - keep) < TOLERANCE + 0.03   # some factors are near 1
+        assert abs(sum(w < base for w in widths) / len(every) - down) < TOLERANCE
+        assert spans([w / base for w in widths], factor)
+        assert has_shares([v["kernel"] for v in sizes], dict(area=1, bilinear=1, bicubic=1))
+        assert not any(v["antialias"] for v in sizes)
     for noises, sigma, scale in (([f[2] for f in firsts], (1, 30), (.05, 3)),
                                  ([arguments(s, "noise")[0] for s in seconds], (1, 25), (.05, 2.5))):
-        assert agree([how["kind"] for how in noises], dict(gaussian=.5, poisson=.5))
-        assert spans([how["strength"] for how in noises if how["kind"] == "gaussian"], sigma)
-        assert spans([how["strength"] for how in noises if how["kind"] == "poisson"], scale)
-        assert abs(sum(how["grey"] for how in noises) / len(noises) - 0.4) < NEAR
+        assert has_shares([v["kind"] for v in noises], dict(gaussian=.5, poisson=.5))
+        assert spans([v["strength"] for v in noises if v["kind"] == "gaussian"], sigma)
+        assert spans([v["strength"] for v in noises if v["kind"] == "poisson"], scale)
+        assert abs(sum(v["gray"] for v in noises) / len(noises) - 0.4) < TOLERANCE
     for codes in ([f[3] for f in firsts], [arguments(s, "compress")[0] for s in seconds]):
-        assert {how["quality"] for how in codes} == set(range(30, 96))
-        assert {(how["codec"], how["chroma"]) for how in codes} == {("jpeg", "4:2:0")}
-    lasts = [arguments(s, "resize")[1] for s in seconds]
-    assert {how["size"] for how in lasts} == {(40, 60)}
-    assert agree([how["kernel"] for how in lasts], dict(area=1, bilinear=1, bicubic=1))
-    sincs = [how for s in seconds for how in arguments(s, "blur")[-1:] if how["kind"] == "sinc" and (
-        s[-1][1] is how or s[-2][1] is how and s[-3][0] is degrade.resize)]
-    assert abs(len(sincs) / len(every) - 0.8) < NEAR
-    check_blur(sincs, dict(size=(7, 21), sinc=1.0, cutoff={7: (math.pi / 3, math.pi)}))
+        assert {v["quality"] for v in codes} == set(range(30, 96))
+        assert {(v["codec"], v["chroma"]) for v in codes} == {("jpeg", "4:2:0")}
+    assert {arguments(s, "resize")[1]["size"] for s in seconds} == {(40, 60)}
 
 
-def test_notes_of_the_recipes():
-    """What the tables are to be, whatever else is changed in them."""
-    assert order(max(drawn("soft"), key=len)).endswith("blur ")                         # the blur comes last
-    assert not any("aniso" in kind for kind in degrade.SOFT["blur"]["kind"])            # and is never a motion blur
-    assert degrade.SOFT["blur"]["size"][1] < degrade.REAL["blur_1"]["size"][1]
-    for table in (degrade.AWM2X, degrade.AWM4X):
-        assert table["compress"]["quality"] == dict(jpeg=(85, 85))
-    assert all(how["amount"] < 0 for s in drawn("diffusion") for how in arguments(s, "unsharp"))
-    assert max(degrade.DIFFUSION["cells"]["amplitude"]) <= 3
+def test_kernels_of_the_other_recipes():
+    chain = degrade.RECIPES["soft"]["chain"]
+    entry = {name: value for name, value in chain[-1].items() if name not in ("op", "p")}
+    check_kernels([v for operations in draws("soft") for v in arguments(operations, "kernel_blur")], **entry)
+    last = [arguments(operations, "kernel_blur") for operations in draws("light")]
+    check_kernels([v for values in last for v in values], (7, 21), 1.0, {0: (math.pi / 2, math.pi)})
 
 
-def test_web_draws_as_ever():
-    """Training that is taken up again sees what it would have seen: these draws never change."""
-    words = []
+def test_what_the_recipes_are_for():
+    assert degrade.RECIPES["soft"]["chain"][-1]["op"] == "kernel_blur"                          # blur comes last
+    assert not any("aniso" in shape for shape in degrade.RECIPES["soft"]["chain"][-1]["shape"])  # no motion blur
+    for name in ("awm2x", "awm4x"):
+        assert degrade.RECIPES[name]["chain"][-1]["quality"] == dict(jpeg=(85, 85))
+    assert all(v["amount"] < 0 for operations in draws("diffusion") for v in arguments(operations, "unsharp"))
+
+
+def test_web_draws_never_change():
+    """A resumed training run sees the same LR pictures."""
+    words, shares = [], degrade.parse_recipe("web")
     for seed in (0, 1, 2, 3, 10 ** 12, -1, 2 ** 63):
-        for operation, how in degrade.draw("web", seed, (64, 64), 2):
-            words += [operation.__name__] + [f"{v:.9f}" if isinstance(v, float) else str(v) for v in how.values()]
+        for function, values in degrade.draw(shares, seed, (64, 64), 2):
+            words += [function.__name__]
+            words += [f"{v:.9f}" if isinstance(v, float) else str(v) for v in values.values()]
     assert hashlib.sha256(" ".join(words).encode()).hexdigest()[:16] == "6cb8d9a843f1a6dc"
 
 
-def test_stand_ins(monkeypatch):
-    for there in (("jpeg",), ("jpeg", "webp"), ("jpeg", "webp", "avif"), ("jpeg", "webp", "avif", "h264", "mpeg2")):
-        monkeypatch.setattr(degrade, "can_write", lambda codec: codec in there)
-        codes = [arguments(degrade.draw("line", n, (64, 64), 2), "compress")[-1:] for n in range(600)]
-        codes = [how[0] for how in codes if how]
-        assert {how["codec"] for how in codes} == set(there)
-        for how in codes:
-            low, high = degrade.LINE["compress_2"]["quality"][how["codec"]]
-            assert low <= how["quality"] <= high
+def test_missing_codecs_are_replaced(monkeypatch):
+    entry, rng = degrade.RECIPES["line"]["chain"][-1], np.random.default_rng(0)
+    for available in (("jpeg",), ("jpeg", "webp"), ("jpeg", "webp", "avif", "h264", "mpeg2")):
+        monkeypatch.setattr(degrade, "can_write", lambda codec, available=available: codec in available)
+        values = [degrade.draw_compress(rng, entry, None, None) for _ in range(300)]
+        assert {v["codec"] for v in values} == set(available)
+        for v in values:
+            low, high = entry["quality"][v["codec"]]
+            assert low <= v["quality"] <= high
+
+
+DOWN = dict(op="downscale", kernel=dict(bicubic=1.0))
+
+
+def test_a_new_recipe_is_one_entry(monkeypatch):
+    monkeypatch.setitem(degrade.RECIPES, "mine", dict(chain=[dict(op="blur", sigma=(2.0, 2.0)), DOWN]))
+    hr = smooth(1, 3, 32, 48)
+    lr = degrade.degrade(hr, "mine", 2, [0])
+    assert torch.equal(lr[0], degrade.downscale(degrade.gaussian_blur(hr[0], 2.0).clamp(0, 1), (16, 24), "bicubic"))
+
+
+@pytest.mark.parametrize("recipe, word", [
+    (dict(chain=[dict(op="blurr", sigma=(1, 2)), DOWN]), "blurr"),
+    (dict(chain=[DOWN, dict(sigma=(1, 2))]), "entry 2"),
+    (dict(chain=[dict(op="blur", sigma=1.0), DOWN]), "sigma"),
+    (dict(chain=[dict(op="blur", sigma=(2, 1)), DOWN]), "sigma"),
+    (dict(chain=[dict(op="blur"), DOWN]), "sigma"),
+    (dict(chain=[dict(op="blur", sigma=(1, 2), strength=(1, 2)), DOWN]), "strength"),
+    (dict(chain=[dict(op="blur", sigma=(1, 2), p=1.5), DOWN]), "p is 1.5"),
+    (dict(chain=[dict(op="downscale", kernel=dict(bicubicc=1.0))]), "bicubicc"),
+    (dict(chain=[DOWN, dict(op="compress", codec=dict(webp=1.0), quality=dict(jpeg=(80, 90)),
+                            chroma={"4:2:0": 1.0}, offset=(0, 0))]), "webp"),
+    (dict(chain=[DOWN], cleann=0.1), "cleann"),
+    (dict(clean=0.1), "chain"),
+    (dict(chain=[dict(op="blur", sigma=(1, 2))]), "downscale"),
+])
+def test_a_wrong_entry_is_named(monkeypatch, recipe, word):
+    monkeypatch.setitem(degrade.RECIPES, "mine", recipe)
+    with pytest.raises(degrade.RecipeError, match=rf"mine.*{re.escape(word)}"):
+        degrade.degrade(torch.zeros(1, 3, 8, 8), "mine", 2, [0])
 
 
 @pytest.mark.parametrize("recipe", degrade.RECIPES)
-def test_degrade_does_what_it_draws_in_order(recipe):
+def test_degrade_applies_what_it_draws(recipe):
     hr = smooth(8, 3, 32, 48)
     seeds = list(range(100, 108))
     lr = degrade.degrade(hr, recipe, 2, seeds)
     changed = 0
     for n, seed in enumerate(seeds):
         x = hr[n]
-        for operation, how in degrade.draw(recipe, seed, (32, 48), 2):
+        for operation, how in degrade.draw(degrade.parse_recipe(recipe), seed, (32, 48), 2):
             x = operation(x, **how).clamp(0, 1)
         assert torch.equal(lr[n], degrade.to_8_bit(x))
         changed += not torch.equal(lr[n], degrade.downscale(hr[n], (16, 24), "bicubic"))
     assert changed >= 5 or recipe == "bicubic"
 
 
-def test_bicubic_is_pillows_to_a_level():
+def test_bicubic_equals_pillow_within_a_level():
     hr = smooth(1, 3, 64, 96)
     ours = degrade.degrade(hr, "bicubic", 2, [0])[0].mul(255).round().permute(1, 2, 0).numpy()
     picture = Image.fromarray(hr[0].mul(255).round().byte().permute(1, 2, 0).numpy())
@@ -563,7 +546,7 @@ def test_bicubic_is_pillows_to_a_level():
 
 
 @pytest.mark.parametrize("recipe", [*degrade.RECIPES, "web:0.5,bicubic:0.5"])
-@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize("scale", [1, 3])
 def test_size_range_and_levels(recipe, scale):
     hr = smooth(5, 3, 7 * scale, 11 * scale)
     before = hr.clone()
@@ -592,15 +575,15 @@ def test_a_picture_does_not_depend_on_its_batch(recipe):
 
 class Degraded(torch.utils.data.Dataset):
     def __len__(self):
-        return 16
+        return 8
 
     def __getitem__(self, i):
         return degrade.degrade(smooth(1, 3, 64, 64, seed=i), ",".join(degrade.RECIPES), 2, [i])[0]
 
 
 def test_any_number_of_workers_gives_the_same_bits():
-    alone = [Degraded()[i] for i in range(16)]
-    for workers in (1, 2):
+    alone = [Degraded()[i] for i in range(8)]
+    for workers in (2,):
         batches = list(torch.utils.data.DataLoader(Degraded(), batch_size=3, num_workers=workers))
         assert torch.equal(torch.cat(batches), torch.stack(alone))
 
@@ -618,40 +601,29 @@ def test_a_mix_draws_one_part_per_picture():
     hr = smooth(400, 3, 16, 16)
     seeds = range(400)
     mixed, web, bicubic = (degrade.degrade(hr, r, 2, seeds) for r in ("web:0.7,bicubic:0.3", "web", "bicubic"))
-    is_web, is_bicubic = ((mixed == x).flatten(1).all(1) for x in (web, bicubic))
-    assert bool((is_web | is_bicubic).all())
+    equals_web, equals_bicubic = ((mixed == x).flatten(1).all(1) for x in (web, bicubic))
+    assert bool((equals_web | equals_bicubic).all())
     also = (web == bicubic).flatten(1).all(1)                   # web's own clean share
-    assert abs((is_web & ~also).sum() / (~also).sum() - 0.7) < 0.08
-    assert degrade.shares(" web : 3 , bicubic:1") == dict(web=0.75, bicubic=0.25)
-    assert degrade.shares("web") == dict(web=1.0)
+    assert abs((equals_web & ~also).sum() / (~also).sum() - 0.7) < 0.08
+    assert degrade.parse_recipe(" web : 3 , bicubic:1") == dict(web=0.75, bicubic=0.25)
+    assert degrade.parse_recipe("web") == dict(web=1.0)
     assert torch.equal(degrade.degrade(hr[:9], "web:1,bicubic:0", 2, range(9)), web[:9])
 
 
-def test_degrade_errors():
+def test_wrong_recipes_and_shapes():
     hr = torch.zeros(2, 3, 8, 8)
-    for recipe in ("wep", "web:0.5,sof:0.5", ""):
-        with pytest.raises(ValueError, match="there are bicubic, web"):
-            degrade.degrade(hr, recipe, 2, [0, 1])
-    for recipe in ("web:x", "web:-1", "web:nan", "web:inf", "web:0"):
-        with pytest.raises(ValueError, match="share"):
-            degrade.degrade(hr, recipe, 2, [0, 1])
-    with pytest.raises(ValueError, match="8x7 does not divide"):
-        degrade.degrade(hr[:, :, :7], "web", 2, [0, 1])
-    with pytest.raises(ValueError, match="1 seeds for 2 pictures"):
-        degrade.degrade(hr, "web", 2, [0])
-    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        degrade.degrade(hr[:, :1], "web", 2, [0, 1])
-    with pytest.raises(ValueError, match="scale"):
-        degrade.degrade(hr, "web", 0, [0, 1])
+    for recipe in ("wep", "web:0.5,sof:0.5", "", "web:x", "web:-1", "web:nan", "web:inf", "web:0"):
+        with pytest.raises(degrade.RecipeError):
+            degrade.parse_recipe(recipe)
+    for wrong, seeds in ((hr[:, :, :7], [0, 1]), (hr, [0]), (hr[:, :1], [0, 1])):
+        with pytest.raises(ValueError):
+            degrade.degrade(wrong, "web", 2, seeds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One fault at a time
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- artifacts
 
 @pytest.mark.parametrize("kind", degrade.ARTIFACTS)
-def test_a_fault_grows_with_its_strength(kind):
+def test_an_artifact_grows_with_its_strength(kind):
     hr = smooth(6, 3, 48, 64)
     before, errors = hr.clone(), []
     for s in (0, 0.25, 0.5, 0.75, 1):
@@ -662,7 +634,7 @@ def test_a_fault_grows_with_its_strength(kind):
     assert errors[0] < 1.6 and errors == sorted(errors) and errors[4] > 3 * errors[0] and errors[4] > 1.5 * errors[2]
     assert errors[2] > 1 or kind == "banding"
     mixed = degrade.artifact(hr[:2], ["blur", kind], [0.3, 0.8], [7, 3])
-    assert torch.equal(mixed[1:], degrade.artifact(hr[1:2], kind, 0.8, [3]))    # a patch depends on itself alone
+    assert torch.equal(mixed[1:], degrade.artifact(hr[1:2], kind, 0.8, [3]))    # independent of the batch
     assert degrade.artifact(hr[:1, :, :32, :32], kind, 1.0, [0]).shape == (1, 3, 32, 32)
 
 
@@ -700,13 +672,13 @@ def test_banding_leaves_few_colours_and_keeps_detail():
 def test_blur_oversharp_and_noise():
     edge = torch.full((2, 3, 32, 64), 0.3)
     edge[..., 32:] = 0.7
-    soft = degrade.gaussian_blur(edge[0], degrade.FAULTS["blur"]["sigma"][2])
+    soft = degrade.gaussian_blur(edge[0], degrade.ARTIFACTS["blur"].arguments["sigma"][2])
     assert torch.equal(degrade.artifact(edge, "blur", 1.0, [0, 1])[0], degrade.to_8_bit(soft))
     halo = degrade.artifact(edge, "oversharp", 1.0, [0, 1])
     assert (halo[..., 32] == 1).all() and (halo[..., 31] == 0).all() and (halo[..., :8] - 0.3).abs().max() < 2 / 255
     grain = degrade.artifact(torch.full((8, 3, 64, 64), 0.5), "noise", 0.5, range(8)) - 0.5
-    assert abs(grain.std() * 255 - degrade.FAULTS["noise"]["sigma"][1]) < 0.5
-    assert 0 < sum(torch.equal(g[0], g[1]) for g in grain) < 8                          # grey and coloured
+    assert abs(grain.std() * 255 - degrade.ARTIFACTS["noise"].arguments["sigma"][1]) < 0.5
+    assert 0 < sum(torch.equal(g[0], g[1]) for g in grain) < 8                          # gray and coloured
 
 
 def test_seam_runs_straight_and_leaves_one_side_alone():
@@ -725,21 +697,7 @@ def test_seam_runs_straight_and_leaves_one_side_alone():
     assert abs((flat - 0.5).abs().max() * 255 - 1.3 * 8) < 2.5
 
 
-def test_artifact_errors():
-    hr = torch.zeros(2, 3, 32, 32)
-    for args, says in (((hr[..., :31], "blur", 1, [0, 1]), "at least 32"),
-                       ((hr[:, :1], "blur", 1, [0, 1]), "at least 32"),
-                       ((hr, "blurr", 1, [0, 1]), "there are blocking"), ((hr, "blur", 1.1, [0, 1]), "of 0 to 1"),
-                       ((hr, "blur", float("nan"), [0, 1]), "of 0 to 1"), ((hr, "blur", 1, [0]), "1 seeds for 2"),
-                       ((hr, ["blur"], 1, [0, 1]), "1 kinds"), ((hr, "blur", [0.1] * 3, [0, 1]), "broadcast")):
-        with pytest.raises(ValueError, match=says):
-            degrade.artifact(*args)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- the command
 
 def command(monkeypatch, capsys, *args):
     """(exit code, stdout, stderr) of the command, in this process."""
@@ -768,7 +726,7 @@ def folder(tmp_path):
     save("空 と 海/壁紙.PNG")
     save("photo.jpg", quality=95)
     save("seen through.png", "RGBA")
-    save("grey.png", "L", (40, 40))
+    save("gray.png", "L", (40, 40))
     (hr / "cut.png").write_bytes((hr / "a b.png").read_bytes()[:300])
     (hr / "text.jpg").write_text("not a picture")
     return hr
@@ -776,24 +734,23 @@ def folder(tmp_path):
 
 def test_command(folder, tmp_path, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, folder, tmp_path / "lr", "--recipe", "web", "--seed", 3)
-    assert code == 0 and "5 pictures" in out and "4 cropped" in out and "2 skipped" in out
+    assert code == 0 and "5 pictures" in out and "2 skipped" in out
     assert err.count("skipped:") == 2 and "cut.png" in err and "text.jpg" in err
-    names = {p.relative_to(tmp_path / "lr").as_posix() for p in (tmp_path / "lr").rglob("*") if p.is_file()}
-    assert names == {"a b.png", "空 と 海/壁紙.PNG", "photo.png", "seen through.png", "grey.png"}
-    for name in ("a b.png", "空 と 海/壁紙.PNG", "photo.jpg", "seen through.png", "grey.png"):
-        picture = tile.read_picture(folder / name)
-        hr = picture.rgb if picture.alpha is None else picture.rgb * picture.alpha + 1 - picture.alpha
+    written = {p.relative_to(tmp_path / "lr").as_posix() for p in (tmp_path / "lr").rglob("*") if p.is_file()}
+    assert written == {"a b.png", "空 と 海/壁紙.png", "photo.png", "seen through.png", "gray.png"}
+    for name in ("a b.png", "空 と 海/壁紙.PNG", "photo.jpg", "seen through.png", "gray.png"):
+        hr = images.composite(images.read_picture(folder / name), 1.0)
         hr = hr[:, :hr.shape[1] // 2 * 2, :hr.shape[2] // 2 * 2]
         expected = degrade.degrade(hr[None], "web", 2, [degrade.picture_seed(name, 3)])[0]
-        written = tile.read_picture(tmp_path / "lr" / name.replace(".jpg", ".png"))
-        assert torch.equal(written.rgb, expected) and written.alpha is None
+        lr = images.read_picture(tmp_path / "lr" / name.replace(".jpg", ".png").replace(".PNG", ".png"))
+        assert torch.equal(lr.rgb, expected) and lr.alpha is None
 
 
-def test_a_profile_goes_along(tmp_path, monkeypatch, capsys):
+def test_the_profile_is_kept(tmp_path, monkeypatch, capsys):
     (tmp_path / "hr").mkdir()
-    tile.save_picture(tmp_path / "hr" / "a.png", tile.Picture(torch.rand(3, 32, 32), icc=linear_profile()))
+    images.save_picture(tmp_path / "hr" / "a.png", images.Picture(torch.rand(3, 32, 32), icc=linear_profile()))
     assert command(monkeypatch, capsys, tmp_path / "hr", tmp_path / "lr")[0] == 0
-    assert tile.read_picture(tmp_path / "lr" / "a.png").icc == linear_profile()
+    assert images.read_picture(tmp_path / "lr" / "a.png").icc == linear_profile()
 
 
 def test_a_picture_too_wide_for_a_codec_goes_through_jpeg():
@@ -811,107 +768,62 @@ def test_adding_a_picture_changes_no_other(folder, tmp_path, monkeypatch, capsys
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
 
 
-def test_nothing_is_overwritten_unasked(folder, tmp_path, monkeypatch, capsys):
+def test_no_file_is_overwritten_without_the_flag(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "lr").mkdir()
     (tmp_path / "lr" / "photo.png").write_bytes(b"mine")
     code, _, err = command(monkeypatch, capsys, folder, tmp_path / "lr")
-    assert code == 2 and err.startswith("error: ") and "photo.png exists already (1 of 7 do)" in err
-    assert [p.name for p in (tmp_path / "lr").iterdir()] == ["photo.png"]
-    assert (tmp_path / "lr" / "photo.png").read_bytes() == b"mine"
+    assert code == 2 and "photo.png" in err and [p.name for p in (tmp_path / "lr").iterdir()] == ["photo.png"]
     assert command(monkeypatch, capsys, folder, tmp_path / "lr", "--overwrite")[0] == 0
     assert (tmp_path / "lr" / "photo.png").read_bytes() != b"mine"
-
-
-def test_jpeg_pairs(folder, tmp_path, monkeypatch, capsys):
-    assert command(monkeypatch, capsys, folder, tmp_path / "lr", "--recipe", "awm2x", "--jpeg", 85)[0] == 0
-    names = {p.relative_to(tmp_path / "lr").as_posix() for p in (tmp_path / "lr").rglob("*") if p.is_file()}
-    assert names == {"a b.jpg", "空 と 海/壁紙.jpg", "photo.jpg", "seen through.jpg", "grey.jpg"}
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=85)
-    with Image.open(tmp_path / "lr" / "photo.jpg") as ours, Image.open(file) as theirs:
-        assert ours.format == "JPEG" and ours.size == (16, 13) and ours.quantization == theirs.quantization
 
 
 def test_sheet(tmp_path, monkeypatch, capsys):
     picture, out = tmp_path / "a b.png", tmp_path / "new" / "sheet.png"
     x = smooth(1, 3, 130, 200)[0] * 0.3
     x[:, 0:64, 120:184] = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    Image.fromarray(x.mul(255).round().byte().permute(1, 2, 0).numpy()).save(picture)
-    code, text, err = command(monkeypatch, capsys, picture, "--sheet", out, "--seed", 3)
-    assert code == 0 and "11 recipes" in text and "a b.png" in text
-    page = tile.read_picture(out).rgb
-    side, step, below = 130, 138, 72                                # cells of 130 pixels, a gap of 8, a label of 72
-    assert page.shape == (3, 3 * (side + below) + 8, 4 * step + 8)
-    hr = tile.read_picture(picture).rgb
-    cells = [page[:, 4 + r * (side + below) + below - 4:][:, :side, 8 + c * step:][..., :side]
+    images.save_picture(picture, images.Picture(rgb=x))
+    assert command(monkeypatch, capsys, picture, "--sheet", out, "--seed", 3)[0] == 0
+    page, hr = images.read_picture(out).rgb, images.read_picture(picture).rgb
+    side, step, label = 130, 138, 72
+    assert page.shape == (3, 3 * (side + label) + 8, 4 * step + 8)
+    cells = [page[:, r * (side + label) + label:][:, :side, 8 + c * step:][..., :side]
              for r in range(3) for c in range(4)]
-    left = next(left for left in range(0, 71) if torch.equal(cells[0], hr[:, :, left:left + side]))
-    assert 120 - 66 <= left                                         # the busiest part is in it
-    crop = hr[:, :, left:left + side]
-    for n, name in enumerate(degrade.RECIPES):
-        shown = cells[1 + n][:, ::2, ::2]
-        assert torch.equal(shown.repeat_interleave(2, 1).repeat_interleave(2, 2), cells[1 + n])
-        made = [degrade.degrade(crop[None], name, 2, [seed])[0] for seed in range(3, 9)]
-        plain = degrade.degrade(crop[None], "bicubic", 2, [0])[0]
-        expected = plain if name == "bicubic" else next(m for m in made if not torch.equal(m, plain))
-        assert torch.equal(shown, expected)
-        label = page[:, 4 + (n + 1) // 4 * (side + below):][:, :20, 8 + (n + 1) % 4 * step:][..., :side]
-        assert (label < 0.5).any()
-    again = "--sheet", out, "--recipe", "web,soft", "--overwrite", "--scale", 3
-    assert command(monkeypatch, capsys, picture, *again)[0] == 0
-    assert tile.read_picture(out).rgb.shape[2] == 3 * (129 + 8) + 8
-    for args, says in (((picture, "--sheet", out), "exists already"),
-                       ((tmp_path, "--sheet", tmp_path / "b.png"), "not a picture"),
-                       ((picture, tmp_path / "lr", "--sheet", tmp_path / "b.png"), "one file and nothing else"),
-                       ((picture, "--sheet", tmp_path / "b.gif"), "cannot save as .gif"),
-                       ((tmp_path / "none.png", "--sheet", tmp_path / "b.png"), "not a picture"),
-                       ((picture, "--sheet", tmp_path / "b.png", "--scale", 500), "smaller than the scale"),
-                       ((picture, "--sheet", picture / "b.png"), "cannot write")):
-        code, _, err = command(monkeypatch, capsys, *args)
-        assert code == 2 and err.splitlines()[-1].startswith("error: ") and says in err.splitlines()[-1]
+    left = next(left for left in range(71) if torch.equal(cells[0], hr[:, :, left:left + side]))
+    assert left >= 120 - 66                                         # the part with most detail
+    crop = hr[None, :, :, left:left + side]
+    clean = degrade.degrade(crop, "bicubic", 2, [0])
+    for cell, name in zip(cells[1:], degrade.RECIPES):
+        expected = [degrade.degrade(crop, name, 2, [seed]) for seed in range(3, 9)]
+        expected = next((lr for lr in expected if not torch.equal(lr, clean)), clean)[0]
+        assert torch.equal(expected.repeat_interleave(2, 1).repeat_interleave(2, 2), cell)
+    for wrong in ((picture, "--sheet", out), (tmp_path, "--sheet", tmp_path / "b.png"),
+                  (picture, "--sheet", tmp_path / "b.gif"), (picture, "--sheet", tmp_path / "b.png", "--scale", 500)):
+        code, _, err = command(monkeypatch, capsys, *wrong)
+        assert code == 2 and err.startswith("error: ")
     assert not (tmp_path / "b.png").exists()
 
 
 def test_users_mistakes(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     lr = tmp_path / "lr"
-    for args, says in (((folder, lr, "--recipe", "wep"), "there are bicubic, web"),
-                       ((folder, lr, "--scale", "0"), "--scale"),
-                       ((tmp_path / "none", lr), "not a folder"),
-                       ((tmp_path / "empty", lr), "no picture"),
-                       ((folder, folder / "lr"), "inside"),
-                       ((folder, folder), "inside"),
-                       ((folder, lr, "--jpeg", "101"), "--jpeg must be"), ((folder,), "folder for the LR"),
-                       ((folder, lr, "--scale", "100"), "none of the 7 pictures")):
+    for args, word in (((folder, lr, "--recipe", "wep"), "wep"), ((folder, lr, "--scale", "0"), "--scale"),
+                       ((tmp_path / "none", lr), "none"), ((tmp_path / "empty", lr), "empty"),
+                       ((folder, folder / "lr"), "inside"), ((folder,), "--sheet"),
+                       ((folder, lr, "--scale", "100"), "none of the 7")):
         code, _, err = command(monkeypatch, capsys, *args)
-        assert code == 2 and err.splitlines()[-1].startswith("error: ") and says in err.splitlines()[-1]
+        assert code == 2 and "error: " in err.splitlines()[-1] and word in err.splitlines()[-1]
     assert not lr.exists()
     shutil.copy(folder / "photo.jpg", folder / "photo.webp")
     code, _, err = command(monkeypatch, capsys, folder, lr)
-    assert code == 2 and "photo.jpg and photo.webp would both become photo.png" in err
+    assert code == 2 and "photo.jpg" in err and "photo.webp" in err     # both would become photo.png
     (folder / "photo.webp").unlink()
     code, _, err = command(monkeypatch, capsys, folder, tmp_path / ("x" * 300))
-    assert code == 2 and f"cannot write {tmp_path}" in err
+    assert code == 2 and "cannot write" in err
 
 
-def test_full_disk(folder, tmp_path, monkeypatch, capsys):
-    def full(path, *_):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    monkeypatch.setattr(tile.os, "replace", full)
-    code, _, err = command(monkeypatch, capsys, folder, tmp_path / "lr")
-    assert code == 2 and "No space left on device" in err.splitlines()[-1] and "Traceback" not in err
-    assert not [p for p in (tmp_path / "lr").rglob("*") if p.is_file()]
-
-
-def test_interrupted(folder, tmp_path, monkeypatch, capsys):
-    real, calls = tile.read_picture, []
-
-    def stop_at_third(path):
-        calls.append(path)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(path)
-    monkeypatch.setattr(tile, "read_picture", stop_at_third)
-    code, _, err = command(monkeypatch, capsys, folder, tmp_path / "lr")
-    assert code == 130 and err.strip().splitlines()[-1].startswith("stopped")
-    assert all(tile.read_picture(p).rgb.shape[0] == 3 for p in (tmp_path / "lr").rglob("*") if p.is_file())
+def test_a_mistake_in_the_code_shows_its_traceback(folder, tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ValueError("shapes differ")
+    monkeypatch.setattr(degrade, "to_8_bit", broken)
+    with pytest.raises(ValueError, match="shapes differ"):
+        command(monkeypatch, capsys, folder, tmp_path / "lr")
