@@ -1,0 +1,141 @@
+"""pairs.py: matching by name, cropping to matching sizes, LR pictures by a recipe, bad pictures."""
+import sys
+import unicodedata
+
+import pytest
+import torch
+
+import degrade
+import images
+import pairs
+
+
+def save(path, h=24, w=32, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rgb = degrade.to_8_bit(torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)))
+    images.save_picture(path, images.Picture(rgb=rgb))
+    return rgb
+
+
+def read(jobs, **options):
+    return list(pairs.read_pairs(jobs, 2, **options))
+
+
+def test_names_are_relative_to_their_folder(tmp_path):
+    for name in ("b/c d.png", "a.png"):
+        save(tmp_path / "hr" / name)
+    save(tmp_path / "空.png")
+    found = pairs.list_pictures([tmp_path / "hr", tmp_path / "空.png"])
+    assert [name for name, _ in found] == ["a.png", "b/c d.png", "空.png"]
+    assert all(path.is_file() for _, path in found)
+
+
+def test_pairs_match_by_name_without_suffix(tmp_path):
+    a, b = save(tmp_path / "hr/a.png"), save(tmp_path / "hr/x/b c.png", seed=1)
+    save(tmp_path / "lr/a.webp", 12, 16)
+    small = save(tmp_path / "lr/x/b c.png", 12, 16, seed=2)
+    jobs, notes = pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+    assert [name for name, _ in jobs] == ["a.png", "x/b c.png"] and not notes
+    (_, lr_a, hr_a, results), (_, lr_b, hr_b, _) = read(jobs)
+    assert torch.equal(hr_a, a) and torch.equal(hr_b, b) and torch.equal(lr_b, small) and lr_a.shape == (3, 12, 16)
+    assert results == {}
+
+
+def test_names_of_div2k(tmp_path):
+    """An LR picture may end in xN. It belongs to the HR picture without it, unless one has the whole name."""
+    for name in ("0001", "fox2", "fox2x2"):
+        save(tmp_path / "hr" / f"{name}.png")
+    for name in ("0001x2", "fox2", "fox2x2"):
+        save(tmp_path / "lr" / f"{name}.png", 12, 16)
+    jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+    assert [(name, paths["LR"].name) for name, paths in jobs] == [
+        ("0001.png", "0001x2.png"), ("fox2.png", "fox2.png"), ("fox2x2.png", "fox2x2.png")]
+    save(tmp_path / "lr/0001x4.png", 6, 8)
+    with pytest.raises(pairs.PairError, match="0001x2.*0001x4"):
+        pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+
+
+def test_accents_of_one_or_two_characters_match(tmp_path):
+    save(tmp_path / "hr" / (unicodedata.normalize("NFC", "café") + ".png"))
+    save(tmp_path / "lr" / (unicodedata.normalize("NFD", "café") + ".png"), 12, 16)
+    assert len(pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})[0]) == 1
+
+
+def test_results_may_be_incomplete_but_lr_may_not(tmp_path):
+    for name in "abc":
+        save(tmp_path / "hr" / f"{name}.png")
+        save(tmp_path / "lr" / f"{name}.png", 12, 16)
+    other = save(tmp_path / "other/b.jpg")
+    jobs, notes = pairs.match_pairs(dict(HR=tmp_path / "hr", LR=tmp_path / "lr", other=tmp_path / "other"))
+    assert [name for name, _ in jobs] == ["b.png"] and len(notes) == 1 and "a, c" in notes[0]
+    (_, _, _, results), = read(jobs)
+    assert results["other"].shape == other.shape
+    (tmp_path / "lr/c.png").unlink()
+    save(tmp_path / "lr/d.png", 12, 16)
+    with pytest.raises(pairs.PairError, match=r"\(c\).*\(d\)"):
+        pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+    save(tmp_path / "stranger/z.png")
+    with pytest.raises(pairs.PairError, match="z"):
+        pairs.match_pairs(dict(HR=tmp_path / "hr", stranger=tmp_path / "stranger"))
+
+
+def test_what_cannot_match_is_named(tmp_path):
+    save(tmp_path / "hr/a.png")
+    save(tmp_path / "lr/a.png", 12, 16)
+    save(tmp_path / "lr/a.jpg", 12, 16)
+    with pytest.raises(pairs.PairError, match=r"a\.jpg.*a\.png"):
+        pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(pairs.PairError, match="empty"):
+        pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "empty"})
+    with pytest.raises(images.UserError, match="absent"):
+        pairs.match_pairs({"HR": tmp_path / "absent"})
+
+
+def test_single_files_match_whatever_their_names_are(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "z.png", 12, 16)
+    (name, paths), = pairs.match_pairs({"HR": tmp_path / "a.png", "LR": tmp_path / "z.png"})[0]
+    assert name == "a.png" and paths["LR"].name == "z.png"
+
+
+def test_sizes(tmp_path, capsys):
+    hr = save(tmp_path / "hr.png", 25, 33)
+    jobs = [("a.png", dict(HR=tmp_path / "hr.png", LR=tmp_path / "lr.png", other=tmp_path / "other.png"))]
+    save(tmp_path / "lr.png", 12, 16)
+    save(tmp_path / "other.png", 24, 32)
+    (_, lr, cropped, results), = read(jobs)
+    assert torch.equal(cropped, hr[:, :24, :32]) and lr.shape == (3, 12, 16) and results["other"].shape == (3, 24, 32)
+    save(tmp_path / "other.png", 22, 30)
+    skipped = []
+    assert read(jobs, skipped=skipped) == [] and "30x22" in skipped[0] and "32x24" in skipped[0]
+    assert "a.png" in capsys.readouterr().err
+    (_, lr, cropped, results), = read(jobs, crop=True)
+    assert lr.shape == (3, 11, 15) and cropped.shape == results["other"].shape == (3, 22, 30)
+    save(tmp_path / "other.png", 8, 8)
+    assert read(jobs, crop=True, skipped=skipped) == [] and len(skipped) == 2
+
+
+def test_recipe_gives_the_pictures_of_degrade(tmp_path, monkeypatch, capsys):
+    for name in ("a.png", "b/空.png"):
+        save(tmp_path / "hr" / name, 25, 32)
+    (tmp_path / "hr/cut.png").write_bytes((tmp_path / "hr/a.png").read_bytes()[:200])
+    monkeypatch.setattr(sys, "argv", ["degrade.py", str(tmp_path / "hr"), str(tmp_path / "lr"), "--seed", "5"])
+    degrade.main()
+    skipped = []
+    jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr"})
+    done = read(jobs, recipe="web", seed=5, skipped=skipped)
+    assert [name for name, *_ in done] == ["a.png", "b/空.png"] and len(skipped) == 1 and "cut.png" in skipped[0]
+    for name, lr, hr, _ in done:
+        assert hr.shape == (3, 24, 32) and torch.equal(lr, images.read_picture(tmp_path / "lr" / name).rgb)
+    assert len(read(jobs, recipe="web", limit=1)) == 1
+
+
+def test_a_mistake_in_the_code_shows_its_traceback(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+
+    def broken(*_):
+        raise ValueError("shapes differ")
+    monkeypatch.setattr(degrade, "degrade", broken)
+    with pytest.raises(ValueError, match="shapes differ"):
+        read([("a.png", {"HR": tmp_path / "a.png"})], recipe="web")
