@@ -1,15 +1,16 @@
-"""Write a page that compares pictures of several methods; it opens from disk without a network or a server.
+"""Write a page that compares pictures of several methods. The page needs no server and no network.
 
     from report import Column, Report
     page = Report(Path("page"), "2x, recipe web", [Column("psnr_y", "PSNR-Y, dB", "higher", 2)])
     page.add("girl.png", {"bicubic": a, "ours": b, "HR": c}, {"ours": {"psnr_y": 33.5}}, reference="HR")
     print(page.finish())        # page/index.html; its pictures are in page/report-files
 
-The page has a table of means, crops of the largest errors, a slider between any two methods with zoom, heat
-maps and a table per figure. report.html is its template. Needs numpy, Pillow and our images.py.
+The page has a table of means, crops of the largest errors, a slider between any two methods with zoom, maps
+of the difference, and a table per metric. report.html is its template. Needs numpy, Pillow, and images.py.
 """
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -24,311 +25,196 @@ from PIL import Image
 from images import UserError, printable, write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html")
-FILES_FOLDER = "report-files"       # beside index.html
+FILES_FOLDER = "report-files"       # in the folder of index.html
 CROP_SIDE = 96                      # pixels
-HEAT_WHITE = 24                     # a difference of so many levels of Y is shown as white
-MAX_HEAT_SIDE = 1024                # pixels of a heat map, and at most half of the picture
+CROPS = 3                           # places per picture
+HEAT_WHITE = 24                     # this difference of Y, in levels, is shown as white
+MAX_HEAT_SIDE = 1024                # pixels
 MAX_WEBP_SIDE = 16383
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 
 
 class Column(NamedTuple):
-    """A figure of the tables."""
-    key: str                        # in the figures that Report.add gets
+    """A metric of the tables."""
+    key: str                        # in the dictionaries passed to Report.add()
     head: str                       # text over the column, with the unit
-    better: str = ""                # "higher", "lower", or "" where neither is better
+    better: str = ""                # "higher", "lower", or "" if neither is better
     digits: int = 2
     mean: Callable = statistics.fmean       # over the pictures
-
-
-class Cell(NamedTuple):
-    """One formatted figure. Figures that look the same as the best one are best too."""
-    value: float
-    text: str
-    best: bool
 
 
 class Report:
     """A page in `folder`.
 
-    columns: list of Column, the figures of the tables. crops: number of places per picture to show as crops.
-    overwrite: remove index.html and the pictures of an old report; other files stay.
-    Raises UserError if the folder cannot be made, or if it is not empty and overwrite is not set.
+    columns: list of Column, the metrics of the tables. overwrite: replace an old report; other files stay.
+    Raises UserError if the folder is not empty and overwrite is not set.
     """
 
-    def __init__(self, folder, title, columns, note="", crops=3, overwrite=False):
+    def __init__(self, folder, title, columns, note="", overwrite=False):
         self.folder, self.files = Path(folder), Path(folder) / FILES_FOLDER
-        self.title, self.columns, self.note, self.crops = title, list(columns), note, crops
-        self.pictures = []          # per picture the data for the script of the page
-        self.figures = []           # per picture {method: {key: figure}}
-        try:
-            in_use = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-            if in_use and not overwrite:
-                raise UserError(f"{printable(folder)} is not an empty folder; "
-                                "choose another one or give --overwrite")
-            self.files.mkdir(parents=True, exist_ok=True)
-            for old in (self.folder / "index.html", *self.files.glob("[0-9][0-9][0-9][0-9]-*")):
-                old.unlink(missing_ok=True)
-        except OSError as e:
-            raise UserError(f"cannot write to {printable(folder)}: {e.strerror}") from None
+        self.title, self.columns, self.note = title, list(columns), note
+        self.pictures = []          # data of each picture for the script of the page
+        self.rows = []              # {method: {key: value}} of each picture
+        if any(self.folder.glob("*")) and not overwrite:
+            raise UserError(f"{printable(folder)} is not empty; choose another folder or give --overwrite")
+        for old in self.files.glob("[0-9][0-9][0-9][0-9]-*"):
+            old.unlink()
 
-    def add(self, name, pictures, figures, reference=None, heat=None):
+    def add(self, name, pictures, values, reference=None):
         """Add one picture and write its files.
 
         pictures: {method: (H, W, 3) uint8}, all of one size, in the order of the page.
-        figures: {method: {key: number}}; nan or absent where there is no figure.
+        values: {method: {key: number}}; nan or missing if there is no value.
         reference: the key of the true picture, or None.
-        heat: {method: {title: (h, w) float in [0, 1]}}, drawn over the whole picture.
-        Raises UserError if a file cannot be written, ValueError for pictures of another type or size.
+        Raises UserError if a file cannot be written.
         """
-        kinds = {(x.shape, str(x.dtype)) for x in pictures.values()}
-        shape, dtype = next(iter(kinds), ((), ""))
-        if len(kinds) != 1 or dtype != "uint8" or len(shape) != 3 or shape[2] != 3:
-            raise ValueError(f"{name}: need uint8 pictures (H, W, 3) of one size, not {sorted(kinds)}")
-        if reference is not None and reference not in pictures:
-            raise ValueError(f"{name}: there is no picture of the reference {reference}")
-        height, width, _ = shape
+        height, width, _ = next(iter(pictures.values())).shape
         number = f"{len(self.pictures) + 1:04d}"
         side = min(CROP_SIDE, height, width)
         errors = error_maps(pictures, reference)
-        heat = {method: dict(maps) for method, maps in (heat or {}).items()}
-        if reference is not None:
-            for method, error in errors.items():
-                heat[method] = {f"difference to {reference}": error / HEAT_WHITE, **heat.get(method, {})}
 
         layers = []
         for i, (method, pixels) in enumerate(pictures.items()):
-            maps = [[title, self.write_heat(f"{number}-{i}-{k}", values, max(height, width))]
-                    for k, (title, values) in enumerate(heat.get(method, {}).items())]
-            layers.append(dict(label=method, file=self.write_picture(f"{number}-{i}", pixels),
-                               figure=self.first_figure(figures.get(method)), heat=maps))
-        regions, rows = [], []
-        windows = {method: worst_windows(error * error, side) for method, error in reversed(errors.items())}
-        for method, y, x in pick_windows(windows, side, self.crops):
-            crops = {key: pixels[y:y + side, x:x + side] for key, pixels in pictures.items()}
-            psnrs = crop_psnrs(crops, reference)
-            regions.append(dict(x=x, y=y, method=method, best=[cell.best for cell in psnrs],
-                                psnr=["" if math.isnan(cell.value) else f"{cell.text} dB" for cell in psnrs]))
-            rows.append(np.concatenate(list(crops.values()), 1))
+            layers.append(dict(label=method, file=self.write_picture(f"{number}-{i}", pixels), heat=""))
+            if method in errors:
+                layers[i]["heat"] = self.write_picture(f"{number}-{i}-heat", draw_heat_map(errors[method]))
 
-        picture = dict(name=name, width=width, height=height, reference=reference, layers=layers, side=side,
-                       regions=regions)
-        if rows:
-            picture["crops"] = self.write_picture(f"{number}-crops", np.concatenate(rows))
-        self.pictures.append(picture)
-        self.figures.append(figures)
+        regions, strips = [], []
+        for method, y, x in worst_cells(errors, side, CROPS):
+            regions.append(dict(x=x, y=y, method=method))
+            strips.append(np.concatenate([p[y:y + side, x:x + side] for p in pictures.values()], 1))
+        crops = self.write_picture(f"{number}-crops", np.concatenate(strips)) if strips else ""
+        self.pictures.append(dict(name=name, width=width, height=height, reference=reference, layers=layers,
+                                  side=side, regions=regions, crops=crops))
+        self.rows.append(values)
 
     def finish(self):
-        """Write index.html with the pictures added so far and return its path. More pictures may follow."""
+        """Write index.html with the pictures added so far and return its path. add() may be called again."""
+        data = json.dumps(self.pictures, separators=(",", ":")).replace("<", r"\u003c")     # safe in <script>
         values = dict(
             title=html.escape(self.title), note=html.escape(self.note), heat_white=str(HEAT_WHITE),
-            first_column=html.escape(self.columns[0].head if self.columns else ""),
-            summary=self.summary_table(), each=self.picture_tables(), data=to_script_json(self.pictures))
-        template = TEMPLATE.read_text(encoding="utf-8")
-        page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
-        self.write(self.folder / "index.html", page.encode("utf-8", "replace"))
+            summary=self.summary_table(), each=self.picture_tables(), data=data)
+        page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+        write_file(self.folder / "index.html", page.encode("utf-8", "replace"))
         return self.folder / "index.html"
 
-    # ---- tables
-
-    def first_figure(self, figures):
-        """The text beside the name of a method in the corner of the viewer; figures {key: number} or None."""
-        if not self.columns or figures is None:
-            return ""
-        return format_figure(figures.get(self.columns[0].key, math.nan), self.columns[0].digits)
-
-    def figures_of(self, column):
-        """{method: [figure per picture, nan where there is none]} of one column."""
-        methods = dict.fromkeys(method for figures in self.figures for method in figures)
-        return {method: [figures.get(method, {}).get(column.key, math.nan) for figures in self.figures]
-                for method in methods}
-
     def summary_table(self):
-        """The table of means as HTML. A head names the number of pictures where it is not all of them."""
-        heads, rows, total = [], {}, len(self.figures)
+        """Return the table of means as HTML. A column head tells if not all pictures have a value."""
+        heads, rows = [], {}
         for column in self.columns:
-            means, count = common_means(self.figures_of(column), column.mean)
-            note = f" ({count} of {total} pictures)" if means and count < total else ""
-            heads.append((column.head + note, column.better))
-            for method, cell in zip(means, format_cells(means.values(), column)):
-                rows.setdefault(method, []).append(cell)
-        return html_table("method", heads, [(html.escape(method), row) for method, row in rows.items()])
+            cells, count = average(self.rows, column)
+            note = f" ({count} of {len(self.rows)} pictures)" if count < len(self.rows) else ""
+            heads.append(column.head + note + ARROWS[column.better])
+            for method, cell in cells.items():
+                rows.setdefault(html.escape(method), []).append(cell)
+        return html_table("method", heads, rows.items())
 
     def picture_tables(self):
-        """One table per column, pictures by methods, as HTML. The page shows one of them at a time."""
+        """Return one table per column, pictures by methods, as HTML. The page shows one of them at a time."""
+        links = [f'<a href="#{i}">{html.escape(p["name"])}</a>' for i, p in enumerate(self.pictures, 1)]
         tables = []
         for column in self.columns:
-            figures = self.figures_of(column)
-            rows = []
-            for i, picture in enumerate(self.pictures):
-                link = f'<a href="#{i + 1}">{html.escape(picture["name"])}</a>'
-                rows.append((link, format_cells([values[i] for values in figures.values()], column)))
-            table = html_table("picture", [(method, column.better) for method in figures], rows)
-            hidden = " hidden" if tables else ""
-            tables.append(f'<div class="each" data-head="{html.escape(column.head)}"{hidden}>{table}</div>')
+            by_method = values_by_method(self.rows, column)
+            rows = [format_cells(values, column) for values in zip(*by_method.values())]
+            table = html_table("picture", by_method, zip(links, rows))
+            head = html.escape(column.head + ARROWS[column.better])
+            tables.append(f'<div class="each" data-head="{head}"{" hidden" if tables else ""}>{table}</div>')
         return "\n".join(tables)
 
-    # ---- files
-
-    def write(self, path, data):
-        """Write bytes to a file that is either complete or absent. Raises UserError."""
-        try:
-            write_atomic(path, data)
-        except OSError as e:
-            raise UserError(f"cannot write {printable(path)}: {e.strerror}") from None
-
     def write_picture(self, name, pixels):
-        """Save (H, W, 3) uint8 without loss and return its URL: WebP, which is smaller than PNG and faster to
-        write, or PNG where a side is too long for WebP."""
-        memory = io.BytesIO()
-        if max(pixels.shape) <= MAX_WEBP_SIDE:
-            name += ".webp"
-            Image.fromarray(pixels).save(memory, "webp", lossless=True, method=1, quality=0)
-        else:
-            name += ".png"
-            Image.fromarray(pixels).save(memory, "png")
-        self.write(self.files / name, memory.getbuffer())
-        return f"{FILES_FOLDER}/{name}"
-
-    def write_heat(self, name, values, longest_side):
-        """Save (h, w) in [0, 1] as a PNG of 16 colors, transparent to red, yellow, white; return its URL."""
-        max_side = min(MAX_HEAT_SIDE, max(longest_side // 2, 1))
-        small = Image.fromarray((np.nan_to_num(values).clip(0, 1) * 255).round().astype(np.uint8))
-        small = np.asarray(small.reduce(math.ceil(max(small.size) / max_side)))
-        picture = Image.fromarray(((small.astype(np.uint16) * 15 + 127) // 255).astype(np.uint8))
-        level = np.linspace(0, 1, 16)[:, None]
-        palette = np.clip(3 * level - [0, 1, 2], 0, 1)
-        picture.putpalette((palette * 255).round().astype(np.uint8).tobytes())
-        opacity = bytes([0, *np.linspace(40, 255, 15).astype(int).tolist()])
-        memory = io.BytesIO()
-        picture.save(memory, "png", bits=4, transparency=opacity)
-        self.write(self.files / f"{name}.png", memory.getbuffer())
-        return f"{FILES_FOLDER}/{name}.png"
+        """Save (H, W, 3 or 4) uint8 without loss as WebP, or PNG if it is too large, and return its URL."""
+        memory, format = io.BytesIO(), "webp" if max(pixels.shape) <= MAX_WEBP_SIDE else "png"
+        Image.fromarray(pixels).save(memory, format, lossless=True, method=1, quality=0)
+        write_file(self.files / f"{name}.{format}", memory.getbuffer())
+        return f"{FILES_FOLDER}/{name}.{format}"
 
 
-# ----------------------------------------------------------------------------------------------------
-# Figures and tables
-# ----------------------------------------------------------------------------------------------------
+def write_file(path, data):
+    """Write bytes to a file completely or not at all. Raises UserError."""
+    try:
+        write_atomic(path, data)
+    except OSError as e:
+        raise UserError(f"cannot write {printable(path)}: {e.strerror}") from None
 
 
-def common_means(figures, mean=statistics.fmean):
-    """Average {method: [figure per picture]} -> ({method: mean}, number of pictures).
+# ---- tables
 
-    The mean goes over the pictures for which every method has a figure, so that all methods are compared on
-    the same pictures. A method without any figure is ignored, and its mean is nan.
+def values_by_method(rows, column):
+    """Convert rows [{method: {key: value}}] to {method: [value of each row]}; nan if there is no value."""
+    methods = dict.fromkeys(method for row in rows for method in row)
+    return {method: [row.get(method, {}).get(column.key, math.nan) for row in rows] for method in methods}
+
+
+def average(rows, column):
+    """Average one column of rows [{method: {key: value}}] -> ({method: (text, is best)}, pictures averaged).
+
+    Average only the pictures for which every method has a value, so that all methods are compared on the same
+    pictures. A method without any value is ignored, and its mean is nan.
     """
-    measured = [values for values in figures.values() if not all(math.isnan(v) for v in values)]
-    count = max(map(len, figures.values()), default=0)
-    common = [i for i in range(count) if not any(math.isnan(values[i]) for values in measured)]
-    means = {method: mean([values[i] for i in common]) if common else math.nan
-             for method, values in figures.items()}
-    return means, len(common)
-
-
-def format_figure(value, digits):
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+    by_method = values_by_method(rows, column)
+    measured = [values for values in by_method.values() if not all(map(math.isnan, values))]
+    common = [i for i in range(len(rows)) if not any(math.isnan(values[i]) for values in measured)]
+    means = [column.mean([v[i] for i in common]) if common else math.nan for v in by_method.values()]
+    return dict(zip(by_method, format_cells(means, column))), len(common)
 
 
 def format_cells(values, column):
-    """Format the figures of one column as [Cell]."""
-    values = list(values)
+    """Format the values of one column -> [(text, is best)]. All texts equal to the best one are best."""
+    texts = ["-" if math.isnan(value) else f"{value:.{column.digits}f}" for value in values]
     known = [value for value in values if not math.isnan(value)]
     best = None
     if known and column.better:
-        best = format_figure(max(known) if column.better == "higher" else min(known), column.digits)
-    texts = [format_figure(value, column.digits) for value in values]
-    return [Cell(value, text, text == best) for value, text in zip(values, texts)]
+        best = texts[values.index(max(known) if column.better == "higher" else min(known))]
+    return [(text, text == best) for text in texts]
 
 
 def html_table(corner, heads, rows):
-    """heads [(text, better)], rows [(HTML of the first cell, [Cell])] -> HTML."""
-    arrows = dict(higher=' <abbr title="higher is better">↑</abbr>',
-                  lower=' <abbr title="lower is better">↓</abbr>')
-    head = f'<th scope="col" data-first="ascending"><button>{corner}</button></th>'
-    for text, better in heads:
-        first = "ascending" if better == "lower" else "descending"
-        text = html.escape(text) + arrows.get(better, "")
-        head += f'<th scope="col" data-first="{first}"><button>{text}</button></th>'
+    """Return a table as HTML. heads: texts. rows: [(HTML of the first cell, [(text, is best)])]."""
+    head = "".join(f'<th scope="col"><button>{html.escape(text)}</button></th>' for text in (corner, *heads))
     body = ""
     for name, cells in rows:
-        body += f'<tr><th scope="row">{name}</th>'
-        for cell in cells:
-            value = "" if math.isnan(cell.value) else cell.value
-            body += f'<td data-value="{value}"{" class=best" if cell.best else ""}>{cell.text}</td>'
-        body += "</tr>"
+        cells = "".join(f'<td{" class=best" if best else ""}>{text}</td>' for text, best in cells)
+        body += f'<tr><th scope="row">{name}</th>{cells}</tr>'
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def to_script_json(data):
-    """JSON that may stand inside <script> whatever the names are: plain ASCII without <."""
-    return json.dumps(data, separators=(",", ":")).replace("<", r"\u003c")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Where the pictures differ
-# ----------------------------------------------------------------------------------------------------
-
-
-def luma(pixels):
-    """(H, W, 3) uint8 -> (H, W) float32, Y of BT.601 in 16 to 235."""
-    r, g, b = (pixels[..., c].astype(np.float32) for c in range(3))
-    return (65.481 * r + 128.553 * g + 24.966 * b) / 255 + 16
-
-
-def box_mean(y):
-    """(H, W) -> (H, W), the mean of 3x3 pixels: noise counts less than a wrong line."""
-    y = np.pad(y, 1, mode="edge")
-    y = y[:-2] + y[1:-1] + y[2:]
-    return (y[:, :-2] + y[:, 1:-1] + y[:, 2:]) / 9
-
+# ---- where the pictures differ
 
 def error_maps(pictures, reference):
     """Return {method: absolute difference of Y to the reference, (H, W) in levels}. Without a reference:
-    {"": range of Y over all methods}, or {} for a single method."""
-    smooth = {method: box_mean(luma(pixels)) for method, pixels in pictures.items()}
+    {"": range of Y over all methods}."""
+    smooth = {}
+    for method, pixels in pictures.items():
+        y = np.pad(pixels @ np.float32((65.481, 128.553, 24.966)) / 255, 1, mode="edge")
+        y = y[:-2] + y[1:-1] + y[2:]        # mean of 3x3 pixels, so that noise weighs less than a wrong line
+        smooth[method] = (y[:, :-2] + y[:, 1:-1] + y[:, 2:]) / 9
     if reference is not None:
         return {method: np.abs(y - smooth[reference]) for method, y in smooth.items() if method != reference}
-    if len(smooth) < 2:
-        return {}
-    stack = np.stack(list(smooth.values()))
-    return {"": stack.max(0) - stack.min(0)}
+    return {"": np.ptp(list(smooth.values()), 0)}
 
 
-def crop_psnrs(crops, reference):
-    """{method: (h, w, 3) uint8} -> [Cell] of PSNR-Y in dB; nan for the reference and where there is none."""
-    values = []
-    for method, pixels in crops.items():
-        if reference in (None, method):
-            values.append(math.nan)
-            continue
-        mse = np.square(luma(pixels) - luma(crops[reference]), dtype=np.float64).mean()
-        values.append(10 * math.log10(255**2 / mse) if mse else math.inf)
-    return format_cells(values, Column("psnr", "PSNR-Y, dB", "higher", 1))
+def draw_heat_map(error):
+    """Draw an error map (H, W) as (h, w, 4) uint8 of half the size: transparent, red, yellow, white."""
+    factor = max(2, math.ceil(max(error.shape) / MAX_HEAT_SIDE))
+    level = np.asarray(Image.fromarray(error).reduce(factor))[..., None] / HEAT_WHITE
+    level = np.rint(15 * level.clip(0, 1)) / 15
+    color = (3 * level - [0, 1, 2]).clip(0, 1)
+    opacity = np.where(level > 0, 0.1 + 0.9 * level, 0)
+    return np.rint(255 * np.concatenate([color, opacity], 2)).astype(np.uint8)
 
 
-def worst_windows(error, side):
-    """(H, W) -> [(top, left)] of square windows, a quarter of `side` apart, largest sum first, without those
-    of no error."""
-    sums = np.pad(error.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    tops, lefts = (sorted({*range(0, n - side + 1, max(side // 4, 1)), n - side}) for n in error.shape)
-    y, x = np.array(tops)[:, None], np.array(lefts)
-    total = sums[y + side, x + side] - sums[y, x + side] - sums[y + side, x] + sums[y, x]
-    order = np.argsort(-total, None, "stable")
-    return [(tops[i // len(lefts)], lefts[i % len(lefts)]) for i in order if total.flat[i] > 1e-3]
-
-
-def pick_windows(windows, side, count):
-    """{method: sorted windows} -> at most `count` (method, top, left): the worst window of each method in
-    turn, at least half a side apart."""
-    picked, remaining = [], {method: iter(places) for method, places in windows.items()}
-
-    def is_free(y, x):
-        return all(max(abs(y - top), abs(x - left)) >= 1.5 * side for _, top, left in picked)
-
-    while remaining and len(picked) < count:
-        for method, places in list(remaining.items()):
-            place = next(((y, x) for y, x in places if is_free(y, x)), None)
-            if place is None:
-                del remaining[method]
-            elif len(picked) < count:
-                picked.append((method, *place))
+def worst_cells(errors, side, count):
+    """Return at most `count` (method, top, left): the square of the largest squared error of each method in
+    turn, the last method first. The squares lie on a grid of `side` pixels. errors: {method: (H, W)}."""
+    sums, picked = {}, []
+    for method, error in errors.items():
+        rows, columns = (n // side for n in error.shape)
+        cells = error[:rows * side, :columns * side].reshape(rows, side, columns, side)
+        sums[method] = np.square(cells).sum((1, 3))
+    for method in itertools.islice(itertools.cycle(reversed(errors)), count):
+        row, column = map(int, np.unravel_index(sums[method].argmax(), sums[method].shape))
+        if sums[method][row, column] > 1e-3:
+            picked.append((method, row * side, column * side))
+            for cells in sums.values():
+                cells[row, column] = 0
     return picked

@@ -104,11 +104,9 @@ def test_both_commands(kind, scale, suffix, tmp_path, monkeypatch, capsys):
     assert {method for _, method in rows} == {"bicubic", "lanczos", "a rival"}
     jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr"})
     for name, small, large, _ in pairs.read_pairs(jobs, scale, "bicubic"):
-        row = rows[name, "a rival"]
-        assert int(row["width"]) == large.shape[-1]
         if name == "a.png":
             psnr = metrics.psnr(forward(net, small), large, scale)
-            assert float(row["psnr_y"]) == pytest.approx(psnr, abs=2e-3)
+            assert float(rows[name, "a rival"]["psnr_y"]) == pytest.approx(psnr, abs=2e-3)
 
 
 def test_tiles_join_and_small_pictures_work(tmp_path):
