@@ -99,7 +99,7 @@ class Report:
         return self.folder / "index.html"
 
     def summary_table(self):
-        """Return the table of means as HTML. A column head tells if not all pictures have a value."""
+        """Return the table of means as HTML. If values are missing, a head shows the number of pictures."""
         heads, rows = [], {}
         for column in self.columns:
             cells, count = average(self.rows, column)
