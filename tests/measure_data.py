@@ -1,8 +1,8 @@
-"""What the data commands are worth, in figures. Not run by pytest; parts:
+"""Measure the commands of data.py and clean.py. Not run by pytest; parts:
 
-    python tests/measure_data.py thresholds --data PICTURES     # share of pictures that clean's thresholds drop
-    python tests/measure_data.py bulk --count 10000             # memory, kills, resuming, cost per picture
-    python tests/measure_data.py path --data PICTURES           # the whole way; reading patches against decoding
+    python tests/measure_data.py thresholds --data PICTURES     # share of pictures that the thresholds drop
+    python tests/measure_data.py bulk --count 10000             # memory, kills, cost per picture
+    python tests/measure_data.py path --data PICTURES           # all commands; patch file compared with decoding
 
 thresholds takes a minute, bulk about half an hour on two cores, path a few minutes. Needs Linux (it reads /proc).
 """
@@ -27,18 +27,16 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import clean                                                            # noqa: E402
 import data                                                             # noqa: E402
-import tile                                                             # noqa: E402
+import images                                                           # noqa: E402
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# thresholds
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ thresholds
 
 
-def spoiled(pixels):
-    """uint8 (H, W, 3) -> {what was done to it: uint8 (H, W, 3)}; enlarged ones show a part of the original."""
+def add_defects(pixels):
+    """Yield (name of a defect, uint8 (H, W, 3)) for uint8 (H, W, 3). Upscaled ones show a part of the picture."""
     image, (h, w) = Image.fromarray(pixels), pixels.shape[:2]
-    yield "as it is", pixels
+    yield "unchanged", pixels
     for factor in (2, 1.5):
         for kernel in ("bicubic", "lanczos", "bilinear"):
             small = image.crop((0, 0, int(w / factor), int(h / factor)))
@@ -48,59 +46,53 @@ def spoiled(pixels):
     for quality in (30, 60, 85, 90, 95):
         memory = io.BytesIO()
         image.save(memory, "JPEG", quality=quality)
-        yield f"JPEG {quality}", np.asarray(Image.open(memory))[3:, 5:]      # decoded, and its grid moved
+        yield f"JPEG {quality}", np.asarray(Image.open(memory))[3:, 5:]      # decoded, with the grid at another offset
 
 
 def thresholds(args):
-    paths = clean.listing(args.data)
-    chosen, figures, start = sorted(paths)[::max(1, len(paths) // 48)], {}, time.time()
-    for i, path in enumerate(chosen):
-        data.progress("spoiling", i, len(chosen), start)
-        rgb = tile.composite(clean.read(path), 0.5)
+    paths = data.list_inputs(args.data)
+    chosen, results = sorted(paths)[::max(1, len(paths) // 48)], {}
+    for path in chosen:
+        rgb = images.composite(images.read_picture(path, srgb=True), 0.5)
         y, x = ((side - min(side, 1024)) // 2 for side in rgb.shape[1:])
-        for name, pixels in spoiled(clean.eight_bit(rgb[:, y:y + 1024, x:x + 1024])):
-            squares = clean.busiest(pixels)
+        for name, pixels in add_defects(images.to_uint8(rgb[:, y:y + 1024, x:x + 1024])):
+            squares = clean.busy_squares(pixels)
             if len(squares):
-                figures.setdefault(name, []).append((clean.sharpness(squares), clean.blockiness(squares)))
-    tile.Progress.clear()
-    print(f"{len(chosen)} centre crops; least, median and largest\n")
+                results.setdefault(name, []).append((clean.sharpness(squares), clean.blockiness(squares)))
+    print(f"{len(chosen)} center crops; minimum, median and maximum\n")
     print("| | sharpness, dB | dropped | blocks, dB | dropped |\n|---|---|---|---|---|")
-    for name, rows in figures.items():
+    for name, rows in results.items():
         sharp, blocks = np.array(rows).T
-        cells = [" ".join(f"{v:.1f}" for v in np.quantile(figure, [0, 0.5, 1])) for figure in (sharp, blocks)]
-        print(f"| {name} | {cells[0]} | {np.mean(sharp < clean.SHARPNESS):.0%} | {cells[1]} | "
-              f"{np.mean(blocks > clean.BLOCKS):.0%} |")
+        cells = [" ".join(f"{v:.1f}" for v in np.quantile(values, [0, 0.5, 1])) for values in (sharp, blocks)]
+        print(f"| {name} | {cells[0]} | {np.mean(sharp < clean.MIN_SHARPNESS):.0%} | {cells[1]} | "
+              f"{np.mean(blocks > clean.MAX_BLOCKS):.0%} |")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bulk
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ bulk
 
 
 def scene(rng, w, h):
-    """A sharp little picture: shapes drawn at twice the size and averaged down, over grain."""
+    """Draw a small sharp picture: shapes at twice the size, averaged down, with grain."""
     from PIL import ImageDraw
     image = Image.new("RGB", (2 * w, 2 * h), tuple(rng.integers(0, 256, 3).tolist()))
     draw = ImageDraw.Draw(image)
     for _ in range(24):
         x, y, r = rng.integers(0, 2 * w), rng.integers(0, 2 * h), rng.integers(8, 120)
-        colour = tuple(rng.integers(0, 256, 3).tolist())
+        color = tuple(rng.integers(0, 256, 3).tolist())
         if rng.random() < 0.5:
-            draw.ellipse((x - r, y - r // 2, x + r, y + r), colour, 0, 3)
+            draw.ellipse((x - r, y - r // 2, x + r, y + r), color, 0, 3)
         else:
-            draw.line((x, y, *rng.integers(0, 2 * h, 2).tolist()), colour, int(rng.integers(2, 9)))
+            draw.line((x, y, *rng.integers(0, 2 * h, 2).tolist()), color, int(rng.integers(2, 9)))
     pixels = np.asarray(image.resize((w, h), Image.Resampling.BOX)).astype(np.int16)
     return Image.fromarray(np.uint8((pixels + rng.integers(-3, 4, (h, w, 1))).clip(0, 255)))
 
 
 def draw_many(folder, count):
-    """count files: of 100, 84 good ones, 4 copies, 3 enlarged, 3 JPEG-damaged, 3 small, 3 broken."""
-    start = time.time()
+    """Draw files: of 100, 84 good ones, 4 copies, 3 upscaled, 3 JPEG-damaged, 3 small, 3 broken."""
     for i in range(count):
         path = folder / f"{i // 1000:03d}" / f"{i:06d} 絵.png"
         if path.exists():
             continue
-        data.progress("drawing", i, count, start)
         path.parent.mkdir(parents=True, exist_ok=True)
         rng, kind, memory = np.random.default_rng(i), i % 100, io.BytesIO()
         image = scene(np.random.default_rng(i - 50) if 50 <= kind < 54 else rng, 384, 320)
@@ -122,7 +114,7 @@ def draw_many(folder, count):
 
 
 def memory_of(pid):
-    """Bytes that a process and its children hold, what they share counted once."""
+    """Return the bytes of a process and its children; shared memory counts once."""
     total, wanted = 0, [pid]
     while wanted:
         pid = wanted.pop()
@@ -136,13 +128,17 @@ def memory_of(pid):
     return total
 
 
-def run(*args, kill_when=None):
-    """Runs data.py and prints the last line it says -> (seconds, peak of its own memory in MiB). kill_when: SIGKILL, to
-    the main process alone, as soon as this is true."""
+def run(command, *args, kill_when=None):
+    """Run a command of data.py or clean.py and print its last line. Returns (seconds, peak memory in MiB).
+
+    kill_when: a function; the main process is killed when it returns True.
+    """
     start, peak = time.time(), 0
-    process = subprocess.Popen([sys.executable, ROOT / "data.py", *map(str, args)], stdout=subprocess.PIPE, text=True)
-    said = []
-    reader = threading.Thread(target=lambda: said.extend(process.stdout), daemon=True)
+    script = "data.py" if command == "pack" else "clean.py"
+    process = subprocess.Popen([sys.executable, ROOT / script, command, *map(str, args)], stdout=subprocess.PIPE,
+                               text=True)
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
     while process.poll() is None:
         peak = max(peak, memory_of(process.pid))
@@ -153,8 +149,8 @@ def run(*args, kill_when=None):
         time.sleep(0.1)
     reader.join()
     if process.returncode:
-        sys.exit(f"{args} ended with {process.returncode}")
-    print(f"  {said[-1].strip()}")
+        sys.exit(f"{command} ended with {process.returncode}")
+    print(f"  {lines[-1].strip()}")
     return time.time() - start, peak / 2 ** 20
 
 
@@ -162,8 +158,8 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def told(folder):
-    """What a run of clean left, as one hash: the report, and names and targets of links."""
+def digest(folder):
+    """Return a hash of the results of clean: the report, and names and targets of links."""
     lines = [(folder / "report.csv").read_text()]
     lines += sorted(f"{p.relative_to(folder)} {os.readlink(p)}" for p in folder.glob("*/*"))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -187,29 +183,26 @@ def bulk(args):
         seconds, peak = run("pack", out / "pictures", "-o", packed, "--size", 256, *workers)
         print(f"pack {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms a picture, peak {peak:.0f} MiB", flush=True)
 
-    # By their growing files: a fifth to half, then half to nine tenths.
+    # Kill at random moments, seen from the size of the growing file.
     whole, killed = folder / "whole in", folder / "killed"
     final = size_of(whole / "scan.csv")
     for share in (random.uniform(0.2, 0.5), random.uniform(0.5, 0.9)):
         run("clean", pictures, "-o", killed, *workers, kill_when=lambda: size_of(killed / "scan.csv") > share * final)
         print(f"clean killed at {size_of(killed / 'scan.csv') / final:.0%}", flush=True)
     run("clean", pictures, "-o", killed, *workers)
-    print(f"clean resumed gives the same: {told(whole) == told(killed)}", flush=True)
+    print(f"clean continued gives the same: {digest(whole) == digest(killed)}", flush=True)
 
     packed, again = folder / "in.safetensors", folder / "again.safetensors"
     part = Path(f"{again}.part")
-    for share in (random.uniform(0.2, 0.5), random.uniform(0.5, 0.9)):
-        run("pack", whole / "pictures", "-o", again, "--size", 256, *workers,
-            kill_when=lambda: size_of(part) > share * size_of(packed))
-        print(f"pack killed at {size_of(part) / size_of(packed):.0%}", flush=True)
-    run("pack", whole / "pictures", "-o", again, "--size", 256, *workers)
-    print(f"pack resumed gives the same bytes: {filecmp.cmp(packed, again, shallow=False)}; nothing left over: "
+    pack_again = ("pack", whole / "pictures", "-o", again, "--size", 256, *workers)
+    run(*pack_again, kill_when=lambda: size_of(part) > random.uniform(0.2, 0.9) * size_of(packed))
+    print(f"pack killed; no file: {not again.exists()}", flush=True)
+    run(*pack_again)
+    print(f"pack gives the same bytes: {filecmp.cmp(packed, again, shallow=False)}; nothing left over: "
           f"{not list(folder.glob('*.part'))}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# path
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ path
 
 
 def path(args):
@@ -221,7 +214,7 @@ def path(args):
         seconds, peak = run(*arguments, *workers)
         print(f"{arguments[0]}: {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
 
-    # The same crops, from the patch file and out of PNGs. Both were read just now, so both come from memory.
+    # The same crops from the patch file and from PNG files. Both were read before, so both are in the file cache.
     side, rng = 128, np.random.default_rng(0)
     pngs = work / "png"
     pngs.mkdir(exist_ok=True)

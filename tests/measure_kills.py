@@ -1,10 +1,10 @@
-"""Kills a training run at random moments, again and again, and compares what comes of it with a run left in peace.
+"""Kill a training run at random moments, and compare the result with an undisturbed run. Not run by pytest.
 
     python tests/measure_kills.py                   # 50 kills, about 8 minutes on one core
     python tests/measure_kills.py --kills 5 --stage 3
 
-After every kill the run folder must hold the last report that it told of, its files whole; in the end model, averaged
-weights, optimiser and log must equal those of the undisturbed run to the bit. Not run by pytest; exit code 1 if not so.
+After every kill, the run folder must hold the last step that was reported. In the end, model, averaged weights,
+optimizers and log must equal those of the undisturbed run to the bit; otherwise the exit code is 1.
 """
 import argparse
 import random
@@ -20,12 +20,23 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import demo                                                             # noqa: E402
 from model import HATRefiner, load, save                                # noqa: E402
-from test_train import flags, rows, same_run, start                     # noqa: E402
+from test_train import assert_same_run, flags, rows, start              # noqa: E402
+
+
+def reported_step(output):
+    """Return the last step that the output of train.py reports, or 0."""
+    steps = [int(line.split("/")[0][5:]) for line in output.splitlines() if line.startswith("step ")]
+    return max(steps, default=0)
+
+
+def kept_step(run):
+    """Return the step in the state of a run folder, or 0."""
+    state = run / "state.pt"
+    return torch.load(state, weights_only=True)["progress"]["step"] if state.exists() else 0
 
 
 def main():
-    p = argparse.ArgumentParser(description="Kills a training run again and again and compares the result.",
-                                epilog="example: python tests/measure_kills.py --kills 5")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=50)
     p.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
     p.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -39,41 +50,41 @@ def main():
             small.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).crop((200, 200, 296, 296)).save(small)
         save(HATRefiner.from_preset("tiny"), folder / "start.safetensors")
-        steps = 10 * args.kills
-        said = dict(stage=args.stage, steps=steps, every=2, patch="8,16", accum=2, val_count=1, tile_size=8, tile_pad=4,
-                    weights=folder / "start.safetensors")
-        begun = time.time()
-        calm = start(flags(folder / "data", folder / "calm", **said), folder)
-        _, err = calm.communicate()
-        assert calm.returncode == 0, err
-        training = float(rows(folder / "calm")[-1]["seconds"])
-        opening = time.time() - begun - training
-        print(f"undisturbed: {steps} steps in {time.time() - begun:.0f} s", flush=True)
+        settings = dict(stage=args.stage, steps=10 * args.kills, val_every=2, patch="8,16", grad_accum=2, val_count=1,
+                        tile_size=8, tile_pad=4, weights=folder / "start.safetensors")
+
+        began = time.time()
+        undisturbed = start(flags(folder / "data", folder / "undisturbed", **settings), folder)
+        _, errors = undisturbed.communicate()
+        assert undisturbed.returncode == 0, errors
+        training = float(rows(folder / "undisturbed")[-1]["seconds"])
+        startup = time.time() - began - training
+        print(f"undisturbed: {settings['steps']} steps in {time.time() - began:.0f} s", flush=True)
+
         kills, runs = 0, 0
-        while kills < args.kills:       # a run that ends before its share of kills is followed by another
+        while kills < args.kills:       # a run may end before all kills are used; then another one begins
             runs += 1
-            run, told = folder / f"run{runs}", 0
-            command = flags(folder / "data", run, **said)
+            run, reported = folder / f"run{runs}", 0
+            command = flags(folder / "data", run, **settings)
             while True:
-                process, begun = start(command, folder), time.time()
+                process, began = start(command, folder), time.time()
                 try:
-                    moment = opening + rng.uniform(-1, 2 * training / args.kills)
-                    out, err = process.communicate(timeout=moment if kills < args.kills else None)
-                    assert process.returncode == 0, err
+                    moment = startup + rng.uniform(-1, 2 * training / args.kills)
+                    _, errors = process.communicate(timeout=moment if kills < args.kills else None)
+                    assert process.returncode == 0, errors
                     break
                 except subprocess.TimeoutExpired:
                     process.kill()
-                    out, _ = process.communicate()
+                    output, _ = process.communicate()
                 kills += 1
-                told = max([told, *(int(line.split("/")[0][5:]) for line in out.splitlines() if line.startswith("step "))])
-                state = run / "state.pt"
-                kept = torch.load(state, weights_only=True)["now"]["step"] if state.exists() else 0
-                assert kept >= told, f"kill {kills}: step {told} was reported, step {kept} is kept"
+                reported, kept = max(reported, reported_step(output)), kept_step(run)
+                assert kept >= reported, f"kill {kills}: step {reported} was reported, step {kept} is kept"
                 if rows(run):
                     load(run / "last.safetensors")
-                print(f"kill {kills} after {time.time() - begun:.1f} s: step {told} told, step {kept} kept", flush=True)
-            same_run(folder / "calm", run)
-        print(f"{kills} kills in {runs} runs of stage {args.stage}, nothing lost; the results equal the undisturbed run's to the bit")
+                print(f"kill {kills} after {time.time() - began:.1f} s: step {reported} reported, step {kept} kept",
+                      flush=True)
+            assert_same_run(folder / "undisturbed", run)
+        print(f"{kills} kills in {runs} runs of stage {args.stage}; the results equal the undisturbed run to the bit")
 
 
 if __name__ == "__main__":
