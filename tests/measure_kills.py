@@ -8,6 +8,7 @@ optimizers and log must equal those of the undisturbed run to the bit; otherwise
 """
 import argparse
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,8 +26,7 @@ from test_train import assert_same_run, flags, rows, start              # noqa: 
 
 def reported_step(output):
     """Return the last step that the output of train.py reports, or 0."""
-    steps = [int(line.split("/")[0][5:]) for line in output.splitlines() if line.startswith("step ")]
-    return max(steps, default=0)
+    return max(map(int, re.findall(r"^step (\d+)", output, re.MULTILINE)), default=0)
 
 
 def kept_step(run):
