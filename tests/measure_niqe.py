@@ -1,8 +1,8 @@
 """Measure whether NIQE is lower for clean drawings than for their blurred, compressed, and noisy versions. Not run
 by pytest.
 
-    python tests/measure_niqe.py --data CLEAN_FOLDER                                # our model
-    python tests/measure_niqe.py --data CLEAN_FOLDER --models niqe_pris_params.npz  # and the model of photographs
+    python tests/measure_niqe.py --data CLEAN_FOLDER                            # our model
+    python tests/measure_niqe.py --data CLEAN_FOLDER --fit model.safetensors    # fit one; folders weigh the same
 
 Prints Markdown: a row per picture for our model, then the number of correct comparisons of each model.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,11 +44,47 @@ ARTIFACTS = [(f"{name} {strength}", artifact, strength) for name, artifact, stre
     for strength in strengths]
 
 
+def fit_niqe(*groups, sharpness=0.75):
+    """Fit a NiqeModel to groups (iterables) of clean pictures (3, H, W).
+
+    Takes the blocks sharper than this part of the picture's sharpest block. Each group has the same weight,
+    and each picture within its group. Raises metrics.MetricError for too few blocks or a side below 96 pixels.
+    """
+    features, weights = [torch.zeros(0, 36, dtype=torch.float64)], []
+    for pictures in groups:
+        counts = []
+        for x in pictures:
+            found, sharp = metrics.niqe_features(metrics.prepare(x, 0, True)[0, 0])
+            found = found[(sharp > sharpness * sharp.max()) & ~found.isnan().any(1)]
+            if len(found):
+                features.append(found)
+                counts.append(len(found))
+        weights += [1 / (n * len(counts)) for n in counts for _ in range(n)]
+    features, weights = torch.cat(features), torch.tensor(weights, dtype=torch.float64)
+    if len(features) < 37:
+        raise metrics.MetricError(f"{len(features)} sharp blocks of 96x96 are too few for NIQE's 36 features")
+    mean = weights @ features / weights.sum()
+    covariance = (features - mean).T @ ((features - mean) * weights[:, None]) / weights.sum()
+    return metrics.NiqeModel(mean, covariance)
+
+
+def clean_pictures(folder):
+    for path in images.find_pictures([folder]):
+        x = images.composite(images.read_picture(path), 1.0)
+        if min(x.shape[-2:]) >= metrics.NIQE_BLOCK:
+            yield x
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", nargs="+", required=True, help="clean pictures")
-    p.add_argument("--models", nargs="*", default=[], help="NIQE models to compare ours with, .safetensors or .npz")
+    p.add_argument("--models", nargs="*", default=[], help="NIQE models to compare with ours")
+    p.add_argument("--fit", metavar="FILE", help="fit a NIQE model to the folders of --data and save it")
     args = p.parse_args()
+    if args.fit:
+        model = fit_niqe(*(clean_pictures(folder) for folder in args.data))
+        save_file({name: x.float().contiguous() for name, x in model._asdict().items()}, args.fit)
+        return
     models = {"ours": metrics.load_niqe(), **{Path(m).stem: metrics.load_niqe(m) for m in args.models}}
     heads = [head for head, *_ in ARTIFACTS]
     correct = {name: dict.fromkeys(heads + ["all"], 0) for name in models}
