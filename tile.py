@@ -2,21 +2,24 @@
 
     python tile.py wallpaper.jpg                            # writes wallpaper-2x.png beside it
     python tile.py folder more/pictures -o big --weights runs/NAME/best.safetensors
-    python tile.py folder -o 4k --fit 3840x2160 --crop focus
+    python tile.py folder -o 4k --fit 3840x2160
     torchrun --nproc_per_node 4 tile.py folder -o big       # four processes share the folder
 
     sr = Tiler(tile_size=64, tile_pad=32)(forward, lr, 2)   # forward: (b, 3, h, w) -> (b, 3, 2 * h, 2 * w)
 
-Needs torch, numpy, and Pillow. Works when copied alone, except for the command, which is in upscale.py.
+Needs torch, numpy, and Pillow. Works when copied alone, except for the command, which needs images.py,
+model.py, convert.py, and choose.py beside it. fast.py makes it faster.
 """
+import argparse
 import contextlib
-import itertools
 import math
 import os
-import random
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,11 +31,9 @@ try:
 except ModuleNotFoundError:     # copied alone
     images = None
 
-CPU_TILE_SIZE, CUDA_TILE_SIZE = 384, 512    # larger tiles are hardly faster
-LOCK_SIGMA = 8              # --low-freq-lock: standard deviation of the Gaussian, input pixels
+TILE_SIZE = {"cpu": 384, "cuda": 512, "mps": 384}      # --tile-size; larger tiles are hardly faster
 FLAT_REACH = 4              # keep_flat_levels(): input pixels on each side
-ROUGH_TILES = 64            # --sync rough: number of tiles
-POOL_TOLERANCE = 1e-3       # --sync exact: stop at a smaller change of the means, relative to the largest
+EXTRA_PASS = 1.05           # the model runs again if its output has to grow by more than this
 
 
 class TileError(images.UserError if images else ValueError):
@@ -48,26 +49,26 @@ def round_up(n, step):
 
 @dataclass
 class Span:
-    """One tile along one axis: where its input starts, the output pixels start..stop that it adds to, and its
-    weights there. Once it is added, the output before final_stop is complete."""
-    input_start: int
-    start: int
+    """One tile along one axis."""
+    input_start: int        # where the tile begins, in input pixels
+    start: int              # the tile is added to the output pixels start..stop
     stop: int
-    final_stop: int
-    weight: torch.Tensor
+    final_stop: int         # once the tile is added, the output pixels before this one are complete
+    weight: torch.Tensor    # (stop - start,)
 
 
 class Tiler:
-    """Run a forward tile by tile: tiler(forward, x, scale) is forward(x) without seams. Gradients flow.
+    """Run a forward tile by tile, without seams: tiler(forward, x, scale) returns forward(x). Differentiable.
 
     Neighboring tiles start at most tile_size input pixels apart and overlap by 2 * tile_pad. The outer
     quarter of the overlap is dropped on each side, since a model is least accurate at the border of its
-    input. The middle half is a linear crossfade. A forward that looks at most tile_pad / 2 pixels far gives
-    the exact output.
+    input. The middle half is a linear crossfade. If an output pixel depends on input pixels at most
+    tile_pad / 2 away, the output is the same as without tiles.
 
-    All tiles have the same size and start at multiples of `align`, the window of the model, so that windows
-    lie as without tiles. Sides that are no multiples of align are extended by mirroring, and the output is
-    cropped. batch: tiles per call of forward. Raises TileError for values that do not fit together.
+    All tiles have the same size and start at multiples of `align`, the window of the model, so that the
+    windows have the same positions as without tiles. Sides that are no multiples of align are extended by
+    mirroring, and the output is cropped. batch: tiles per call of forward. Raises TileError if tile_size or
+    2 * tile_pad is no multiple of align.
     """
     def __init__(self, tile_size=64, tile_pad=32, batch=1, align=16):
         if align < 1 or tile_size < align or tile_size % align:
@@ -79,12 +80,12 @@ class Tiler:
     def spans(self, side, scale):
         """Lay out tiles along an axis of `side` input pixels -> (tile width, list of Span).
 
-        Ramp k rises from 0 to 1 in the middle half of the overlap of tiles k - 1 and k. Tile k has the
-        weight ramp k minus ramp k + 1. So the weights add up to 1, even where three tiles overlap because
-        the last one has moved back to end at the border.
+        Ramp k rises from 0 to 1 in the middle half of the overlap of tiles k - 1 and k. The weight of tile k
+        is ramp k minus ramp k + 1, so the weights add up to 1. The last tile is moved back to end at the
+        border, so three tiles can overlap there.
         """
         padded = round_up(side, self.align)
-        inner = max(padded - 2 * self.tile_pad, 1)      # the sum of all steps from tile to tile
+        inner = max(padded - 2 * self.tile_pad, 1)      # length without the outer pads
         tiles = math.ceil(inner / self.tile_size)
         step = round_up(math.ceil(inner / tiles), self.align)
         width = min(step + 2 * self.tile_pad, padded)
@@ -102,7 +103,7 @@ class Tiler:
         return width, spans
 
     def seams(self, height, width, scale):
-        """Output (rows, columns) where a seam would show: a crossfade begins, is halfway, or ends."""
+        """Output (rows, columns) where a seam could be visible: begin, middle, and end of each crossfade."""
         fade = self.tile_pad * scale
         return [[span.start + offset for span in self.spans(side, scale)[1][1:]
                  for offset in (0, fade // 2, fade)] for side in (height, width)]
@@ -111,21 +112,15 @@ class Tiler:
         """The number of tiles of a picture."""
         return len(self.spans(height, 1)[1]) * len(self.spans(width, 1)[1])
 
-    def cores(self, side):
-        """Divide an axis among the tiles -> list of (input_start, start, stop), the last two relative to the
-        tile. The cores cover the picture and its mirrored extension exactly once."""
-        width, spans = self.spans(side, 1)
-        cuts = [0, *(span.start + self.tile_pad // 2 for span in spans[1:]), spans[-1].input_start + width]
-        return [(span.input_start, a - span.input_start, b - span.input_start)
-                for span, a, b in zip(spans, cuts, cuts[1:])]
-
-    def smaller(self):
-        """A Tiler that needs about half of the memory, or None if the tiles cannot become much smaller."""
+    def halve(self):
+        """Halve the batch, else the tile size. Returns False if the tiles cannot become much smaller."""
         if self.batch > 1:
-            return Tiler(self.tile_size, self.tile_pad, self.batch // 2, self.align)
-        if self.tile_size < 2 * max(self.align, self.tile_pad):
-            return None
-        return Tiler(self.tile_size // 2 // self.align * self.align, self.tile_pad, 1, self.align)
+            self.batch //= 2
+        elif self.tile_size >= 2 * max(self.align, self.tile_pad):
+            self.tile_size = self.tile_size // 2 // self.align * self.align
+        else:
+            return False
+        return True
 
     def strips(self, forward, x, scale, progress=None):
         """Yield the output for x (B, 3, H, W) in strips (B, 3, h, W * scale), top to bottom. Only one row of
@@ -158,8 +153,8 @@ class Tiler:
 
 
 def mirrored_slice(x, dim, start, length):
-    """Take `length` pixels of x from start on along dim. Beyond its end, x is mirrored at the last pixel, as
-    often as necessary; a single pixel is repeated."""
+    """Take `length` pixels of x along dim, beginning at `start`. Beyond its end, x is mirrored at the last
+    pixel, as often as necessary; a single pixel is repeated."""
     side = x.shape[dim]
     if start + length <= side:
         return x.narrow(dim, start, length)
@@ -168,10 +163,8 @@ def mirrored_slice(x, dim, start, length):
 
 
 def crossfade(pieces, spans, dim):
-    """Weight successive pieces by their spans, and add them where they overlap along dim.
-
-    Yields the complete part after each piece.
-    """
+    """Weight successive pieces by their spans, and add them where they overlap along dim. Yields the finished
+    parts in order."""
     pieces, tail = iter(pieces), None
     for span in spans:
         shape = [1] * 4
@@ -186,240 +179,83 @@ def crossfade(pieces, spans, dim):
         del piece       # free a whole strip before the next one is computed
 
 
-# ------------------------------------------------------------------ channel attention over the whole picture
-
-class StopForward(Exception):
-    """Ends a forward after its last global pool, since the rest is not needed."""
-
-
-class SharedPools:
-    """Give the channel attention of every tile the means over the whole picture.
-
-    For modules with an attribute `global_pool`, to be set to a callable (b, h, w, c) -> (b, c); others do not
-    change. A mean is the sum over the cores of all tiles. The means of a layer depend on those of the
-    layers before, so n layers need n passes over the tiles to be exact. In HAT two or three passes suffice,
-    since channel attention has a small weight.
-    """
-    def __init__(self, network):
-        modules = network.modules() if isinstance(network, torch.nn.Module) else ()
-        self.layers = [module for module in modules if getattr(module, "global_pool", 0) is None]
-        self.means, self.sums, self.view, self.mask = {}, {}, 0, None
-
-    def __enter__(self):
-        for i, layer in enumerate(self.layers):
-            layer.global_pool = partial(self.pool, i)
-
-    def __exit__(self, *_):
-        for layer in self.layers:
-            layer.global_pool = None
-
-    def pool(self, i, x):
-        """Pool x (b, h, w, c) for layer i. If self.mask is set, add up, and stop at the last layer."""
-        key = self.view, i
-        if self.mask is not None:
-            self.sums[key] = self.sums.get(key, 0) + torch.einsum("bhwc,bhw->c", x.float(), self.mask)
-            if i + 1 == len(self.layers):
-                raise StopForward
-        mean = self.means.get(key)
-        return x.mean((1, 2)) if mean is None else mean.to(x.dtype).expand(len(x), -1)
-
-    def measure(self, run, x, tiler, sync):
-        """Measure the means over x (B, 3, H, W) and yield (tiles done, expected total).
-
-        run(tiles, mask) is the forward; mask (b, h, w) is 1 in the core of a tile. sync "rough": one pass
-        over ROUGH_TILES random tiles. "exact": passes over all tiles until the means are constant.
-        """
-        if not self.layers:
-            return
-        cores = list(itertools.product(tiler.cores(x.shape[2]), tiler.cores(x.shape[3])))
-        height, width = tiler.spans(x.shape[2], 1)[0], tiler.spans(x.shape[3], 1)[0]
-        if sync == "rough" and len(cores) > ROUGH_TILES:
-            cores = random.Random(0).sample(cores, ROUGH_TILES)
-        for step in range(len(self.layers) if sync == "exact" else 1):
-            self.sums, area = {}, 0
-            for k in range(0, len(cores), tiler.batch):
-                batch = cores[k:k + tiler.batch]
-                tiles = [mirrored_slice(mirrored_slice(x, 2, row, height), 3, column, width)
-                         for (row, *_), (column, *_) in batch]
-                mask = x.new_zeros(len(batch), len(x), height, width)
-                for m, ((_, top, bottom), (_, left, right)) in zip(mask, batch):
-                    m[:, top:bottom, left:right] = 1
-                area += mask.sum().item()
-                run(torch.cat(tiles), mask.flatten(0, 1))
-                done = step * len(cores) + k + len(batch)
-                yield done, len(cores) * max(step + 1, 3 if sync == "exact" else 1)
-            previous = self.means
-            finite = {key: s for key, s in self.sums.items() if s.isfinite().all()}     # fp16 can overflow
-            self.means = {key: s / area for key, s in finite.items()}
-            if previous.keys() == self.means.keys() and all(
-                    (self.means[key] - mean).abs().max() <= POOL_TOLERANCE * mean.abs().max()
-                    for key, mean in previous.items()):
-                break
-
-
-# ------------------------------------------------------------------ one batch of tiles
-
-def flip_rotate(x, view):
-    """One of the eight flips and rotations of x (..., h, w), view 0..7."""
-    return (x.flip(-1) if view > 3 else x).rot90(view % 4, (-2, -1))
-
-
-def undo_flip_rotate(x, view):
-    x = x.rot90(-(view % 4), (-2, -1))
-    return x.flip(-1) if view > 3 else x
-
-
-def run_views(body, pools, views, tiles, mask=None):
-    """Average the outputs of body for the first `views` flips and rotations of tiles, with shared pools."""
-    out = 0
-    with pools:
-        for view in range(views):
-            pools.view, pools.mask = view, None if mask is None else flip_rotate(mask, view)
-            with contextlib.suppress(StopForward):
-                out = out + undo_flip_rotate(body(flip_rotate(tiles, view)), view) / views
-    return out
-
+# ------------------------------------------------------------------ a whole picture in bounded memory
 
 def run_checked(function, device, amp, tiles):
     """Run function on tiles (b, 3, h, w) under autocast, and on those with a broken output again in fp32."""
-    tiles = tiles.to(device)
+    tiles = tiles.to(device, torch.float32)
+
+    def is_broken(out):     # not finite, or black while the tile is not
+        black = (out.flatten(1).amax(1) <= 0) & (tiles.flatten(1).mean(1) > 0.02)
+        return black | ~out.isfinite().flatten(1).all(1)
+
     with torch.autocast(device.type, amp, enabled=amp is not None):
         out = function(tiles).float()
-    broken = broken_outputs(out, tiles)
+    broken = is_broken(out)
     if broken.any():
         out[broken] = function(tiles[broken]).float()
-        if broken_outputs(out, tiles).any():
-            raise FloatingPointError("the output of the model is NaN, infinite, or black, in fp32 too")
+        if is_broken(out).any():
+            raise FloatingPointError("the output of the model is NaN, infinite, or black, even in fp32")
     return out.cpu()
 
 
-def broken_outputs(out, tiles):
-    """Which outputs (b, 3, H, W) of tiles (b, 3, h, w) are not finite, or black while the tile is not."""
-    black = (out.flatten(1).amax(1) <= 0) & (tiles.flatten(1).mean(1) > 0.02)
-    return black | ~out.isfinite().flatten(1).all(1)
-
-
-# ------------------------------------------------------------------ a whole picture in bounded memory
-
 @torch.inference_mode()
-def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, sync="off", tta=False,
-                   strength=1.0, low_freq_lock=False):
+def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None):
     """Upscale rgb (3, H, W) -> generator of strips (3, h, W * scale), top to bottom, float32 in [0, 1], CPU.
 
-    The device holds one batch of tiles, the CPU the picture and one row of tiles. A HATRefiner runs in two
-    steps: its hat_model on the tiles, then its refiner on the joined picture. Raises FloatingPointError if
-    the output is NaN or black, see run_checked().
-        amp: dtype of autocast, or None
-        progress: called with (tiles done, total) after each batch
-        sync: "off", "rough", or "exact", see SharedPools
-        tta: average the outputs for eight flips and rotations, at eight times the cost
-        strength: from 0 (Lanczos) to 1 (the model)
-        low_freq_lock: see lock_low_frequencies()
+    The device holds one batch of tiles. The CPU holds the picture and one row of tiles. A HATRefiner runs in
+    two steps: its hat_model on the tiles, then its refiner on the joined picture. Raises FloatingPointError
+    if the output is NaN, infinite, or black, even in fp32. amp: dtype of autocast, or None. progress: called
+    with (tiles done, total) after each batch.
     """
-    device, (height, width) = torch.device(device), rgb.shape[1:]
-    is_hat = hasattr(forward, "hat_model")
-    body, views = forward.hat_model if is_hat else forward, 8 if tta else 1
-    pools = SharedPools(body if sync != "off" else None)
-    total, pool_tiles = tiler.count(height, width), 0
-    progress = progress or (lambda done, total: None)
-
-    def measure(tiles, mask):
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            run_views(body, pools, views, tiles.to(device), mask.to(device))
-
-    for pool_tiles, expected in pools.measure(measure, rgb[None], tiler, sync):
-        progress(pool_tiles, expected + total)
-    run_tiles = partial(run_checked, partial(run_views, body, pools, views), device, amp)
-    strips = tiler.strips(run_tiles, rgb[None], scale,
-                          lambda done, total: progress(pool_tiles + done, pool_tiles + total))
-    strips = (strip[0] for strip in strips)
+    device, is_hat = torch.device(device), hasattr(forward, "hat_model")
+    run = partial(run_checked, forward.hat_model if is_hat else forward, device, amp)
+    strips = (strip[0] for strip in tiler.strips(run, rgb[None], scale, progress))
     if is_hat and forward.use_refiner:
         pieces = Tiler(512, 2 * forward.refiner_reach, align=1)
         run_refiner = partial(run_checked, forward.refine, device, amp)
-        strips = with_halo(strips, lambda x, top: pieces(run_refiner, x[None], 1)[0],
-                           round_up(forward.refiner_reach, scale), height * scale)
-    if low_freq_lock:
-        strips = with_halo(strips, lambda x, top: lock_low_frequencies(x, rgb, scale, top),
-                           (3 * LOCK_SIGMA + 1) * scale, height * scale)
+        halo = round_up(forward.refiner_reach, scale)       # so that strips hold whole input rows
+        strips = with_halo(strips, lambda x: pieces(run_refiner, x[None], 1)[0], halo, rgb.shape[1] * scale)
     y = 0
     for strip in strips:
         for rows in strip.split(32 * scale, 1):
-            stop = y + rows.shape[1]
-            rows = keep_flat_levels(rows.clamp(0, 1), rgb, scale, y)
-            if strength < 1:
-                rows = lanczos(rgb, (height * scale, width * scale), y, stop).lerp(rows, strength)
-            yield rows
-            y = stop
-        del strip       # free it before the next one is computed
+            yield keep_flat_levels(rows.clamp(0, 1), rgb, scale, y)
+            y += rows.shape[1]
+        del strip, rows     # free them before the next strip is computed
 
 
-def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, **options):
-    """Upscale rgb (3, H, W) -> (3, H * scale, W * scale) float32 in [0, 1], CPU. See upscale_strips()."""
-    result, y = torch.empty(3, rgb.shape[1] * scale, rgb.shape[2] * scale), 0
-    for strip in upscale_strips(forward, rgb, scale, tiler, device, amp, progress, **options):
+def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, dtype=torch.float32):
+    """Upscale rgb (3, H, W) -> (3, H * scale, W * scale) in [0, 1], CPU. See upscale_strips()."""
+    result, y = torch.empty(3, rgb.shape[1] * scale, rgb.shape[2] * scale, dtype=dtype), 0
+    for strip in upscale_strips(forward, rgb, scale, tiler, device, amp, progress):
         result[:, y:y + strip.shape[1]] = strip
         y += strip.shape[1]
     return result
 
 
-# ------------------------------------------------------------------ operations on strips
-
 def with_halo(strips, function, halo, height):
-    """Apply function(x, top), which looks `halo` rows up and down, to a picture in strips (C, h, W).
-
-    height: of the picture. top: the row of the picture at which x begins; a multiple of n if halo and the
-    heights of all strips are. Yields the output in strips.
-    """
-    x, top, context = None, 0, 0        # context: rows at the top of x that are done already
+    """Apply function to a picture of `height` rows in strips (C, h, W). Yields its output in strips. The
+    function needs `halo` rows of context above and below."""
+    x, top, context = None, 0, 0        # top: row of the picture; context: rows of x that are done already
     for strip in strips:
         x = strip if x is None else torch.cat([x, strip], 1)
         del strip
         ready = x.shape[1] - (halo if top + x.shape[1] < height else 0)
         if ready > context:
-            yield function(x, top)[:, context:ready]
+            yield function(x)[:, context:ready]
             drop = max(ready - halo, 0)
             x, top, context = x[:, drop:].clone(), top + drop, ready - drop
-
-
-def lanczos(x, size, start=0, stop=None, top=0, height=None):
-    """Rows start..stop (default: all) of x (C, h, w) resized to (H, W) by antialiased Lanczos, in [0, 1].
-
-    x may be only the rows from `top` on of a picture of this height, if it holds all rows that are needed.
-    """
-    (H, W), height = size, height or x.shape[1]
-    stop, step = H if stop is None else stop, height / H
-    reach = 3 * max(step, 1) + 1
-    first, last = max(int(start * step - reach), top), min(math.ceil(stop * step + reach), top + x.shape[1])
-    box = 0, start * step - first, x.shape[2], min(stop * step - first, last - first)
-    planes = [Image.fromarray(plane.numpy()).resize((W, stop - start), Image.Resampling.LANCZOS, box=box)
-              for plane in x[:, first - top:last - top]]
-    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp_(0, 1)
-
-
-def lock_low_frequencies(sr, rgb, scale, top):
-    """Give sr (3, h * scale, W * scale) the low frequencies of the input rgb (3, H, W): no color shift.
-
-    sr begins at row `top` of the output. Low frequencies: a Gaussian blur with LOCK_SIGMA.
-    """
-    top //= scale
-    difference = rgb[:, top:top + sr.shape[1] // scale] - F.avg_pool2d(sr, scale)
-    reach = 3 * LOCK_SIGMA
-    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / LOCK_SIGMA) ** 2)
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    difference = F.pad(difference[None], (reach,) * 4, mode="replicate")
-    difference = F.conv2d(F.conv2d(difference, kernel, groups=3), kernel.transpose(2, 3), groups=3)
-    return sr + F.interpolate(difference, scale_factor=scale, mode="bilinear")[0]
 
 
 def keep_flat_levels(sr, rgb, scale, top):
     """Set sr (3, h * scale, W * scale) to 0 or 1 where a channel of the input rgb (3, H, W) is 0 or 1 in all
     pixels within FLAT_REACH. sr begins at row `top` of the output.
 
-    Models are off by about a level there, and a background of 254 is visible on a white page.
+    There, models are off by about one level, and a background of 254 is visible on a white page.
     """
     top, rows = top // scale, sr.shape[1] // scale
     first = max(top - FLAT_REACH, 0)
-    x, side = rgb[:, first:top + rows + FLAT_REACH], 2 * FLAT_REACH + 1
+    x, side = rgb[:, first:top + rows + FLAT_REACH].float(), 2 * FLAT_REACH + 1
 
     def local_maximum(x):
         x = F.max_pool2d(x, (1, side), 1, (0, FLAT_REACH))
@@ -427,6 +263,83 @@ def keep_flat_levels(sr, rgb, scale, top):
         return x.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
     return sr.masked_fill(local_maximum(x) <= 0, 0).masked_fill(local_maximum(-x) <= -1, 1)
+
+
+# ------------------------------------------------------------------ exact size, alpha, and crop
+
+def upscale_picture(forward, picture, scale, tiler, size, progress=None, **options):
+    """Upscale an images.Picture -> generator of strips (3 or, with alpha, 4, h, W) of size (H, W).
+
+    Run the model again on its output until that is about as large as size, then resize it by Lanczos. Such
+    outputs are in memory, for 8 bit as float16. Alpha is resized by Lanczos. options: of upscale_strips().
+    """
+    height, width = picture.rgb.shape[1:]
+    passes = 1
+    while max(size[0] / height, size[1] / width) > EXTRA_PASS * scale**passes:
+        passes += 1
+    exact = size == (height * scale**passes, width * scale**passes)
+    counts = [tiler.count(height * scale**k, width * scale**k) for k in range(passes)]
+
+    def progress_of_pass(k):
+        return progress and (lambda done, _: progress(sum(counts[:k]) + done, sum(counts)))
+
+    rgb = picture.rgb if picture.alpha is None else bleed_colors(picture.rgb, picture.alpha)
+    dtype = torch.float32 if picture.depth == 16 else torch.float16
+    for k in range(passes - 1 if exact else passes):
+        rgb = upscale(forward, rgb, scale, tiler, progress=progress_of_pass(k), dtype=dtype, **options)
+    if exact:
+        strips = upscale_strips(forward, rgb, scale, tiler, progress=progress_of_pass(passes - 1), **options)
+    else:
+        strips = (lanczos(rgb, size, y, min(y + 64, size[0])) for y in range(0, size[0], 64))
+    y = 0
+    for strip in strips:
+        stop = y + strip.shape[1]
+        if picture.alpha is not None:
+            strip = torch.cat([strip, lanczos(picture.alpha, size, y, stop)])
+        yield strip
+        y = stop
+
+
+def lanczos(x, size, start=0, stop=None):
+    """Rows start..stop (default: all) of x (C, h, w) resized to (H, W) by antialiased Lanczos, in [0, 1]."""
+    H, W = size
+    stop, step = H if stop is None else stop, x.shape[1] / H
+    reach = 3 * max(step, 1) + 1
+    first, last = max(int(start * step - reach), 0), min(math.ceil(stop * step + reach), x.shape[1])
+    box = 0, start * step - first, x.shape[2], min(stop * step - first, last - first)
+    planes = [Image.fromarray(plane.numpy()).resize((W, stop - start), Image.Resampling.LANCZOS, box=box)
+              for plane in x[:, first:last].float()]
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).clamp_(0, 1)
+
+
+def crop_to_aspect(picture, size):
+    """Crop an images.Picture to its largest central part with the aspect ratio of size (H, W)."""
+    height, width = picture.rgb.shape[1:]
+    h = min(height, max(round(width * size[0] / size[1]), 1))
+    w = min(width, max(round(height * size[1] / size[0]), 1))
+    top, left = (height - h) // 2, (width - w) // 2
+    rgb, alpha = (x if x is None else x[:, top:top + h, left:left + w] for x in (picture.rgb, picture.alpha))
+    return replace(picture, rgb=rgb, alpha=alpha)
+
+
+def bleed_colors(rgb, alpha):
+    """Spread the visible colors of rgb (3, H, W) into pixels whose alpha (1, H, W) is 0 -> (3, H, W).
+
+    Files store any color there, often black, which would leave a fringe at the edges. Downscale by 2 until
+    all pixels have a color, then fill the gaps from coarse to fine.
+    """
+    visible = alpha > 0
+    if visible.all() or not visible.any():
+        return rgb
+    sums, weights = [rgb[None] * alpha], [alpha[None]]
+    while not (weights[-1] > 0).all():
+        sums.append(F.avg_pool2d(sums[-1], 2, ceil_mode=True))
+        weights.append(F.avg_pool2d(weights[-1], 2, ceil_mode=True))
+    fill = sums[-1] / weights[-1]
+    for total, weight in zip(sums[-2::-1], weights[-2::-1]):
+        fill = F.interpolate(fill, scale_factor=2, mode="bilinear")[:, :, :total.shape[2], :total.shape[3]]
+        fill = torch.where(weight > 0, total / weight.clamp(min=1e-8), fill)
+    return torch.where(visible, rgb, fill[0])
 
 
 # ------------------------------------------------------------------ device and memory
@@ -451,7 +364,7 @@ def pick_device(name=None, amp=None):
 
 
 def bf16_is_native(device):
-    """Whether the hardware of this torch.device computes in bf16; an emulation would be slow."""
+    """Whether the hardware of this torch.device supports bf16. Emulated bf16 is slow."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -459,10 +372,9 @@ def bf16_is_native(device):
 
 
 def out_of_memory(error):
-    """Whether an exception means that memory ran out, by its class or by the words of PyTorch's libraries."""
+    """Whether an exception means that memory ran out, judged by its class or its message."""
     words = "out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed"
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def memory_peak(device):
@@ -478,27 +390,190 @@ def memory_peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@torch.inference_mode()
-def auto_tile_size(forward, device, amp, tiler):
-    """Choose the tile size for the pad, batch, and align of a Tiler: CPU_TILE_SIZE, or on CUDA up to
-    CUDA_TILE_SIZE, as far as it fits into half of the free memory. Measured with one small tile."""
-    align = tiler.align
-    if device.type != "cuda":
-        return CPU_TILE_SIZE // align * align
-    side, before = round_up(128, align), torch.cuda.memory_allocated(device)
-    memory_peak(device)
-    with torch.autocast(device.type, amp, enabled=amp is not None):
-        forward(torch.rand(1, 3, side, side, device=device))
-    bytes_per_pixel = max(memory_peak(device) - before, 1) / side**2
-    free = torch.cuda.mem_get_info(device)[0]
-    fits = (free / 2 / bytes_per_pixel / tiler.batch) ** 0.5 - 2 * tiler.tile_pad
-    return max(min(int(fits), CUDA_TILE_SIZE) // align * align, round_up(32, align))
+# ------------------------------------------------------------------ the command
+
+def width_by_height(text):
+    width, height = map(int, text.lower().split("x"))
+    return height, width
+
+
+def parse():
+    p = argparse.ArgumentParser(
+        description="Upscale pictures. Alpha, gray, 16 bit, and metadata are kept if the format holds them.",
+        epilog="Exit code: 0 all done, 1 some pictures failed (they are named), 2 nothing was done.")
+    p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of pictures")
+    p.add_argument("-o", "--out", type=Path, help="file, or folder of the results (default: beside IN)")
+    p.add_argument("--weights", help="model file (default: weights/web-low, weights/clean-low for undamaged "
+                                     "pictures, or the newest runs/*/best.safetensors)")
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size, by cropping")
+    size.add_argument("--scale", type=float, help="factor, such as 1.5 or 4 (default: that of the model)")
+    p.add_argument("--format", default="png", choices=["png", "webp", "avif", "jpg"],
+                   help="of results in a folder (default: png)")
+    p.add_argument("--overwrite", action="store_true", help="replace results that exist (default: skip them)")
+    p.add_argument("--tile-size", type=int, help="input pixels from tile to tile; halved if memory runs out "
+                                                 f"(default: {TILE_SIZE['cpu']}, CUDA: {TILE_SIZE['cuda']})")
+    p.add_argument("--tile-pad", type=int, help="overlap in input pixels on each side of a tile "
+                                                "(default: two windows of the model)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
+    p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native)")
+    return p.parse_args()
+
+
+def plan_jobs(inputs, out, suffix, tag):
+    """Choose the paths of the results -> ([(source, target)], [a line for each picture that is left out]).
+
+    out: file, folder, or None: NAME becomes NAME-tag beside itself. Raises UserError if no picture is found.
+    """
+    jobs, problems = {}, []
+    for given in images.as_paths(inputs):
+        for source in images.find_pictures(given):
+            is_result = out and given in out.parents and out in source.parents      # of an earlier run
+            if is_result or source.suffix.lower() not in images.READ_SUFFIXES:
+                continue
+            if out and out.suffix.lower() in images.READ_SUFFIXES:
+                target = out
+            elif given.is_dir():
+                folder = out or Path(f"{os.path.abspath(given)}-{tag}")
+                target = folder / source.relative_to(given).with_suffix(suffix)
+            elif out:
+                target = out / f"{source.stem}{suffix}"
+            else:
+                target = source.with_name(f"{source.stem}-{tag}{suffix}")
+            if os.path.realpath(source) == os.path.realpath(target):
+                problems.append(f"{source}: the result would replace the picture; choose another --out")
+            elif jobs.setdefault(target, source) != source:
+                problems.append(f"{source}: the result would replace that of {jobs[target]}")
+    if not out:     # results of an earlier run
+        jobs = {target: source for target, source in jobs.items() if source not in jobs}
+    if not jobs:
+        raise images.UserError(images.printable([*problems, f"no picture in {', '.join(inputs)}"][0]))
+    return [(source, target) for target, source in jobs.items()], list(map(images.printable, problems))
+
+
+def load_models(args, rank):
+    """Return (model, model for undamaged pictures or None). Raises UserError."""
+    import choose
+    import convert
+    from model import WeightsError
+    path = Path(args.weights or choose.default_weights())
+    plain_path = None if args.weights else choose.companion_weights(path)
+    try:
+        network = convert.load_any(path, args.device)
+        plain_network = convert.load_any(plain_path, args.device) if plain_path else None
+    except WeightsError as error:
+        raise images.UserError(images.printable(error)) from None
+    with contextlib.suppress(ModuleNotFoundError):      # fast.py is optional
+        import fast
+        fast.keep_freed_memory()
+        fast.prepare(network)
+        fast.prepare(plain_network)
+    if rank == 0:
+        plain = f"; {plain_path.stem} for undamaged pictures" if plain_path else ""
+        print(f"{images.printable(path)}: {network.scale}x on {args.device}{plain}", flush=True)
+    return network, plain_network
+
+
+def tile_progress(label):
+    """Return a function (done, total) that shows the number of tiles, the speed, and the time left."""
+    start, line = time.time(), images.ProgressLine()
+
+    def show(done, total):
+        rate = done / (time.time() - start)
+        left = int((total - done) / rate)
+        line(f"tile {done}/{total}  {rate:.2f} tiles/s  {left // 60}:{left % 60:02d} left  {label}")
+    return show
+
+
+def upscale_file(args, models, tiler, source, target, progress):
+    """Read, upscale, and save one picture -> a line about it. models: see load_models()."""
+    start, picture = time.time(), images.read_picture(source)
+    height, width = picture.rgb.shape[1:]
+    (network, plain_network), notes = models, [picture.note]
+    if plain_network:
+        import choose
+        if choose.is_undamaged(network, plain_network, picture.rgb):
+            network = plain_network
+            notes.append("undamaged")
+    scale = args.scale or network.scale
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    if args.fit:
+        size, picture = args.fit, crop_to_aspect(picture, args.fit)
+    strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
+                             device=args.device, amp=args.amp)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    images.save_strips(target, strips, size, picture)
+    notes = "; ".join(filter(None, notes + images.left_behind(picture, target)))
+    line = f"{images.printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - start:.1f} s"
+    return line + (f"  ({notes})" if notes else "")
+
+
+def upscale_file_with_retries(args, models, tiler, source, target, progress):
+    """Call upscale_file(); after an out-of-memory error, halve the tiles and call it again."""
+    while True:
+        try:
+            return upscale_file(args, models, tiler, source, target, progress)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Retry outside of the except block: here the exception and its tensors are freed.
+        if not tiler.halve():
+            raise images.PictureError(f"{images.printable(source)}: out of memory")
+        images.ProgressLine.clear()
+        print(f"out of memory; continuing with tiles of {tiler.tile_size}", file=sys.stderr, flush=True)
+
+
+def upscale_files(args, models, tiler, jobs, show_progress):
+    """Upscale all jobs; name and skip a picture that fails -> (done, skipped, failed)."""
+    done, skipped, failed = 0, 0, 0
+    for number, (source, target) in enumerate(jobs, 1):
+        if os.path.exists(target) and not args.overwrite:
+            skipped += 1
+            continue
+        name = images.printable(source)
+        progress = tile_progress(f"{number}/{len(jobs)} {name}") if show_progress else None
+        try:
+            line = upscale_file_with_retries(args, models, tiler, source, target, progress)
+        except (images.PictureError, FloatingPointError, OSError) as error:
+            images.ProgressLine.clear()
+            print(error if name in str(error) else f"{name}: {error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        images.ProgressLine.clear()
+        print(line, flush=True)
+        done += 1
+    return done, skipped, failed
+
+
+def run(args):
+    """Run the command -> exit code."""
+    rank, ranks, start = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), time.time()
+    args.device, args.amp = pick_device(args.device, args.amp)
+    models = load_models(args, rank)
+    tag = f"{args.fit[1]}x{args.fit[0]}" if args.fit else f"{args.scale or models[0].scale:g}x"
+    jobs, problems = plan_jobs(args.inputs, args.out, f".{args.format}", tag)
+    align = models[0].hat_model.window if hasattr(models[0], "hat_model") else 16
+    tile_size = args.tile_size or TILE_SIZE[args.device.type] // align * align
+    tiler = Tiler(tile_size, 2 * align if args.tile_pad is None else args.tile_pad, align=align)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
+    counts = torch.tensor(upscale_files(args, models, tiler, jobs[rank::ranks], show_progress=rank == 0))
+    if ranks > 1:
+        torch.distributed.all_reduce(counts)
+        torch.distributed.destroy_process_group()
+    done, skipped, failed = counts.tolist()
+    if rank == 0:
+        sys.stderr.writelines(f"{problem}\n" for problem in problems)
+        print(f"{done} done, {skipped} skipped, {failed + len(problems)} failed, {time.time() - start:.1f} s")
+    return 1 if failed or problems else 0
 
 
 def main():
-    """Run the upscaling command."""
-    import upscale
-    upscale.main()
+    sys.stdout.reconfigure(errors="backslashreplace")       # for terminals without Japanese letters
+    try:
+        sys.exit(run(parse()))
+    except images.UserError as error:
+        images.fail(error)
 
 
 if __name__ == "__main__":

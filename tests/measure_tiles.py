@@ -6,7 +6,7 @@
     python tests/measure_tiles.py big                                 # 12,000 x 8,000, peak memory; hours, 20 minutes with tiny weights
     python tests/measure_tiles.py big --limit-gib 4                   # the same with no more memory than that
     python tests/measure_tiles.py picture                             # 1920x1080 by two: seconds, memory, overhead
-    python tests/measure_tiles.py fit --data FOLDER --out FOLDER      # every picture to 3840x2160, each way of cropping
+    python tests/measure_tiles.py fit --data FOLDER --out FOLDER      # every picture to 3840x2160
 
 Prints Markdown. Default of --weights: that of tile.py.
 """
@@ -50,7 +50,7 @@ def quality(args, network):
     print("| tile | pad | how | PSNR to whole, mean | lowest | seam / whole's, mean | worst | seconds / whole |\n|"
           + "---|" * 8)
     for size in args.tiles:
-        ways = [(pad, sync) for pad in args.pads for sync in ("off", "rough", "exact")]
+        ways = [(pad, "feathered") for pad in args.pads]
         for pad, how in ways if args.no_hard else [(32, "hard"), *ways]:
             figures, seams, start = [], [], time.time()
             for x, whole in zip(pictures, wholes):
@@ -60,7 +60,7 @@ def quality(args, network):
                     lines = [[i * scale for i in range(size, side, size)] for side in x.shape[1:]]
                 else:
                     tiler = tile.Tiler(size, pad, 1, window)
-                    sr = tile.upscale(network, x, scale, tiler, args.device, amp, sync=how)
+                    sr = tile.upscale(network, x, scale, tiler, args.device, amp)
                     lines = tiler.seams(*x.shape[1:], scale)
                 figures.append(psnr(sr, whole))
                 if any(lines):
@@ -140,7 +140,7 @@ def big(args, network):
         limit = int(args.limit_gib * 2**30) if args.limit_gib else None
         own = command(args, small, "-o", folder / "out.png", "--tile-size", 16)[1]
         seconds, peak, output = command(args, large, "-o", folder / "out.png", "--tile-size", args.tile_size,
-                                      *(["--sync", args.sync] if args.sync else []), limit=limit)
+                                        limit=limit)
         print(output)
         print("\n| in | limit | s | peak MiB | of that above a 64x64 picture | file MB |\n|" + "---|" * 6)
         print(f"| {width}x{height} | {args.limit_gib or '-'} GiB | {seconds:.0f} | {peak:.0f} | {peak - own:.0f} | "
@@ -151,8 +151,7 @@ def picture(args, network):
     """Compare the seconds for 1920x1080 with those of the model alone on the same tiles."""
     device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
     window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
-    size = tile.auto_tile_size(network, device, amp, tile.Tiler(window, args.pads[0], 1, window))
-    tiler = tile.Tiler(size, args.pads[0], 1, window)
+    tiler = tile.Tiler(tile.TILE_SIZE[device.type], args.pads[0], 1, window)
     (h, rows), (w, columns) = tiler.spans(1080, 1), tiler.spans(1920, 1)
     start = time.time()
     tile.upscale(network, x, network.scale, tiler, device, amp)
@@ -170,11 +169,10 @@ def picture(args, network):
 
 
 def fit(args, network):
-    for crop in ("center", "top", "focus"):
-        out = Path(args.out or "fitted") / crop
-        print(command(args, args.data, "-o", out, "--fit", "3840x2160", "--crop", crop, "--format", "jpg")[2])
-        for path in images.find_pictures(out):
-            assert images.read_picture(path).rgb.shape == (3, 2160, 3840), path
+    out = Path(args.out or "fitted")
+    print(command(args, args.data, "-o", out, "--fit", "3840x2160", "--format", "jpg")[2])
+    for path in images.find_pictures(out):
+        assert images.read_picture(path).rgb.shape == (3, 2160, 3840), path
     print("all 3840x2160")
 
 
@@ -195,7 +193,6 @@ def main():
     p.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), default=(12000, 8000),
                    help="big (default: 12000x8000)")
     p.add_argument("--tile-size", type=int, default=384, help="big: that of tile.py")
-    p.add_argument("--sync", choices=["off", "rough", "exact"], help="big: as tile.py's")
     p.add_argument("--limit-gib", type=float, help="big: memory limit (ulimit -d)")
     args = p.parse_args()
     fast.keep_freed_memory()

@@ -1,5 +1,4 @@
 """The upscaling command: alpha, sizes, files and folders, failures."""
-import errno
 import os
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import convert
 import images
 import model
 import tile
-import upscale
 from images import Picture, read_picture, save_picture
 from tile import Tiler
 
@@ -28,63 +26,76 @@ def nearest(scale):
     return lambda x: F.interpolate(x, scale_factor=scale, mode="nearest")
 
 
-def upscale_picture(picture, scale=2, **options):
-    x = torch.cat(list(upscale.upscale_picture_strips(nearest(scale), picture, scale, Tiler(16, 8), **options)), 1)
+def upscale_picture(picture, size, forward=nearest(2), **options):
+    x = torch.cat(list(tile.upscale_picture(forward, picture, 2, Tiler(16, 8), size, **options)), 1)
     return replace(picture, rgb=x[:3], alpha=None if picture.alpha is None else x[3:])
 
 
 # ------------------------------------------------------------------ alpha, size, and crop
 
 @pytest.mark.parametrize("size", [(60, 90), (45, 70), (31, 33), (8, 200), (200, 8), (1, 1), (77, 51)])
-def test_resizing_in_strips(size):
+def test_resizing_in_bands(size):
     x = torch.rand(3, 60, 51)
     whole = tile.lanczos(x, size)
     pillow = Image.fromarray(x[1].numpy()).resize(size[::-1], Image.Resampling.LANCZOS)
     assert torch.allclose(whole[1], torch.from_numpy(np.array(pillow)).clamp(0, 1), atol=1e-6)
-    for heights in ([60], [1, 2, 3, 54], [16, 16, 16, 12], [59, 1]):
-        resized = torch.cat(list(upscale.resize_strips(iter(x.split(heights, 1)), 60, size)), 1)
-        assert resized.shape == whole.shape and torch.allclose(resized, whole, atol=1e-4)
+    bands = torch.cat([tile.lanczos(x, size, y, min(y + 16, size[0])) for y in range(0, size[0], 16)], 1)
+    assert bands.shape == whole.shape and torch.allclose(bands, whole, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [None, (101, 77)])
+@pytest.mark.parametrize("size", [(140, 120), (101, 77)])
 def test_alpha_and_size(size):
     picture = Picture(torch.rand(3, 70, 60), torch.rand(1, 70, 60).clamp(0.1))
-    result = upscale_picture(picture, size=size)
-    assert torch.allclose(result.alpha, tile.lanczos(picture.alpha, size or (140, 120)), atol=1e-4)
+    result = upscale_picture(picture, size)
+    assert torch.allclose(result.alpha, tile.lanczos(picture.alpha, size), atol=1e-4)
     rgb = nearest(2)(picture.rgb[None])[0]
-    assert torch.allclose(result.rgb, rgb if size is None else tile.lanczos(rgb, size), atol=1e-4)
+    assert torch.allclose(result.rgb, rgb if size == (140, 120) else tile.lanczos(rgb, size), atol=1e-3)
+
+
+@pytest.mark.parametrize("depth, tolerance", [(8, 1e-3), (16, 1e-5)])
+@pytest.mark.parametrize("size, passes", [((100, 140), 1), ((102, 143), 1), ((30, 42), 1), ((200, 280), 2), ((150, 210), 2),
+                                          ((110, 110), 2), ((201, 280), 2), ((300, 420), 3)])
+def test_model_runs_again_on_its_output(size, passes, depth, tolerance):
+    """Above 2x: 3x is twice 2x, then Lanczos. Only a growth of less than 5% is left to Lanczos."""
+    sides, progress = set(), []
+    picture = Picture(torch.rand(3, 50, 70) * 0.8 + 0.1, depth=depth)
+
+    def forward(x):
+        sides.add(x.shape[-1])
+        return nearest(2)(x)
+
+    result = upscale_picture(picture, size, forward, progress=lambda *a: progress.append(a))
+    expected = nearest(2**passes)(picture.rgb[None])[0]
+    if size != expected.shape[1:]:
+        expected = tile.lanczos(expected, size)
+    assert result.rgb.dtype == torch.float32 and (result.rgb - expected).abs().max() < tolerance
+    total = sum(Tiler(16, 8).count(50 * 2**k, 70 * 2**k) for k in range(passes))
+    assert progress == [(done, total) for done in range(1, total + 1)]
+    assert sides == {32}        # tiles have the same size in all passes
 
 
 def test_alpha_leaves_no_fringe():
     alpha = torch.zeros(1, 40, 50)
     alpha[:, 10:30, 10:30] = 1
     red = torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1)
-    result = upscale_picture(Picture(red * alpha, alpha))       # black in transparent pixels
+    result = upscale_picture(Picture(red * alpha, alpha), (80, 100))     # black in transparent pixels
     assert torch.allclose(result.rgb, red.expand(3, 80, 100), atol=1e-4)
     assert result.alpha.shape == (1, 80, 100) and result.alpha.min() == 0 and result.alpha.max() == 1
     assert 0 < result.alpha[0, 20, 30] < 1
     transparent = torch.rand(3, 3, 3)
-    assert torch.equal(upscale.bleed_colors(transparent, torch.zeros(1, 3, 3)), transparent)
+    assert torch.equal(tile.bleed_colors(transparent, torch.zeros(1, 3, 3)), transparent)
     one_visible = torch.tensor([[[0.0, 0.5, 0.0]]])
-    filled = upscale.bleed_colors(torch.tensor([[[0.9, 0.3, 0.7]]]).expand(3, 1, 3), one_visible)
+    filled = tile.bleed_colors(torch.tensor([[[0.9, 0.3, 0.7]]]).expand(3, 1, 3), one_visible)
     assert torch.allclose(filled, torch.tensor(0.3))
 
 
 def test_crop():
-    rgb = torch.full((3, 300, 100), 0.5)
-    rgb[:, 200:260] = torch.rand(3, 60, 100)        # the detail
-    portrait = Picture(rgb, torch.rand(1, 300, 100))
-    assert upscale.crop_to_aspect(portrait, (50, 100), "top").rgb.equal(rgb[:, :50])
-    assert upscale.crop_to_aspect(portrait, (50, 100)).rgb.equal(rgb[:, 125:175])
-    focus = upscale.crop_to_aspect(portrait, (70, 100), "focus")
-    assert focus.rgb.shape == (3, 70, 100) and (focus.rgb != 0.5).float().mean() > 0.8
-    assert focus.alpha.shape == (1, 70, 100)
-    landscape = Picture(rgb.transpose(1, 2))
-    assert upscale.crop_to_aspect(landscape, (100, 50), "top").rgb.equal(landscape.rgb[:, :, 125:175])
-    assert (upscale.crop_to_aspect(landscape, (100, 70), "focus").rgb != 0.5).float().mean() > 0.8
+    rgb = torch.rand(3, 300, 100)
+    portrait = tile.crop_to_aspect(Picture(rgb, rgb[:1]), (50, 100))
+    assert portrait.rgb.equal(rgb[:, 125:175]) and portrait.alpha.equal(portrait.rgb[:1])
+    assert tile.crop_to_aspect(Picture(rgb.transpose(1, 2)), (100, 50)).rgb.equal(rgb.transpose(1, 2)[:, :, 125:175])
     for h, w in ((1, 1), (1, 300), (300, 1), (7, 5), (300, 100)):
-        for where in ("center", "top", "focus"):
-            assert upscale.crop_to_aspect(Picture(torch.rand(3, h, w)), (300, 100), where).rgb.numel() > 0
+        assert tile.crop_to_aspect(Picture(torch.rand(3, h, w)), (300, 100)).rgb.numel() > 0
 
 
 # ------------------------------------------------------------------ the command
@@ -129,7 +140,7 @@ def test_out_is_optional(tmp_path, command, monkeypatch):
         assert names == ["a-2x.png", "a.jpg", "b-2x.png", "b.png", "walls", "walls-2x"]
         assert read_picture(tmp_path / "walls-2x/c.png").rgb.shape == (3, 28, 40)
     command(tmp_path / "a.jpg", "--fit", "30x20")
-    command(tmp_path / "a.jpg", "--scale", "1.5", "--format", "keep")
+    command(tmp_path / "a.jpg", "--scale", "1.5", "--format", "jpg")
     assert Image.open(tmp_path / "a-30x20.png").size == (30, 20)
     assert Image.open(tmp_path / "a-1.5x.jpg").size == (30, 21)
     monkeypatch.chdir(tmp_path / "walls")
@@ -152,8 +163,6 @@ def test_folder_tree(tmp_path, command):
     assert (tmp_path / "in/out/a b.png").stat().st_mtime_ns == before
     assert "2 done" in command(tmp_path / "in", "-o", tmp_path / "in/out", "--overwrite")[1]
     assert (tmp_path / "in/out/a b.png").stat().st_mtime_ns > before
-    assert command(tmp_path / "in", "-o", tmp_path / "kept", "--format", "keep")[0] == 0
-    assert (tmp_path / "kept/a b.jpg").exists()
 
 
 def test_results_may_lie_above_the_pictures(tmp_path, command, monkeypatch):
@@ -182,18 +191,6 @@ def test_captions_beside_pictures_are_skipped(tmp_path, command):
     assert code == 0 and not err and "1 done, 0 skipped, 0 failed" in out
 
 
-def test_incomplete_results_are_made_again(tmp_path, command):
-    for name in ("empty", "text", "good"):
-        picture_file(tmp_path / f"in/{name}.png")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/empty.png").touch()
-    (tmp_path / "out/text.png").write_text("no picture")
-    picture_file(tmp_path / "out/good.png", (3, 3))
-    assert "2 done, 1 skipped" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
-    sizes = [Image.open(tmp_path / f"out/{name}.png").size for name in ("empty", "text", "good")]
-    assert sizes == [(40, 28), (40, 28), (3, 3)]
-
-
 def test_mistakes_of_the_user(tmp_path, command, monkeypatch):
     """One line and exit code 2; nothing is written."""
     one, out = picture_file(tmp_path / "in/a.png"), tmp_path / "out"
@@ -202,7 +199,6 @@ def test_mistakes_of_the_user(tmp_path, command, monkeypatch):
     for args, reason in (
             ((tmp_path / "empty", "-o", out), "no picture in"),
             ((tmp_path / "missing", "-o", out), "missing"),
-            ((tmp_path / "in", "-o", tmp_path / "big.png"), "big.png"),
             ((one, "-o", out, "--tile-size", "102"), "a multiple of 4"),
             ((one, "-o", out, "--tile-pad", "3"), "a multiple of 2"),
             ((one, "-o", out, "--weights", tmp_path / "missing.safetensors"), "missing.safetensors"),
@@ -215,7 +211,7 @@ def test_mistakes_of_the_user(tmp_path, command, monkeypatch):
 
 
 def test_errors_while_saving(tmp_path, command, monkeypatch):
-    """A full disk stops the batch; another error concerns one file; an interruption keeps what is finished."""
+    """An error of the disk concerns one file; a mistake in the code shows its traceback."""
     one, two, out = picture_file(tmp_path / "in/a.png"), picture_file(tmp_path / "in/b.png"), tmp_path / "out"
 
     def save_raises(error):
@@ -223,14 +219,10 @@ def test_errors_while_saving(tmp_path, command, monkeypatch):
             raise error
         monkeypatch.setattr(images, "save_strips", save)
 
-    save_raises(OSError(errno.ENOSPC, "No space left on device"))
-    code, _, err = command(one, two, "-o", out)
-    assert code == 2 and "a.png: No space left on device" in err and err.count("\n") == 1
-    save_raises(OSError(errno.EACCES, "Permission denied"))
+    save_raises(PermissionError(13, "Permission denied"))
     code, shown, err = command(one, two, "-o", out)
     assert code == 1 and "0 done, 0 skipped, 2 failed" in shown and err.count("Permission denied") == 2
-    save_raises(KeyboardInterrupt())
-    assert command(one, "-o", out)[0] == 130
+    assert "a.png" in err and "b.png" in err
     save_raises(TypeError("a mistake in the code"))
     monkeypatch.setattr(sys, "argv", ["tile.py", str(one), "-o", str(out)])
     with pytest.raises(TypeError):
@@ -280,9 +272,9 @@ def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeyp
         model.save(network, path, {})
     monkeypatch.setattr(choose, "default_weights", lambda: shipped["web"])
     monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, plain_model, rgb: rgb.mean() > 0.9)
-    assert command(tmp_path / "in", "-o", tmp_path / "out", "--depth", "16", weights=None)[0] == 0
+    assert command(tmp_path / "in", "-o", tmp_path / "out", weights=None)[0] == 0
     for name, path in shipped.items():
-        command(tmp_path / "in", "-o", tmp_path / name, "--depth", "16", weights=path)
+        command(tmp_path / "in", "-o", tmp_path / name, weights=path)
 
     def result(folder, path):
         return (tmp_path / folder / path.name).read_bytes()
@@ -290,21 +282,16 @@ def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeyp
     assert result("out", bright) == result("clean", bright) != result("web", bright)
 
 
-def test_sizes_depth_and_formats(tmp_path, command):
+def test_sizes_and_formats(tmp_path, command):
     for i, size in enumerate(((20, 14), (14, 20), (33, 7), (64, 40))):
         picture_file(tmp_path / f"in/{i}.png", size)
-    assert command(tmp_path / "in", "-o", tmp_path / "fit", "--fit", "48x27", "--crop", "focus", "--format",
-                   "webp")[0] == 0
-    assert {Image.open(p).size for p in images.find_pictures(tmp_path / "fit")} == {(48, 27)}
-    assert command(tmp_path / "in/0.png", "-o", tmp_path / "s.png", "--scale", "1.5", "--depth", "16")[0] == 0
-    result, plain = read_picture(tmp_path / "s.png"), read_picture(tmp_path / "in/0.png")
-    assert result.rgb.shape == (3, 21, 30) and result.depth == 16
-    assert (result.rgb - tile.lanczos(plain.rgb, (21, 30))).abs().mean() < 0.05
-    assert command(tmp_path / "in/0.png", "-o", tmp_path / "t.png", "--strength", "0")[0] == 0
-    assert (read_picture(tmp_path / "t.png").rgb - tile.lanczos(plain.rgb, (28, 40))).abs().max() < 0.51 / 255
-    for quality in ("30", "95"):
-        assert command(tmp_path / "in/3.png", "-o", tmp_path / f"{quality}.jpg", "--quality", quality)[0] == 0
-    assert (tmp_path / "30.jpg").stat().st_size < (tmp_path / "95.jpg").stat().st_size / 2
+    assert command(tmp_path / "in", "-o", tmp_path / "fit", "--fit", "96x54", "--format", "webp")[0] == 0
+    assert {Image.open(p).size for p in images.find_pictures(tmp_path / "fit")} == {(96, 54)}
+    for scale, size in (("1.5", (30, 21)), ("3", (60, 42)), ("4", (80, 56))):
+        assert command(tmp_path / "in/0.png", "-o", tmp_path / "s.png", "--scale", scale, "--overwrite")[0] == 0
+        result, plain = read_picture(tmp_path / "s.png"), read_picture(tmp_path / "in/0.png")
+        assert result.rgb.shape[:0:-1] == size
+        assert (result.rgb - tile.lanczos(plain.rgb, size[::-1])).abs().mean() < 0.06
 
 
 class Faulty(torch.nn.Module):
