@@ -45,7 +45,8 @@ def imports_of(path):
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    for name in range(3):
+    for name in ("train/0", "train/1", "val/0"):
+        (folder / name).parent.mkdir(exist_ok=True)
         blocks = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         blocks.resize((96, 96), Image.BICUBIC).save(folder / f"{name}.png")
     return folder
@@ -68,7 +69,7 @@ def run(project, *args, timeout=120):
 
 def train(project, pictures, *args):
     return run(project, "train.py", "--preset", "tiny", "--patch", 16, "--batch", 2, "--steps", 2, "--workers", 0,
-               "--data", pictures, "--val", pictures, "--out", "runs/a", *args)
+               "--data", pictures / "train", "--val", pictures / "val", "--out", "runs/a", *args)
 
 
 def edit(path, old, new):
@@ -171,16 +172,16 @@ def test_everything_works_without_fast(project, pictures):
     (project / "fast.py").unlink()
     code, out = train(project, pictures)
     assert code == 0, out
-    code, out = run(project, "tile.py", pictures / "0.png", "-o", "sr.png", "--weights", "runs/a/best.safetensors")
+    code, out = run(project, "tile.py", pictures / "val/0.png", "-o", "sr.png", "--weights", "runs/a/best.safetensors")
     assert code == 0 and Image.open(project / "sr.png").size == (192, 192), out
-    code, out = run(project, "evaluate.py", "--data", pictures, "--recipe", "bicubic", "--weights",
+    code, out = run(project, "evaluate.py", "--data", pictures / "val", "--recipe", "bicubic", "--weights",
                     "runs/a/best.safetensors")
     assert code == 0, out
 
 
 def test_edited_model_changes_the_result(project, pictures):
     """An activation inside HAT.upsample would be lost in the merged upsampler; fast.py has to step aside."""
-    tile = ("tile.py", pictures / "0.png", "--weights", "weights/clean-low.safetensors", "--amp", "off", "-o")
+    tile = ("tile.py", pictures / "val/0.png", "--weights", "weights/clean-low.safetensors", "--amp", "off", "-o")
     code, out = run(project, *tile, "before.png")
     assert code == 0, out
     edit(project / "model.py", "        self.conv_last = ", "        self.upsample.append(nn.Tanh())\n        self.conv_last = ")
