@@ -471,7 +471,7 @@ def degrade_picture(x, probabilities, scale, seed):
             if "p" not in entry or rng.random() < entry["p"]:
                 arguments = {key: value for key, value in entry.items() if key not in ("op", "p")}
                 x = OPERATIONS[entry["op"]](x, rng, sizes, **arguments).clamp(0, 1)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError) as error:
             raise RecipeError(f"recipe '{name}', wrong entry {entry}: {error!r}") from error
     if x.shape[-2:] != sizes["lr"]:
         raise RecipeError(f"recipe '{name}' does not end at the LR size; add an entry with op='downscale'")

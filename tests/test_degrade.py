@@ -1,18 +1,16 @@
-"""degrade.py: resampling against Pillow and PyTorch, operations against plain formulas, random draws against the
-recipes, the same bits in any batch, thread, and process, artifacts, the command."""
-import functools
+"""degrade.py: resampling against Pillow and PyTorch, operations against plain formulas, fixed results of recipes, the
+same bits in any batch, thread, and process, artifacts, the command."""
 import hashlib
 import io
 import math
 import re
-import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 
 import degrade
 import images
@@ -171,14 +169,18 @@ def test_sinc_kernel_is_a_circular_low_pass(cutoff):
     step = 0.01
     u, v = np.meshgrid(*[np.arange(-cutoff, cutoff + step, step)] * 2)
     disc = u ** 2 + v ** 2 <= cutoff ** 2
-    kernel = degrade.blur_kernel(9, "sinc", cutoff=cutoff)
+    kernel = degrade.sinc_kernel(9, cutoff)
     for y, x in ((0, 0), (0, 1), (2, 3), (-4, 1), (4, 4)):
         one = np.cos(u * x + v * y)[disc].sum() / disc.sum()
         assert abs(kernel[4 + y, 4 + x] / kernel[4, 4] - one) < 5e-3
     assert math.isclose(kernel.sum(), 1)
-    wide = np.abs(np.fft.fft2(degrade.blur_kernel(101, "sinc", cutoff=cutoff)))[0, :51]
+    wide = np.abs(np.fft.fft2(degrade.sinc_kernel(101, cutoff)))[0, :51]
     frequency = 2 * np.pi * np.arange(51) / 101
     assert wide[frequency < 0.8 * cutoff].min() > 0.9 and wide[frequency > min(1.25 * cutoff, 3)].max() < 0.1
+
+
+def apply(op, x, seed=0, sizes=None, **entry):
+    return degrade.OPERATIONS[op](x, np.random.default_rng(seed), sizes, **entry)
 
 
 def test_unsharp_and_color_shift():
@@ -186,64 +188,77 @@ def test_unsharp_and_color_shift():
     soft = degrade.gaussian_blur(x, 1.3)
     assert torch.allclose(degrade.unsharp(x, 1.3, 0.7), 1.7 * x - 0.7 * soft, atol=1e-6)
     assert torch.allclose(degrade.unsharp(x, 1.3, -1.0), soft, atol=1e-6)
-    y = degrade.color_shift(x, [1.0, 0.9, 1.1], [0.0, 0.1, -0.1])
-    assert torch.equal(y[0], x[0]) and torch.allclose(y[1], 0.9 * x[1] + 0.1) and torch.allclose(y[2], 1.1 * x[2] - 0.1)
+    assert torch.allclose(apply("unsharp", x, sigma=(1.3, 1.3), amount=(-1, -1)), soft, atol=1e-6)
+    assert torch.allclose(apply("color_shift", x, gain=(0.9, 0.9), shift=(0.1, 0.1)), 0.9 * x + 0.1)
+    change = apply("color_shift", torch.zeros(3, 9, 9), gain=(1, 1), shift=(0.1, 0.2))
+    assert len(change.unique()) == 3 and change.min() >= 0.1 and change.max() <= 0.2
 
 
 def test_noise_has_its_strength():
+    def noise(kind, strength, gray, seed=7):
+        return degrade.noise(x, np.random.default_rng(seed), kind, strength, gray) - x
     x = torch.tensor([0.3, 0.5, 0.7])[:, None, None].repeat(1, 200, 200)
     for gray in (False, True):
-        field = degrade.noise(x, "gaussian", 12.0, gray, 7) - x
+        field = noise("gaussian", 12.0, gray)
         assert abs(field.std() * 255 - 12) < 0.3 and abs(field.mean() * 255) < 0.3
         assert torch.allclose(field[0], field[1], atol=1e-6) == gray
-    x[1], x[:, :100] = 0.7, 0.2                             # three levels in all, so that 4 photons make full white
-    field = degrade.noise(x, "poisson", 0.6, False, 7) - x
+    x[1], x[:, :100] = 0.7, 0.2                             # three levels, so that 4 photons make full white
+    field = noise("poisson", 0.6, False)
     for channel, level in enumerate((0.3, 0.7, 0.7)):
-        for part, there in ((field[channel, :100], 0.2), (field[channel, 100:], level)):
-            assert abs(part.std() / (0.6 * math.sqrt(there / 4)) - 1) < 0.05 and abs(part.mean()) < 0.01
-    assert torch.equal(degrade.noise(x, "poisson", 0.6, False, 7), x + field)
-    assert not torch.equal(degrade.noise(x, "poisson", 0.6, False, 8), x + field)
-    gray = degrade.noise(x, "poisson", 0.6, True, 7) - x
+        for part, mean in ((field[channel, :100], 0.2), (field[channel, 100:], level)):
+            assert abs(part.std() / (0.6 * math.sqrt(mean / 4)) - 1) < 0.05 and abs(part.mean()) < 0.01
+    assert torch.equal(noise("poisson", 0.6, False), field)
+    assert not torch.equal(noise("poisson", 0.6, False, seed=8), field)
+    gray = noise("poisson", 0.6, True)
     assert torch.allclose(gray[0], gray[2], atol=1e-6) and gray.std() > 0.05
 
 
-def test_grain_has_its_amplitude_and_direction():
+def test_grain_has_its_amplitude():
     x = torch.full((3, 200, 200), 0.5)
-    field = degrade.grain(x, 4.0, (2.5, 0.5), math.pi / 2, 3) - x
+    field = apply("grain", x, amplitude=(4, 4), sigma=(0.5, 0.5), brush=1.0, brush_length=(2.5, 2.5)) - x
     assert abs(field.std() * 255 - 4) < 0.4 and torch.allclose(field[0], field[2], atol=1e-6)
-    down, across = (field[0, 1:] - field[0, :-1]).abs().mean(), (field[0, :, 1:] - field[0, :, :-1]).abs().mean()
-    assert across > 2 * down                                # long strokes from top to bottom
 
 
 def test_median_keeps_lines_and_removes_specks():
     x = smooth(1, 3, 40, 50)[0] * 0.02 + 0.4                # without lines
     padded = np.pad(x.numpy(), ((0, 0), (1, 1), (1, 1)), "edge")
     windows = np.stack([padded[:, i:i + 40, j:j + 50] for i in range(3) for j in range(3)])
-    assert np.array_equal(degrade.median(x, 0.1).numpy(), np.median(windows, 0))
+    assert np.array_equal(apply("median", x, edge=(0.1, 0.1)).numpy(), np.median(windows, 0))
     x[:, :, 25] = 0.9                                       # a thin line: a median alone would remove it
     x[:, 10, 8] += 0.09                                     # a speck, too faint for a line
-    y = degrade.median(x, 0.1)
+    y = apply("median", x, edge=(0.1, 0.1))
     assert torch.equal(y[:, :, 23:28], x[:, :, 23:28])
     assert (y[:, 10, 8] < 0.43).all() and not torch.equal(y[:, :, :20], x[:, :, :20])
     x = torch.full((3, 20, 30), 0.4)
     x[:, :, 8], x[:, :, 20] = 0.6, 0.7
-    y = degrade.median(x, 0.25)                   # a step of 0.3 is a line then, one of 0.2 is not
+    y = apply("median", x, edge=(0.25, 0.25))               # a step of 0.3 is a line then, one of 0.2 is not
     assert torch.equal(y[:, :, 14:], x[:, :, 14:]) and (y[:, :, :14] == 0.4).all()
 
 
 def test_vae_grid_repeats_every_8_pixels():
     x = torch.full((3, 64, 80), 0.5)
-    field = degrade.vae_grid(x, 1.5, (3, 6), 5) - x
+    field = apply("vae_grid", x, amplitude=(1.5, 1.5)) - x
     assert abs(field.std() * 255 - 1.5) < 0.4 and abs(field.mean() * 255) < 0.3
 
-    def blocks(y, x):
-        return field[:, y:y + 56, x:x + 72].unfold(1, 8, 8).unfold(2, 8, 8).reshape(3, 63, 64).double()
-    one = F.normalize(blocks(5, 2), dim=2)                  # the first whole cell begins at 8 - 3, 8 - 6
-    assert (one[:, :1] * one).sum(2).min() > 0.999          # the same pattern, at many strengths
-    strengths = blocks(5, 2).norm(dim=2)[0]
-    assert 2 < strengths.max() / strengths.min() < 3.1
-    moved = F.normalize(blocks(4, 2), dim=2)
-    assert (moved[:, :1] * moved).sum(2).min() < 0.99
+    def similarity(top, left):
+        """The smallest correlation of 8x8 blocks on the grid that begins at (top, left)."""
+        blocks = field[:, top:top + 56, left:left + 72].unfold(1, 8, 8).unfold(2, 8, 8).reshape(3, 63, 64)
+        blocks = F.normalize(blocks.double(), dim=2)
+        return (blocks[:, :1] * blocks).sum(2).min()
+    matches = [similarity(top, left) > 0.999 for top in range(8) for left in range(8)]
+    assert sum(matches) == 1
+
+
+def test_rescale_sizes():
+    x, sizes = smooth(1, 3, 40, 60)[0], dict(hr=(40, 60), lr=(20, 30))
+    entry = dict(kernel=dict(area=1.0), aliased=0.0)
+    for base, size in (("hr", (40, 60)), ("lr", (20, 30))):
+        y = apply("rescale", x, sizes=sizes, base=base, direction=dict(keep=1.0), factor=(1, 1), **entry)
+        assert torch.equal(y, degrade.resize(x, size, "area"))
+    for name, low, high in (("up", 1, 1.5), ("down", 0.2, 1)):
+        widths = [apply("rescale", x, n, sizes, base="hr", direction={name: 1}, factor=(0.2, 1.5), **entry).shape[2]
+                  for n in range(50)]
+        assert low * 60 - 1 <= min(widths) < low * 60 + 4 and high * 60 - 4 < max(widths) <= high * 60
 
 
 def test_compress_equals_pillow_on_a_shifted_grid():
@@ -257,237 +272,70 @@ def test_compress_equals_pillow_on_a_shifted_grid():
             expected = np.array(Image.open(file).convert("RGB"))[dy:, dx:]
             ours = degrade.compress(x, codec, 85, offset=(dy, dx))
             assert np.array_equal(ours.mul(255).round().byte().permute(1, 2, 0).numpy(), expected)
-    colourful = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    error = {c: (degrade.compress(colourful, "jpeg", 95, c) - colourful).abs().mean() for c in ("4:2:0", "4:4:4")}
+    colorful = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    error = {c: (degrade.compress(colorful, "jpeg", 95, c) - colorful).abs().mean() for c in ("4:2:0", "4:4:4")}
     assert error["4:4:4"] < 0.3 * error["4:2:0"]
     assert degrade.compress(torch.full((3, 1, 1), 0.5), "jpeg", 90, offset=(15, 15)).shape == (3, 1, 1)
-    for codec in ("gif", "h266"):
-        with pytest.raises(ValueError, match="there are jpeg, webp"):
-            degrade.compress(x, codec, 90)
 
 
-@pytest.mark.parametrize("codec", ["avif", *degrade.VIDEO])
-def test_other_codecs(codec):
-    if not degrade.can_write(codec):
-        with pytest.raises(ValueError, match="there are jpeg, webp"):
-            degrade.compress(smooth(1, 3, 9, 9)[0], codec, 30)
-        pytest.skip(f"this machine cannot write {codec}")
-    x = smooth(1, 1, 65, 90)[0] * 0.7 + torch.tensor([0.2, 0.1, 0.0])[:, None, None]    # thinned colour does not show
-    good, bad = dict(avif=(95, 20), mpeg2=(2, 31), mpeg4=(2, 31), h264=(10, 38), h265=(10, 42))[codec]
-    y, z = degrade.compress(x, codec, good), degrade.compress(x, codec, bad)
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow has no AVIF")
+def test_avif():
+    x = smooth(1, 1, 65, 90)[0] * 0.7 + torch.tensor([0.2, 0.1, 0.0])[:, None, None]    # 4:2:0 does not change it
+    y, z = degrade.compress(x, "avif", 95), degrade.compress(x, "avif", 20)
     assert (y - x).abs().mean() < 0.02 and 1.5 * (y - x).abs().mean() < (z - x).abs().mean() < 0.1
-    assert (y - x).mean((1, 2)).abs().max() < 0.8 / 255         # no colour is lost on the way
-    assert torch.equal(degrade.compress(x, codec, good), y)
-    assert not torch.equal(degrade.compress(x, codec, bad, offset=(3, 5)), z)
-    for size in ((1, 1), (7, 11)):
-        assert degrade.compress(torch.rand(3, *size), codec, bad, offset=(15, 0)).shape == (3, *size)
-
-
-def test_downscale_is_resize_in_8_bits():
-    x = smooth(1, 3, 16, 24)[0]
-    for kernel in degrade.KERNELS:
-        assert torch.equal(degrade.downscale(x, (8, 12), kernel), degrade.to_8_bit(degrade.resize(x, (8, 12), kernel)))
+    assert not torch.equal(degrade.compress(x, "avif", 20, offset=(3, 5)), z)
+    assert degrade.compress(torch.rand(3, 1, 1), "avif", 20, offset=(15, 0)).shape == (3, 1, 1)
 
 
 # ---- recipes
 
-TOLERANCE = 0.03        # three standard deviations of a share of 3000 are less
-CLEAN = [(degrade.downscale, dict(size=(40, 60), kernel="bicubic"))]
+def recorded(monkeypatch, recipe, count):
+    """LR pictures of a recipe without codecs, and the arguments of compress()."""
+    calls = []
+    monkeypatch.setattr(degrade, "compress", lambda x, *arguments: calls.append(arguments) or x)
+    return degrade.degrade(smooth(1, 3, 32, 48).expand(count, 3, 32, 48), recipe, 2, range(count)), calls
 
 
-@functools.lru_cache(maxsize=None)
-def draws(recipe):
-    """The operations of 3000 pictures of 120x80 at scale 2, without the clean ones."""
-    shares = degrade.parse_recipe(recipe)
-    every = [degrade.draw(shares, seed, (80, 120), 2) for seed in range(3000)]
-    return [operations for operations in every if operations != CLEAN]
-
-
-def names(operations):
-    return "".join(function.__name__ + " " for function, _ in operations)
-
-
-def arguments(operations, name):
-    return [values for function, values in operations if function.__name__ == name]
-
-
-def spans(values, limits, tolerance=0.05):
-    """Whether uniform draws lie within limits and come close to both."""
-    low, high = limits
-    slack = tolerance * (high - low)
-    return low <= min(values) <= low + slack and high - slack <= max(values) <= high
-
-
-def has_shares(values, chances):
-    """Whether names occur as often as their chances say."""
-    assert set(values) == {name for name, chance in chances.items() if chance}
-    total = sum(chances.values())
-    return all(abs(values.count(n) / len(values) - c / total) < TOLERANCE for n, c in chances.items())
-
-
-ORDER = dict(       # operations in parentheses may be left out
-    bicubic="downscale ",
-    web="downscale (gaussian_blur )?(compress )?",
-    gallery="downscale (gaussian_blur )?(compress )?",
-    jpeg="downscale (compress )?compress ",
-    light="(compress )?(resize )?downscale (gaussian_blur )?(kernel_blur )?(compress )?",
-    real="kernel_blur resize noise compress (kernel_blur )?resize noise "
-         "(resize (kernel_blur )?compress |compress resize (kernel_blur )?)",
-    soft="downscale (grain )?(compress )?(kernel_blur )?",
-    awm2x="downscale (median )?(gaussian_blur )?(unsharp )?compress ",
-    awm4x="downscale (median )?(gaussian_blur )?(unsharp )?compress ",
-    diffusion="downscale (unsharp )?(vae_grid )?(color_shift )?(compress )?",
-    line="(compress )?(kernel_blur )?downscale compress ",
-)
-
-
-@pytest.mark.parametrize("recipe", degrade.RECIPES)
-def test_order_and_chances(recipe):
-    table = degrade.RECIPES[recipe]
-    assert all(re.fullmatch(ORDER[recipe], names(operations)) for operations in draws(recipe))
-    if recipe == "bicubic":
-        return
-    unchanged = math.prod(1 - entry.get("p", 1.0) for entry in table["chain"] if entry["op"] != "downscale")
-    assert abs(1 - len(draws(recipe)) / 3000 - table["clean"]) < TOLERANCE / 1.5 + unchanged
-    for function in {degrade.OPERATIONS[entry["op"]].apply for entry in table["chain"]}:
-        entries = [entry for entry in table["chain"] if degrade.OPERATIONS[entry["op"]].apply is function]
-        count = sum(len(arguments(operations, function.__name__)) for operations in draws(recipe))
-        assert abs(count / len(draws(recipe)) - sum(entry.get("p", 1.0) for entry in entries)) < TOLERANCE
-
-
-@pytest.mark.parametrize("op", [op for op, operation in degrade.OPERATIONS.items()
-                                if operation.draw is degrade.draw_ranges])
-def test_ranges_are_drawn_uniformly(op):
-    entry = next(entry for recipe in degrade.RECIPES.values() for entry in recipe["chain"] if entry["op"] == op)
-    rng = np.random.default_rng(0)
-    values = [degrade.OPERATIONS[op].draw(rng, entry, None, None) for _ in range(1000)]
-    for name in degrade.OPERATIONS[op].parameters:
-        assert spans([v[name] for v in values], entry[name])
-
-
-def test_compress_draws_as_its_entry_says():
-    entry = degrade.RECIPES["web"]["chain"][2]
-    rng = np.random.default_rng(0)
-    values = [degrade.draw_compress(rng, entry, None, None) for _ in range(3000)]
-    assert has_shares([v["codec"] for v in values], entry["codec"])
-    for codec, (low, high) in entry["quality"].items():
-        assert {v["quality"] for v in values if v["codec"] == codec} == set(range(low, high + 1))
-    assert has_shares([v["chroma"] for v in values if v["codec"] == "jpeg"], entry["chroma"])
-    assert {v["chroma"] for v in values if v["codec"] == "webp"} == {"4:2:0"}
-    assert {v["offset"][0] for v in values} == {v["offset"][1] for v in values} == set(range(16))
-
-
-def test_grain_grid_and_colors_draw_as_their_entries_say():
-    rng = np.random.default_rng(0)
-    entry = degrade.RECIPES["soft"]["chain"][1]
-    values = [degrade.draw_grain(rng, entry, None, None) for _ in range(2000)]
-    assert spans([v["amplitude"] for v in values], entry["amplitude"])
-    assert spans([v["sigma"][1] for v in values], entry["sigma"]) and spans([v["angle"] for v in values], (0, math.pi))
-    brush = [v["sigma"][0] for v in values if v["sigma"][0] != v["sigma"][1]]
-    assert abs(len(brush) / 2000 - entry["brush"]) < 0.04 and spans(brush, entry["brush_length"])
-    entry = degrade.RECIPES["diffusion"]["chain"][2]
-    values = [degrade.draw_vae_grid(rng, entry, None, None) for _ in range(1000)]
-    assert {v["offset"] for v in values} == {(i, j) for i in range(8) for j in range(8)}
-    entry = degrade.RECIPES["diffusion"]["chain"][3]
-    values = [degrade.draw_color_shift(rng, entry, None, None) for _ in range(1000)]
-    for name in ("gain", "shift"):
-        assert all(spans([v[name][channel] for v in values], entry[name]) for channel in range(3))
-
-
-def check_kernels(values, size, sinc, cutoff, shape=None, sigma=None, beta=None):
-    """Compare draws of kernel_blur with its ranges."""
-    assert {v["size"] for v in values} == set(range(size[0], size[1] + 1, 2))
-    sincs = [v for v in values if v["shape"] == "sinc"]
-    assert abs(len(sincs) / len(values) - sinc) < TOLERANCE
-    starts = [*sorted(cutoff), 99]
-    for start, end in zip(starts, starts[1:]):
-        assert spans([v["cutoff"] for v in sincs if start <= v["size"] < end], cutoff[start], 0.1)
-    others = [v for v in values if v["shape"] != "sinc"]
-    if not others:
-        return
-    assert has_shares([v["shape"] for v in others], shape) and spans([v["sigma"][0] for v in others], sigma)
-    for v in others:
-        assert sigma[0] <= v["sigma"][1] <= sigma[1] and abs(v["angle"]) <= math.pi
-        if "aniso" not in v["shape"]:
-            assert v["sigma"][0] == v["sigma"][1] and v["angle"] == 0.0
-        assert v["beta"] == 1.0 or " " in v["shape"]
-    for family, limits in beta.items():
-        betas = [v["beta"] for v in others if v["shape"].startswith(family)]
-        assert spans(betas, limits, 0.1)
-        if limits[0] < 1:
-            assert abs(sum(b < 1 for b in betas) / len(betas) - 0.5) < 3 / math.sqrt(len(betas))
-
-
-def test_real_has_the_ranges_of_real_esrgan():
-    """The numbers are those of the authors' options/train_realesrgan_x2plus.yml, not of our table."""
-    shape = {"iso": .45, "aniso": .25, "generalized iso": .12, "generalized aniso": .03, "plateau iso": .12,
-             "plateau aniso": .03}
-    cutoff = {0: (math.pi / 3, math.pi), 13: (math.pi / 5, math.pi)}
-    every = draws("real")
-    early = [bool(re.search("noise compress resize (kernel_blur )?$", names(operations))) for operations in every]
-    assert abs(sum(early) / len(every) - 0.5) < TOLERANCE
-    firsts = [[values for _, values in operations[:4]] for operations in every]     # blur, resize, noise, compress
-    seconds = [operations[4:] for operations in every]
-    second_blurs = [s[0][1] for s in seconds if s[0][0] is degrade.kernel_blur]
-    assert abs(len(second_blurs) / len(every) - 0.8) < TOLERANCE
-    for blurs, sigma in (([f[0] for f in firsts], (0.2, 3)), (second_blurs, (0.2, 1.5))):
-        check_kernels(blurs, (7, 21), 0.1, cutoff, shape, sigma, dict(generalized=(0.5, 4), plateau=(1, 2)))
-    for sizes, base, (up, down, keep), factor in (
-            ([f[1] for f in firsts], 120, (.2, .7, .1), (.15, 1.5)),
-            ([arguments(s, "resize")[0] for s in seconds], 60, (.3, .4, .3), (.3, 1.2))):
-        widths = [v["size"][1] for v in sizes]
-        assert abs(sum(w == base for w in widths) / len(every) - keep) < TOLERANCE + 0.03   # some factors are near 1
-        assert abs(sum(w < base for w in widths) / len(every) - down) < TOLERANCE
-        assert spans([w / base for w in widths], factor)
-        assert has_shares([v["kernel"] for v in sizes], dict(area=1, bilinear=1, bicubic=1))
-        assert not any(v["antialias"] for v in sizes)
-    for noises, sigma, scale in (([f[2] for f in firsts], (1, 30), (.05, 3)),
-                                 ([arguments(s, "noise")[0] for s in seconds], (1, 25), (.05, 2.5))):
-        assert has_shares([v["kind"] for v in noises], dict(gaussian=.5, poisson=.5))
-        assert spans([v["strength"] for v in noises if v["kind"] == "gaussian"], sigma)
-        assert spans([v["strength"] for v in noises if v["kind"] == "poisson"], scale)
-        assert abs(sum(v["gray"] for v in noises) / len(noises) - 0.4) < TOLERANCE
-    for codes in ([f[3] for f in firsts], [arguments(s, "compress")[0] for s in seconds]):
-        assert {v["quality"] for v in codes} == set(range(30, 96))
-        assert {(v["codec"], v["chroma"]) for v in codes} == {("jpeg", "4:2:0")}
-    assert {arguments(s, "resize")[1]["size"] for s in seconds} == {(40, 60)}
-
-
-def test_kernels_of_the_other_recipes():
-    chain = degrade.RECIPES["soft"]["chain"]
-    entry = {name: value for name, value in chain[-1].items() if name not in ("op", "p")}
-    check_kernels([v for operations in draws("soft") for v in arguments(operations, "kernel_blur")], **entry)
-    last = [arguments(operations, "kernel_blur") for operations in draws("light")]
-    check_kernels([v for values in last for v in values], (7, 21), 1.0, {0: (math.pi / 2, math.pi)})
-
-
-def test_what_the_recipes_are_for():
-    assert degrade.RECIPES["soft"]["chain"][-1]["op"] == "kernel_blur"                          # blur comes last
-    assert not any("aniso" in shape for shape in degrade.RECIPES["soft"]["chain"][-1]["shape"])  # no motion blur
-    for name in ("awm2x", "awm4x"):
-        assert degrade.RECIPES[name]["chain"][-1]["quality"] == dict(jpeg=(85, 85))
-    assert all(v["amount"] < 0 for operations in draws("diffusion") for v in arguments(operations, "unsharp"))
-
-
-def test_web_draws_never_change():
+@pytest.mark.parametrize("recipe, result", [
+    ("web", "44c2345d481d"), ("light", "0a1261f08aa9"), ("real", "f4f2d52ace99"), ("soft", "a02830770934"),
+    ("awm4x", "ecb44f6afb1c"), ("diffusion", "212dc0d6f21b")])
+def test_results_never_change(recipe, result, monkeypatch):
     """A resumed training run sees the same LR pictures."""
-    words, shares = [], degrade.parse_recipe("web")
-    for seed in (0, 1, 2, 3, 10 ** 12, -1, 2 ** 63):
-        for function, values in degrade.draw(shares, seed, (64, 64), 2):
-            words += [function.__name__]
-            words += [f"{v:.9f}" if isinstance(v, float) else str(v) for v in values.values()]
-    assert hashlib.sha256(" ".join(words).encode()).hexdigest()[:16] == "6cb8d9a843f1a6dc"
+    lr, calls = recorded(monkeypatch, recipe, 30)
+    calls = [(codec, quality, chroma if codec == "jpeg" else "4:2:0", list(map(int, offset)))
+             for codec, quality, chroma, offset in calls]
+    data = lr.mul(255).round().byte().numpy().tobytes() + repr(calls).encode()
+    assert hashlib.sha256(data).hexdigest()[:12] == result
 
 
-def test_missing_codecs_are_replaced(monkeypatch):
-    entry, rng = degrade.RECIPES["line"]["chain"][-1], np.random.default_rng(0)
-    for available in (("jpeg",), ("jpeg", "webp"), ("jpeg", "webp", "avif", "h264", "mpeg2")):
-        monkeypatch.setattr(degrade, "can_write", lambda codec, available=available: codec in available)
-        values = [degrade.draw_compress(rng, entry, None, None) for _ in range(300)]
-        assert {v["codec"] for v in values} == set(available)
-        for v in values:
-            low, high = entry["quality"][v["codec"]]
-            assert low <= v["quality"] <= high
+def test_arguments_of_compress(monkeypatch):
+    _, calls = recorded(monkeypatch, "web", 1500)
+    codecs, qualities, chromas, offsets = zip(*calls)
+    assert abs(len(calls) / 1500 - 0.9 * 0.95) < 0.03 and abs(codecs.count("jpeg") / len(calls) - 0.85) < 0.03
+    assert {q for q, codec in zip(qualities, codecs) if codec == "jpeg"} == set(range(85, 96))
+    assert {q for q, codec in zip(qualities, codecs) if codec == "webp"} == set(range(80, 96))
+    assert abs(chromas.count("4:2:0") / len(calls) - 0.8) < 0.03
+    assert {int(n) for offset in offsets for n in offset} == set(range(16))
+    assert {tuple(offset) for *_, offset in recorded(monkeypatch, "gallery", 50)[1]} == {(0, 0)}
+
+
+def test_clean_uses_several_kernels():
+    hr = smooth(1, 3, 32, 48)
+    lr = degrade.degrade(hr.expand(1000, 3, 32, 48), "clean", 2, range(1000))
+    for kernel, probability in dict(bicubic=0.55, lanczos=0.2, area=0.15, bilinear=0.1).items():
+        expected = degrade.to_8_bit(degrade.resize(hr, (16, 24), kernel))
+        assert abs((lr == expected).flatten(1).all(1).float().mean() - probability) < 0.05
+
+
+def test_real_begins_as_real_esrgan():
+    """The numbers are those of the authors' options/train_realesrgan_x2plus.yml, not of our table."""
+    blur, rescale, noise, jpeg, second_blur, second_rescale, second_noise = degrade.RECIPES["real"]["chain"][:7]
+    assert (blur["sigma"], blur["sinc"], blur["size"]) == ((0.2, 3), 0.1, (7, 21))
+    assert (rescale["direction"], rescale["factor"]) == (dict(up=0.2, down=0.7, keep=0.1), (0.15, 1.5))
+    assert (noise["gaussian"], noise["poisson"], noise["gray"]) == ((1, 30), (0.05, 3), 0.4)
+    assert jpeg["quality"] == dict(jpeg=(30, 95)) and second_blur["sigma"] == (0.2, 1.5) and second_blur["p"] == 0.8
+    assert (second_rescale["direction"], second_rescale["factor"]) == (dict(up=0.3, down=0.4, keep=0.3), (0.3, 1.2))
+    assert (second_noise["gaussian"], second_noise["poisson"]) == ((1, 25), (0.05, 2.5))
 
 
 DOWN = dict(op="downscale", kernel=dict(bicubic=1.0))
@@ -496,44 +344,26 @@ DOWN = dict(op="downscale", kernel=dict(bicubic=1.0))
 def test_a_new_recipe_is_one_entry(monkeypatch):
     monkeypatch.setitem(degrade.RECIPES, "mine", dict(chain=[dict(op="blur", sigma=(2.0, 2.0)), DOWN]))
     hr = smooth(1, 3, 32, 48)
-    lr = degrade.degrade(hr, "mine", 2, [0])
-    assert torch.equal(lr[0], degrade.downscale(degrade.gaussian_blur(hr[0], 2.0).clamp(0, 1), (16, 24), "bicubic"))
+    expected = degrade.resize(degrade.gaussian_blur(hr[0], 2.0).clamp(0, 1), (16, 24))
+    assert torch.equal(degrade.degrade(hr, "mine", 2, [0])[0], degrade.to_8_bit(expected))
 
 
-@pytest.mark.parametrize("recipe, word", [
-    (dict(chain=[dict(op="blurr", sigma=(1, 2)), DOWN]), "blurr"),
-    (dict(chain=[DOWN, dict(sigma=(1, 2))]), "entry 2"),
-    (dict(chain=[dict(op="blur", sigma=1.0), DOWN]), "sigma"),
-    (dict(chain=[dict(op="blur", sigma=(2, 1)), DOWN]), "sigma"),
-    (dict(chain=[dict(op="blur"), DOWN]), "sigma"),
-    (dict(chain=[dict(op="blur", sigma=(1, 2), strength=(1, 2)), DOWN]), "strength"),
-    (dict(chain=[dict(op="blur", sigma=(1, 2), p=1.5), DOWN]), "p is 1.5"),
-    (dict(chain=[dict(op="downscale", kernel=dict(bicubicc=1.0))]), "bicubicc"),
-    (dict(chain=[DOWN, dict(op="compress", codec=dict(webp=1.0), quality=dict(jpeg=(80, 90)),
-                            chroma={"4:2:0": 1.0}, offset=(0, 0))]), "webp"),
-    (dict(chain=[DOWN], cleann=0.1), "cleann"),
-    (dict(clean=0.1), "chain"),
-    (dict(chain=[dict(op="blur", sigma=(1, 2))]), "downscale"),
+@pytest.mark.parametrize("entry, word", [
+    (dict(op="blurr", sigma=(1, 2)), "blurr"),
+    (dict(sigma=(1, 2)), "'op'"),
+    (dict(op="blur", sigma=1.0), "sigma"),
+    (dict(op="blur"), "sigma"),
+    (dict(op="blur", sigma=(1, 2), strength=(1, 2)), "strength"),
+    (dict(op="downscale", kernel=dict(bicubicc=1.0)), "bicubicc"),
+    (dict(op="compress", codec=dict(webp=1.0), quality=dict(jpeg=(80, 90))), "webp"),
+    (dict(op="rescale", base="lr", direction=dict(keep=1), factor=(1, 1), kernel=dict(area=1), aliased=1), "downscale"),
 ])
-def test_a_wrong_entry_is_named(monkeypatch, recipe, word):
-    monkeypatch.setitem(degrade.RECIPES, "mine", recipe)
+def test_a_wrong_entry_is_named(monkeypatch, entry, word):
+    chain = [entry] if word == "bicubicc" else [DOWN, entry, dict(op="rescale", base="hr", factor=(1, 1), aliased=0,
+                                                                 direction=dict(keep=1), kernel=dict(area=1))]
+    monkeypatch.setitem(degrade.RECIPES, "mine", dict(chain=chain))
     with pytest.raises(degrade.RecipeError, match=rf"mine.*{re.escape(word)}"):
         degrade.degrade(torch.zeros(1, 3, 8, 8), "mine", 2, [0])
-
-
-@pytest.mark.parametrize("recipe", degrade.RECIPES)
-def test_degrade_applies_what_it_draws(recipe):
-    hr = smooth(8, 3, 32, 48)
-    seeds = list(range(100, 108))
-    lr = degrade.degrade(hr, recipe, 2, seeds)
-    changed = 0
-    for n, seed in enumerate(seeds):
-        x = hr[n]
-        for operation, how in degrade.draw(degrade.parse_recipe(recipe), seed, (32, 48), 2):
-            x = operation(x, **how).clamp(0, 1)
-        assert torch.equal(lr[n], degrade.to_8_bit(x))
-        changed += not torch.equal(lr[n], degrade.downscale(hr[n], (16, 24), "bicubic"))
-    assert changed >= 5 or recipe == "bicubic"
 
 
 def test_bicubic_equals_pillow_within_a_level():
@@ -588,13 +418,10 @@ def test_any_number_of_workers_gives_the_same_bits():
         assert torch.equal(torch.cat(batches), torch.stack(alone))
 
 
-@pytest.mark.parametrize("recipe", [r for r in degrade.RECIPES if r != "bicubic"])
+@pytest.mark.parametrize("recipe", [r for r in degrade.RECIPES if r not in ("bicubic", "clean")])
 def test_seeds_differ(recipe):
-    hr = smooth(1, 3, 64, 64).expand(8, -1, -1, -1)
-    lr = degrade.degrade(hr, recipe, 2, range(8))
-    clean = sum(torch.equal(x, degrade.downscale(hr[0], (32, 32), "bicubic")) for x in lr)
-    assert len({x.numpy().tobytes() for x in lr}) >= 8 - max(0, clean - 1) >= 5
-    assert len({x.numpy().tobytes() for x in degrade.degrade(hr, recipe, 2, [4] * 8)}) == 1
+    lr = degrade.degrade(smooth(1, 3, 64, 64).expand(8, -1, -1, -1), recipe, 2, range(8))
+    assert len({x.numpy().tobytes() for x in lr}) >= 5
 
 
 def test_a_mix_draws_one_part_per_picture():
@@ -658,7 +485,7 @@ def test_ringing_swings_beside_an_edge():
         assert swings >= 2 and beside.abs().max() > 4 / 255
 
 
-def test_banding_leaves_few_colours_and_keeps_detail():
+def test_banding_leaves_few_colors_and_keeps_detail():
     ramp = torch.linspace(0.1, 0.9, 128).expand(4, 3, 64, 128).contiguous()
     ramp[:, :, 40:] = (torch.rand(4, 3, 24, 128, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     for s, levels in ((0.5, 22), (1.0, 7)):
@@ -672,13 +499,13 @@ def test_banding_leaves_few_colours_and_keeps_detail():
 def test_blur_oversharp_and_noise():
     edge = torch.full((2, 3, 32, 64), 0.3)
     edge[..., 32:] = 0.7
-    soft = degrade.gaussian_blur(edge[0], degrade.ARTIFACTS["blur"].arguments["sigma"][2])
+    soft = degrade.gaussian_blur(edge[0], degrade.ARTIFACTS["blur"][1]["sigma"][2])
     assert torch.equal(degrade.artifact(edge, "blur", 1.0, [0, 1])[0], degrade.to_8_bit(soft))
     halo = degrade.artifact(edge, "oversharp", 1.0, [0, 1])
     assert (halo[..., 32] == 1).all() and (halo[..., 31] == 0).all() and (halo[..., :8] - 0.3).abs().max() < 2 / 255
     grain = degrade.artifact(torch.full((8, 3, 64, 64), 0.5), "noise", 0.5, range(8)) - 0.5
-    assert abs(grain.std() * 255 - degrade.ARTIFACTS["noise"].arguments["sigma"][1]) < 0.5
-    assert 0 < sum(torch.equal(g[0], g[1]) for g in grain) < 8                          # gray and coloured
+    assert abs(grain.std() * 255 - degrade.ARTIFACTS["noise"][1]["sigma"][1]) < 0.5
+    assert 0 < sum(torch.equal(g[0], g[1]) for g in grain) < 8                          # gray and colored
 
 
 def test_seam_runs_straight_and_leaves_one_side_alone():
@@ -753,13 +580,6 @@ def test_the_profile_is_kept(tmp_path, monkeypatch, capsys):
     assert images.read_picture(tmp_path / "lr" / "a.png").icc == linear_profile()
 
 
-def test_a_picture_too_wide_for_a_codec_goes_through_jpeg():
-    x = torch.rand(3, 8, 16400)
-    for codec, quality, expected in (("webp", 70, 70), ("h264", 30, 60)):
-        if degrade.can_write(codec):
-            assert torch.equal(degrade.compress(x, codec, quality), degrade.compress(x, "jpeg", expected))
-
-
 def test_adding_a_picture_changes_no_other(folder, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, capsys, folder, tmp_path / "one")[0] == 0
     Image.new("RGB", (20, 20), "red").save(folder / "0 first.png")
@@ -772,53 +592,33 @@ def test_no_file_is_overwritten_without_the_flag(folder, tmp_path, monkeypatch, 
     (tmp_path / "lr").mkdir()
     (tmp_path / "lr" / "photo.png").write_bytes(b"mine")
     code, _, err = command(monkeypatch, capsys, folder, tmp_path / "lr")
-    assert code == 2 and "photo.png" in err and [p.name for p in (tmp_path / "lr").iterdir()] == ["photo.png"]
+    assert code == 2 and "photo.png" in err and (tmp_path / "lr" / "photo.png").read_bytes() == b"mine"
     assert command(monkeypatch, capsys, folder, tmp_path / "lr", "--overwrite")[0] == 0
     assert (tmp_path / "lr" / "photo.png").read_bytes() != b"mine"
 
 
 def test_sheet(tmp_path, monkeypatch, capsys):
     picture, out = tmp_path / "a b.png", tmp_path / "new" / "sheet.png"
-    x = smooth(1, 3, 130, 200)[0] * 0.3
-    x[:, 0:64, 120:184] = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    images.save_picture(picture, images.Picture(rgb=x))
+    images.save_picture(picture, images.Picture(rgb=smooth(1, 3, 130, 200)[0]))
     assert command(monkeypatch, capsys, picture, "--sheet", out, "--seed", 3)[0] == 0
-    page, hr = images.read_picture(out).rgb, images.read_picture(picture).rgb
-    side, step, label = 130, 138, 72
-    assert page.shape == (3, 3 * (side + label) + 8, 4 * step + 8)
-    cells = [page[:, r * (side + label) + label:][:, :side, 8 + c * step:][..., :side]
-             for r in range(3) for c in range(4)]
-    left = next(left for left in range(71) if torch.equal(cells[0], hr[:, :, left:left + side]))
-    assert left >= 120 - 66                                         # the part with most detail
-    crop = hr[None, :, :, left:left + side]
-    clean = degrade.degrade(crop, "bicubic", 2, [0])
-    for cell, name in zip(cells[1:], degrade.RECIPES):
-        expected = [degrade.degrade(crop, name, 2, [seed]) for seed in range(3, 9)]
-        expected = next((lr for lr in expected if not torch.equal(lr, clean)), clean)[0]
-        assert torch.equal(expected.repeat_interleave(2, 1).repeat_interleave(2, 2), cell)
-    for wrong in ((picture, "--sheet", out), (tmp_path, "--sheet", tmp_path / "b.png"),
-                  (picture, "--sheet", tmp_path / "b.gif"), (picture, "--sheet", tmp_path / "b.png", "--scale", 500)):
+    page, crop = images.read_picture(out).rgb, images.read_picture(picture).rgb[None, :, :, 35:165]
+    assert page.shape == (3, 154, 130 * (len(degrade.RECIPES) + 1)) and torch.equal(page[:, 24:, :130], crop[0])
+    for column, name in enumerate(degrade.RECIPES, 1):
+        lr = degrade.degrade(crop, name, 2, [3])[0]
+        cell = page[:, 24:, 130 * column:130 * (column + 1)]
+        assert torch.equal(cell, lr.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    for wrong in ((picture, "--sheet", out), (tmp_path, "--sheet", tmp_path / "b.png")):
         code, _, err = command(monkeypatch, capsys, *wrong)
-        assert code == 2 and err.startswith("error: ")
+        assert code == 2 and "error: " in err
     assert not (tmp_path / "b.png").exists()
 
 
-def test_users_mistakes(folder, tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty").mkdir()
-    lr = tmp_path / "lr"
-    for args, word in (((folder, lr, "--recipe", "wep"), "wep"), ((folder, lr, "--scale", "0"), "--scale"),
-                       ((tmp_path / "none", lr), "none"), ((tmp_path / "empty", lr), "empty"),
-                       ((folder, folder / "lr"), "inside"), ((folder,), "--sheet"),
-                       ((folder, lr, "--scale", "100"), "none of the 7")):
+def test_mistakes_of_the_user(folder, tmp_path, monkeypatch, capsys):
+    for args, word in (((folder, tmp_path / "lr", "--recipe", "wep"), "wep"), ((folder,), "--sheet"),
+                       ((tmp_path / "none", tmp_path / "lr"), "none"), ((folder, tmp_path / ("x" * 300)), "xxx")):
         code, _, err = command(monkeypatch, capsys, *args)
         assert code == 2 and "error: " in err.splitlines()[-1] and word in err.splitlines()[-1]
-    assert not lr.exists()
-    shutil.copy(folder / "photo.jpg", folder / "photo.webp")
-    code, _, err = command(monkeypatch, capsys, folder, lr)
-    assert code == 2 and "photo.jpg" in err and "photo.webp" in err     # both would become photo.png
-    (folder / "photo.webp").unlink()
-    code, _, err = command(monkeypatch, capsys, folder, tmp_path / ("x" * 300))
-    assert code == 2 and "cannot write" in err
+    assert not (tmp_path / "lr").exists()
 
 
 def test_a_mistake_in_the_code_shows_its_traceback(folder, tmp_path, monkeypatch, capsys):

@@ -204,13 +204,7 @@ def test_new_loss_term_takes_a_function_and_an_entry(project, pictures):
 
 def test_new_recipe_takes_an_entry(project, pictures):
     entry = snippet((ROOT / "CONTRIBUTING.md").read_text(), "recipe entry")
-    with open(project / "degrade.py") as file:
-        text = file.read()
-    mark = next(line for line in text.splitlines() if line.startswith("RECIPES = "))
-    lines = text.splitlines()
-    end = next(i for i in range(lines.index(mark), len(lines)) if lines[i].rstrip().endswith(")") or lines[i] == "}")
-    lines.insert(end + 1, entry)
-    (project / "degrade.py").write_text("\n".join(lines))
+    edit(project / "degrade.py", "RECIPES = {\n", "RECIPES = {\n" + entry)
     code, out = train(project, pictures, "--recipe", "blurry:0.5,bicubic:0.5")
     assert code == 0, out
 

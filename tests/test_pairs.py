@@ -72,10 +72,10 @@ def test_results_may_be_incomplete_but_lr_may_not(tmp_path):
     assert results["other"].shape == other.shape
     (tmp_path / "lr/c.png").unlink()
     save(tmp_path / "lr/d.png", 12, 16)
-    with pytest.raises(pairs.PairError, match=r"\(c\).*\(d\)"):
+    with pytest.raises(pairs.PairError, match="c, d"):
         pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
     save(tmp_path / "stranger/z.png")
-    with pytest.raises(pairs.PairError, match="z"):
+    with pytest.raises(pairs.PairError, match="stranger"):
         pairs.match_pairs(dict(HR=tmp_path / "hr", stranger=tmp_path / "stranger"))
 
 
