@@ -184,21 +184,6 @@ def resampling_weights(n, out, kernel, antialias):
     return torch.from_numpy(index), torch.from_numpy(weight.astype(np.float32))
 
 
-def resize_rows(x, out, kernel, antialias):
-    """Resample (..., H, W) to (..., out, W)."""
-    index, weight = resampling_weights(x.shape[-2], out, kernel, antialias)
-    index, weight = index.to(x.device), weight.to(x.device, x.dtype)[:, :, None]
-    strip = max(1, 2**18 * x.shape[-2] // x.numel())            # rows that fit into the cache: 4 times faster
-    parts = []
-    for i in range(0, out, strip):
-        total = None
-        for rows, row_weights in zip(index[:, i:i + strip], weight[:, i:i + strip]):
-            term = x.index_select(-2, rows).mul_(row_weights)
-            total = term if total is None else total.add_(term)
-        parts.append(total)
-    return torch.cat(parts, -2)
-
-
 def resize(x, size, kernel="bicubic", antialias=True):
     """Resample (..., H, W) to size (h, w), with half-pixel centers and a symmetric border, as MATLAB does.
 
@@ -209,7 +194,10 @@ def resize(x, size, kernel="bicubic", antialias=True):
     rows_first = size[0] * x.shape[-1] <= size[1] * x.shape[-2]     # the stronger reduction first: less work
     for axis in (-2, -1) if rows_first else (-1, -2):
         if size[axis] != x.shape[axis]:
-            x = resize_rows(x.transpose(axis, -2).contiguous(), size[axis], kernel, antialias)
+            x = x.transpose(axis, -2).contiguous()
+            index, weight = resampling_weights(x.shape[-2], size[axis], kernel, antialias)
+            index, weight = index.to(x.device), weight.to(x.device, x.dtype)[:, :, None]
+            x = sum(x.index_select(-2, rows) * row_weights for rows, row_weights in zip(index, weight))
             x = x.transpose(axis, -2).contiguous()
     return x
 
