@@ -23,21 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
-# tiny is for tests; low and mid have few, wide heads, as each head costs a pass over its attention matrix
+# tiny is for tests; low and mid use few, wide heads: the cost of attention grows with the number of heads
 PRESETS = {
     "tiny": dict(embed_dim=16, depths=(2,) * 2, heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),
     "low": dict(embed_dim=60, depths=(4,) * 3, heads=2, window=8, compress=6, squeeze=6, refiner_dim=32),
     "mid": dict(embed_dim=96, depths=(6,) * 4, heads=3, window=16, compress=6, squeeze=6, refiner_dim=48),
     "high": dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
-    "hat_s": dict(embed_dim=144, depths=(6,) * 6, heads=6, window=16, compress=24, squeeze=24,
-                  refiner_dim=64),
-    "hat": dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
-    "hat_l": dict(embed_dim=180, depths=(6,) * 12, heads=6, window=16, compress=3, squeeze=30,
-                  refiner_dim=64),
 }
+PRESETS["hat_s"] = {**PRESETS["high"], "embed_dim": 144, "compress": 24, "squeeze": 24}
+PRESETS["hat"] = PRESETS["high"]
+PRESETS["hat_l"] = {**PRESETS["hat"], "depths": (6,) * 12}
 RGB_MEAN = (0.4488, 0.4371, 0.4040)     # of DIV2K
 CONV_SCALE = 0.01                       # weight of the convolution branch; official files do not store it
-OVERLAP = 0.5                           # OCAB's key windows are wider than its query windows by this factor
+OVERLAP = 0.5                           # an OCAB key window is 1 + OVERLAP times as wide as its query window
 FEATURES = 64                           # channels of the upsampler
 
 
@@ -48,9 +46,8 @@ class WeightsError(ValueError):
 # ------------------------------------------------------------------ attention
 
 def position_index(window, key_window):
-    """Row of the relative position table for each query of a window and each key of the window of
-    `key_window` >= `window` pixels around it: int64 (window^2, key_window^2). Negative rows, which OCAB has,
-    count from the end of the table, as in the official code."""
+    """Index into the relative position table for each pair of query and key: int64 (window^2, key_window^2).
+    Negative indices, which OCAB has, count from the end of the table, as in the official code."""
     def grid(n):
         return torch.stack(torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")).flatten(1)
 
@@ -63,8 +60,8 @@ def position_index(window, key_window):
 
 
 def shift_mask(h, w, window, device):
-    """Attention bias for windows shifted by window / 2: -100 between pixels that are neighbors only through
-    the cyclic shift, else 0. (windows of the picture, window^2, window^2)."""
+    """Attention bias for windows shifted by window / 2: -100 between two pixels that share a window only
+    because of the cyclic shift, else 0. Shape: (windows of the picture, window^2, window^2)."""
     def region(n):
         i = torch.arange(n, device=device)
         return (i >= n - window).int() + (i >= n - window // 2).int()
@@ -85,21 +82,19 @@ def join_windows(x, window, h, w):
 
 
 def widen(x, dim, window, edge):
-    """Extend each window along `dim` by `edge` pixels of both neighbors: n windows of `window` pixels become
-    n of window + 2 * edge. Beyond the picture there are zeros; the softmax includes them, as in the official
-    code."""
-    # slices and one cat: their backward is many times faster than that of Tensor.unfold
+    """Extend each window along `dim` by `edge` pixels of both neighbors. Pixels outside the picture are
+    zeros; they take part in the softmax, as in the official code."""
+    # slices and torch.cat have a much faster backward than Tensor.unfold
     x = x.unflatten(dim, (-1, window))
-    n = x.shape[dim]
-    zeros = torch.zeros_like(x.narrow(dim, 0, 1).narrow(dim + 1, 0, edge))
-    before = torch.cat([zeros, x.narrow(dim, 0, n - 1).narrow(dim + 1, window - edge, edge)], dim)
-    after = torch.cat([x.narrow(dim, 1, n - 1).narrow(dim + 1, 0, edge), zeros], dim)
+    before, after = x.narrow(dim + 1, window - edge, edge), x.narrow(dim + 1, 0, edge)
+    zeros, n = torch.zeros_like(after.narrow(dim, 0, 1)), x.shape[dim] - 1
+    before = torch.cat([zeros, before.narrow(dim, 0, n)], dim)
+    after = torch.cat([after.narrow(dim, 1, n), zeros], dim)
     return torch.cat([before, x, after], dim + 1).flatten(dim, dim + 1)
 
 
 def pad_heads(parameter, heads, dim=0):
-    """Zero-pad each head of a parameter along `dim` to a multiple of 8 channels. The result of the attention
-    stays the same, and products of 32 channels are faster than those of 30."""
+    """Zero-pad each head along `dim` to a multiple of 8 channels: the same result, faster products."""
     p = parameter.unflatten(dim, (heads, -1))
     p = F.pad(p, (0, 0) * (p.dim() - dim - 2) + (0, -p.shape[dim + 1] % 8))
     return p.flatten(dim, dim + 1)
@@ -112,15 +107,15 @@ def attention(q, k, v, bias, scale):
     if q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)
-    heads = []      # plain products, one head at a time: the fastest gradient of the bias on a CPU
+    heads = []      # head by head: the fastest gradient of the bias on a CPU
     for q_head, k_head, v_head, b in zip(q.unbind(2), k.unbind(2), v.unbind(2), bias.unbind(1)):
         heads.append(torch.baddbmm(b, q_head, k_head.mT, alpha=scale).softmax(-1) @ v_head)
     return torch.cat(heads, -1)
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention with a relative position bias. Queries come from windows of `window` pixels, keys
-    and values from windows of `key_window` >= window pixels with the same centers."""
+    """Multi-head attention with a relative position bias. Queries come from windows of `window` pixels; keys
+    and values from windows of `key_window` pixels, at least as large, with the same centers."""
     def __init__(self, dim, window, key_window, heads):
         super().__init__()
         self.window, self.heads, self.scale = window, heads, (dim // heads) ** -0.5
@@ -135,7 +130,7 @@ class WindowAttention(nn.Module):
         return F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))
 
     def position_bias(self, index, dtype):
-        """Attention bias (1, heads, n, m) for the index of position_index()."""
+        """Attention bias (1, heads, n, m). index: see position_index()."""
         return self.relative_position_bias_table.t().contiguous()[:, index].to(dtype)[None]
 
     def attend(self, q, k, v, bias):
@@ -155,28 +150,23 @@ class WindowAttention(nn.Module):
 # ------------------------------------------------------------------ blocks
 
 class LayerNorm(nn.LayerNorm):
-    """Normalize the fp32 residual stream. Under autocast, cast the result once for all its readers."""
+    """Under autocast, cast the normalized fp32 stream once, because several layers use it."""
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return super().forward(x).to(dtype)
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     def __init__(self, dim):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * dim)
-        self.fc2 = nn.Linear(2 * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        layers = dict(fc1=nn.Linear(dim, 2 * dim), gelu=nn.GELU(), fc2=nn.Linear(2 * dim, dim))
+        super().__init__(OrderedDict(layers))
 
 
 class ChannelAttention(nn.Module):
     """Squeeze and excitation (Hu et al., CVPR 2018): x (B, H, W, C) -> a factor per channel, (B, 1, 1, C).
 
-    The factors depend on the mean over the whole picture. A tiler may set `global_pool`, a callable that
-    returns this mean, (B, C), for a tile x."""
+    A tiler may set `global_pool`, a callable: tile -> mean of the whole picture, (B, C)."""
     global_pool = None
 
     def __init__(self, dim, squeeze):
@@ -213,7 +203,7 @@ def drop_path(x, p, training):
 
 
 class HAB(nn.Module):
-    """Hybrid attention block: window attention and a convolution branch side by side, then an MLP."""
+    """Hybrid attention block: window attention and a convolution branch in parallel, then an MLP."""
     def __init__(self, dim, window, heads, compress, squeeze, shift, drop_path_p):
         super().__init__()
         self.shift, self.drop_path_p = shift, drop_path_p
@@ -247,16 +237,12 @@ class OCAB(WindowAttention):
     def forward(self, x, index):
         q, kv = self.heads_of(self.norm1(x)).tensor_split((1,), 3)
         kv = widen(widen(kv, 1, self.window, self.edge), 2, self.window, self.edge)
-        bias = self.position_bias(index, q.dtype)
-        x = x + self.attend_windows(q, kv, bias)
-        return x + self.mlp(self.norm2(x))
-
-    def attend_windows(self, q, kv, bias):
-        """q (B, H, W, 1, heads, d) and widened kv (B, H', W', 2, heads, d) -> (B, H, W, C)."""
-        h, w, n = *q.shape[1:3], self.window + 2 * self.edge
         q = rearrange(q, "b (y i) (x j) 1 h d -> (b y x) (i j) h d", i=self.window, j=self.window)
+        n = self.window + 2 * self.edge
         k, v = rearrange(kv, "b (y i) (x j) two h d -> two (b y x) (i j) h d", i=n, j=n)
-        return join_windows(self.attend(q, k, v, bias), self.window, h, w)
+        y = self.attend(q, k, v, self.position_bias(index, q.dtype))
+        x = x + join_windows(y, self.window, *x.shape[1:3])
+        return x + self.mlp(self.norm2(x))
 
 
 class RHAG(nn.Module):
@@ -284,8 +270,8 @@ class RHAG(nn.Module):
 # ------------------------------------------------------------------ the network
 
 def pad_to(x, multiple):
-    """Mirror (B, C, H, W) at its right and bottom to multiples of `multiple`. Unlike F.pad, mirror repeatedly
-    where the picture is too small for one reflection."""
+    """Mirror (B, C, H, W) on the right and at the bottom to multiples of `multiple`. Unlike F.pad, reflect as
+    often as a small picture needs."""
     for dim in (2, 3):
         n = x.shape[dim]
         padded = math.ceil(n / multiple) * multiple
@@ -299,14 +285,12 @@ class HAT(nn.Module):
     """HAT. forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped. Any H, W >= 1.
 
     drop_path: stochastic depth of the last block; it grows linearly from 0 (official configurations: 0.1).
-    The attribute grad_checkpoint: recompute each block in backward; slower, with far less memory."""
+    grad_checkpoint (attribute): recompute each block in the backward; slower, with far less memory."""
     def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6,
                  drop_path=0.0):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale must be 2, 3 or 4, not {scale}")
-        if window % 4:
-            raise ValueError(f"window must be a multiple of 4, not {window}")
         self.scale, self.window, self.grad_checkpoint = scale, window, False
         key_window = window + int(window * OVERLAP)
         self.register_buffer("mean", torch.tensor(RGB_MEAN).view(1, 3, 1, 1), persistent=False)
@@ -335,8 +319,8 @@ class HAT(nn.Module):
 
     @torch.no_grad()
     def warm_start(self):
-        """Make the untrained network an interpolation: R, G and B pass through channels 0-2 from conv_first
-        to conv_last. Through the LeakyReLU f of slope a each color passes twice, with opposite signs, because
+        """Initialize the network as an interpolation. Channels 0-2 carry R, G and B from conv_first to
+        conv_last. Channels 3-5 carry the negative colors through the LeakyReLU f of slope a, because
         f(x) - f(-x) = (1 + a) x. The first convolution of the upsampler interpolates."""
         before, relu = self.conv_before_upsample
         for conv, rows in (self.conv_first, 3), (self.conv_after_body, 3), (before, 6), (self.conv_last, 3):
@@ -351,7 +335,7 @@ class HAT(nn.Module):
             r = shuffle.upscale_factor
             gain = 1 / (1 + relu.negative_slope) if i == 0 else 1
             t = (torch.arange(r) - (r - 1) / 2) / r     # center of each new pixel, relative to its old pixel
-            taps = torch.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], 1)   # parabola of 3 pixels
+            taps = torch.stack([t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2], 1)   # quadratic, 3 pixels
             kernel = torch.einsum("iy,jx->ijyx", taps, taps).reshape(r * r, 3, 3) * gain
             conv.weight[:3 * r * r] = 0
             conv.bias[:3 * r * r] = 0
@@ -391,9 +375,8 @@ class HAT(nn.Module):
 
 
 class HATRefiner(nn.Module):
-    """HAT (`hat_model`), then a small residual network (`residual_block`, `out_conv`) on the whole SR
-    picture, which learns to remove the seams between HAT's tiles. `out_conv` starts at zero: untrained, it
-    changes nothing.
+    """HAT (`hat_model`), then a small residual network (`residual_block`, `out_conv`) on the whole picture,
+    which learns to remove the seams between HAT's tiles. Its last layer starts at zero: it changes nothing.
 
     forward(lr, tiler=None): (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped.
     tiler(hat_model, lr, scale) runs HAT tile by tile. `use_refiner = False` skips the refiner."""
@@ -414,9 +397,7 @@ class HATRefiner(nn.Module):
 
     @classmethod
     def from_preset(cls, name, scale=2, **changes):
-        """A model with the sizes of PRESETS[name]. `changes` replace sizes or set HAT's drop_path."""
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        """Create a model with the sizes PRESETS[name]. `changes` replace sizes or set HAT's drop_path."""
         model = cls(scale=scale, **{**PRESETS[name], **changes})
         model.header = dict(preset=name)
         return model
@@ -433,27 +414,25 @@ class HATRefiner(nn.Module):
 # ------------------------------------------------------------------ weights files
 
 def infer_sizes(state):
-    """The arguments of HATRefiner, read from the shapes of its state dict, for files without our header. A
+    """Infer the arguments of HATRefiner from the shapes of a state dict, for files without our header. A
     plain HAT gets the refiner_dim of its preset, or none. Raises WeightsError."""
-    hat, block = "hat_model.", "hat_model.layers.0.residual_group.blocks.0."
-    names = (hat + "conv_first.weight", hat + "upsample.0.weight",
-             block + "attn.relative_position_bias_table",
-             block + "conv_block.cab.0.weight", block + "conv_block.cab.3.attention.1.weight")
-    if not all(name in state for name in names):
-        raise WeightsError("not a HAT: its layers have other names")
-    first, upsample, table, compressed, squeezed = (state[name] for name in names)
+    block = "hat_model.layers.0.residual_group.blocks.0."
+    try:
+        dim = len(state["hat_model.conv_first.weight"])
+        upsample = state["hat_model.upsample.0.weight"]
+        table = state[block + "attn.relative_position_bias_table"]
+        compressed = state[block + "conv_block.cab.0.weight"]
+        squeezed = state[block + "conv_block.cab.3.attention.1.weight"]
+    except KeyError as e:
+        raise WeightsError(f"not a HAT: the layer {e} is missing") from None
     groups = [name.split(".")[2] for name in state if name.endswith("conv_block.cab.0.weight")]
-    sizes = dict(embed_dim=len(first), depths=tuple(groups.count(str(i)) for i in range(len(set(groups)))),
+    scale = 4 if "hat_model.upsample.2.weight" in state else math.isqrt(len(upsample) // FEATURES)
+    sizes = dict(embed_dim=dim, depths=tuple(groups.count(str(i)) for i in range(len(set(groups)))),
                  heads=table.shape[1], window=(math.isqrt(len(table)) + 1) // 2,
-                 compress=len(first) // len(compressed), squeeze=len(first) // len(squeezed),
-                 scale=4 if hat + "upsample.2.weight" in state else math.isqrt(len(upsample) // FEATURES))
-    if sizes["scale"] not in (2, 3, 4) or sizes["window"] % 4:
-        raise WeightsError(f"a HAT of scale {sizes['scale']} and window {sizes['window']} is not supported")
+                 compress=dim // len(compressed), squeeze=dim // len(squeezed), scale=scale)
     if "residual_block.0.weight" in state:
         sizes["refiner_dim"] = len(state["residual_block.0.weight"])
-    elif preset_name(sizes):
-        sizes["refiner_dim"] = PRESETS[preset_name(sizes)]["refiner_dim"]
-    return sizes
+    return {**sizes, **PRESETS.get(preset_name(sizes), {})}
 
 
 def preset_name(sizes):
@@ -470,50 +449,40 @@ def refiner_is_trained(state):
     return any(state[name].any().item() for name in ("out_conv.weight", "out_conv.bias") if name in state)
 
 
-def read_weights(path, header_only=False):
-    """(state dict with HATRefiner's names, header dict) of a .safetensors file of ours or an official .pth or
-    .safetensors file of plain HAT. header_only leaves the state dict empty. Raises WeightsError."""
-    path, header, state = Path(path), {}, {}
-    if not path.is_file():
-        raise WeightsError(f"no weights file {path}")
+def read_weights(path):
+    """Read our .safetensors, or an official .pth or .safetensors of plain HAT: (state dict with the names of
+    HATRefiner, header dict). Raises WeightsError."""
+    header = {}
     try:
-        if path.suffix == ".safetensors":
+        if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as f:
-                header = dict(json.loads((f.metadata() or {}).get("kabegami", "{}")))
-                if not header_only:
-                    state = {name: f.get_tensor(name) for name in f.keys()}
-        elif not header_only:
+                header = json.loads((f.metadata() or {}).get("kabegami", "{}"))
+                state = {name: f.get_tensor(name) for name in f.keys()}
+        else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            wrappers = [key for key in ("params_ema", "params", "state_dict") if key in state]
+            state = state[wrappers[0]] if wrappers else state
+        state = {name.replace("module.", "").replace("_orig_mod.", ""): v for name, v in state.items()}
+        state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
     except Exception as e:      # a broken file can raise nearly anything
-        reason = type(e).__name__
-        raise WeightsError(f"{path} cannot be read: cut short, or not plain weights ({reason})") from None
-    if header_only:
-        return {}, header
-    for key in ("params_ema", "params", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise WeightsError(f"{path} holds no weights")
-    state = {str(name).replace("module.", "").replace("_orig_mod.", ""): v for name, v in state.items()}
+        reason = (str(e).splitlines() or [""])[0]
+        raise WeightsError(f"{path} cannot be read as weights ({type(e).__name__}: {reason})") from None
     prefix = "hat_model." if "conv_first.weight" in state else ""
-    return {prefix + name: v.float() if v.is_floating_point() else v for name, v in state.items()}, header
+    return {prefix + name: v for name, v in state.items()}, header
 
 
 def fit_weights(model, state, path, strict=True):
     """Load a state dict into a HATRefiner. A plain HAT leaves the refiner unchanged. Returns the names that
-    did not fit: missing from the file, unknown to the model, or of another shape. With strict, these raise
-    WeightsError instead and nothing is loaded; path is for its message."""
+    did not fit: missing from the file, unknown to the model, or of another shape. strict: raise WeightsError
+    instead and load nothing; path is for its message."""
     own = model.state_dict()
     if not any(name.startswith(("residual_block.", "out_conv.")) for name in state):
         own = {name: v for name, v in own.items() if name.startswith("hat_model.")}
     fitting = {name: v for name, v in state.items() if name in own and v.shape == own[name].shape}
     misfits = sorted((own.keys() | state.keys()) - fitting.keys())
     if strict and misfits:
-        shapes = [f"{name} {tuple(state[name].shape) if name in state else 'missing'} instead of "
-                  f"{tuple(own[name].shape) if name in own else 'nothing'}" for name in misfits[:3]]
-        raise WeightsError(f"{path} does not fit this model in {len(misfits)} tensors: {', '.join(shapes)}"
-                           + ", ..." * (len(misfits) > 3))
+        names = ", ".join(misfits[:3])
+        raise WeightsError(f"{path} does not fit this model in {len(misfits)} tensors: {names}")
     model.load_state_dict(fitting, strict=False)
     return misfits
 
@@ -524,9 +493,9 @@ def load(path, device="cpu"):
     state, header = read_weights(path)
     try:
         sizes = header.get("sizes") or infer_sizes(state)
-    except WeightsError as e:
+        model = HATRefiner(**sizes)
+    except ValueError as e:
         raise WeightsError(f"{path}: {e}") from None
-    model = HATRefiner(**sizes)
     fit_weights(model, state, path)
     model.header = {"preset": preset_name(sizes), "scale": model.scale, **header}
     model.use_refiner = refiner_is_trained(state)
@@ -539,10 +508,7 @@ def write_atomic(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())     # without it, a power cut could leave an empty file under the new name
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -552,11 +518,10 @@ def save(model, path, header=None, dtype=None):
     """Write a HATRefiner to a .safetensors file: its weights, cast to `dtype` if given, and a JSON header
     with sizes, scale and the entries of `header` (metadata key `kabegami`). With an untrained refiner the
     file holds plain HAT under the official names, which other programs can open. Raises OSError."""
-    state = {name: v.detach().cpu().contiguous() for name, v in model.state_dict().items()}
-    about = {"preset": preset_name(model.sizes), "scale": model.scale, "sizes": model.sizes}
-    if not refiner_is_trained(state):
-        hat = "hat_model."
-        state = {name.removeprefix(hat): v for name, v in state.items() if name.startswith(hat)}
-    if dtype:
-        state = {name: v.to(dtype) if v.is_floating_point() else v for name, v in state.items()}
-    write_atomic(path, to_safetensors(state, {"kabegami": json.dumps({**about, **(header or {})})}))
+    sizes = model.sizes
+    header = {"preset": preset_name(sizes), "scale": model.scale, "sizes": sizes, **(header or {})}
+    trained = refiner_is_trained(model.state_dict())
+    state = (model if trained else model.hat_model).state_dict()
+    for name, v in state.items():
+        state[name] = v.detach().cpu().contiguous().to(dtype if dtype and v.is_floating_point() else v.dtype)
+    write_atomic(path, to_safetensors(state, {"kabegami": json.dumps(header)}))

@@ -60,7 +60,7 @@ def test_blend_mixes_weights_and_headers(tiny, tmp_path):                  # noq
             expected = (1 - alpha) * a[name] + alpha * b[name] if v.is_floating_point() else a[name]
             assert torch.equal(v, expected) if alpha in (0, 1) else torch.allclose(v, expected, atol=1e-7)
     save(convert.blend(files, (0.7, 0.3)), tmp_path / "c.safetensors", convert.blend(files, (0.7, 0.3)).header)
-    header = read_weights(tmp_path / "c.safetensors", header_only=True)[1]
+    header = read_weights(tmp_path / "c.safetensors")[1]
     assert [(part["file"], part["amount"]) for part in header["blend"]] == [("a.safetensors", 0.7), ("b.safetensors", 0.3)]
     assert header["licence"] == "CC0" and "recipe" not in header and "step" not in header
     assert header["blend"][1]["header"]["step"] == 70

@@ -147,12 +147,7 @@ def no_mlp_in_ocab(model, monkeypatch):
     for block in model.modules():
         if isinstance(block, OCAB):
             del block.mlp, block.norm2
-
-    def forward(self, x, index):
-        q, kv = self.heads_of(self.norm1(x)).tensor_split((1,), 3)
-        kv = fast.widen(fast.widen(kv, 1, self.window, self.edge), 2, self.window, self.edge)
-        return x + self.attend_windows(q, kv, self.position_bias(index, q.dtype))
-    monkeypatch.setattr(OCAB, "forward", forward)
+    monkeypatch.setattr(OCAB, "forward", lambda self, x, index: x)
 
 
 @pytest.mark.parametrize("edit", (activation_in_the_upsampler, a_gate_that_starts_at_zero, another_signature,

@@ -1,5 +1,4 @@
 import errno
-import io
 import os
 import pickle
 from pathlib import Path
@@ -85,10 +84,9 @@ def test_equals_the_stored_output_of_spandrel():
     assert want.std() > 0.05 and (got - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("wrong", (dict(window=6), dict(scale=5)))
-def test_unsupported_sizes_raise(wrong):
+def test_an_unsupported_scale_raises():
     with pytest.raises(ValueError):
-        HAT(**wrong)
+        HAT(scale=5)
 
 
 @pytest.mark.parametrize("scale", (2, 3, 4))
@@ -395,11 +393,11 @@ def test_a_full_disk_keeps_the_old_file(tiny, tmp_path, monkeypatch):
     save(tiny, tmp_path / "w.safetensors")
     before = (tmp_path / "w.safetensors").read_bytes()
 
-    class Full(io.FileIO):
-        def write(self, data):
-            super().write(data[:100])
-            raise OSError(errno.ENOSPC, "No space left on device", str(self.name))
-    monkeypatch.setattr(M, "open", Full, raising=False)
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError):
         save(shake(tiny), tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").read_bytes() == before and len(os.listdir(tmp_path)) == 1
