@@ -527,7 +527,7 @@ def upscale_files(args, models, tiler, jobs, show_progress):
     """Upscale all jobs; name and skip a picture that fails -> (done, skipped, failed)."""
     done, skipped, failed = 0, 0, 0
     for number, (source, target) in enumerate(jobs, 1):
-        if os.path.exists(target) and not args.overwrite:
+        if os.path.exists(target) and os.path.getsize(target) and not args.overwrite:
             skipped += 1
             continue
         name = images.printable(source)

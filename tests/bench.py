@@ -248,7 +248,7 @@ def compare_picture(args):
         ours, x = ours.to(args.device, memory_format=torch.channels_last), torch.rand(3, 1080, 1920)
         fast.prepare(ours)
         window = PRESETS[preset]["window"]
-        side = tile.auto_tile_size(ours, torch.device(args.device), amp, tile.Tiler(384, 2 * window, align=window))
+        side = tile.TILE_SIZE[torch.device(args.device).type] // window * window
         tiler = tile.Tiler(side, 2 * window, align=window)
         jobs = {"ours": lambda m=ours, t=tiler: tile.upscale(m, x, 2, t, args.device, amp)}
         if theirs:

@@ -282,6 +282,15 @@ def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeyp
     assert result("out", bright) == result("clean", bright) != result("web", bright)
 
 
+def test_empty_result_is_made_again(tmp_path, command):
+    picture_file(tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"")
+    assert command(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+    assert Image.open(tmp_path / "out/a.png").size == (40, 28)
+    assert "1 skipped" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
+
+
 def test_sizes_and_formats(tmp_path, command):
     for i, size in enumerate(((20, 14), (14, 20), (33, 7), (64, 40))):
         picture_file(tmp_path / f"in/{i}.png", size)
