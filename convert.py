@@ -23,8 +23,8 @@ from model import WeightsError, fit_weights, load, read_weights, refiner_is_trai
 # ------------------------------------------------------------------ other architectures
 
 class SpandrelModel:
-    """A model that spandrel loaded, with the interface that tile.py needs: `scale`, and a call (B, 3, H, W)
-    -> (B, 3, H * scale, W * scale) in [0, 1]. spandrel pads to the sizes that the model supports."""
+    """Wrap a model loaded by spandrel in the interface of tile.py: `scale`, and a call (B, 3, H, W)
+    -> (B, 3, H * scale, W * scale) in [0, 1]."""
 
     def __init__(self, descriptor):
         self.descriptor, self.scale = descriptor, descriptor.scale
@@ -43,37 +43,28 @@ class SpandrelModel:
 
 
 def load_any(path, device="cpu"):
-    """A super-resolution model in eval mode: a HATRefiner for our files and official HAT files, or a
+    """Load a super-resolution model in eval mode: a HATRefiner for our files and official HAT files, or a
     SpandrelModel for other architectures (ESRGAN, SwinIR, DAT and more) if spandrel is installed. The file is
-    a .safetensors or a pickle with nothing but plain weights. Raises WeightsError."""
+    a .safetensors, or a pickle that contains only tensors. Raises WeightsError."""
     try:
         return load(path, device)
     except WeightsError as e:
-        not_ours = e
+        load_error = e
     try:
+        import spandrel
         if Path(path).suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:       # load() has already said why the file cannot be read
-        raise not_ours from None
-    try:
-        import spandrel
-    except ImportError:
-        raise WeightsError(f"{not_ours}; for other architectures: pip install spandrel") from None
-    try:
         descriptor = spandrel.ModelLoader().load_from_state_dict(spandrel.canonicalize_state_dict(state))
-    except spandrel.UnsupportedModelError:
-        raise WeightsError(f"{not_ours}; spandrel {spandrel.__version__} does not know it either") from None
+    except ImportError:
+        raise WeightsError(f"{load_error}; for other architectures: pip install spandrel") from None
     except Exception as e:      # spandrel infers sizes from names and shapes, which can fail in any way
-        reason = (str(e).splitlines() or [""])[0]
-        raise WeightsError(f"{path}: spandrel cannot load it ({type(e).__name__}: {reason})") from None
+        raise WeightsError(f"{load_error}; spandrel cannot load it either ({type(e).__name__})") from None
     name, channels = descriptor.architecture.name, (descriptor.input_channels, descriptor.output_channels)
-    if descriptor.scale < 2:
-        raise WeightsError(f"{path}: this {name} model has scale 1; choose one that enlarges")
-    if channels not in ((3, 3), (1, 1)):
-        raise WeightsError(f"{path}: this {name} model has {channels[0]} input and {channels[1]} "
-                           "output channels, not 3 and 3 or 1 and 1")
+    if descriptor.scale < 2 or channels not in ((3, 3), (1, 1)):
+        raise WeightsError(f"{path}: this {name} model has scale {descriptor.scale}, {channels[0]} input and "
+                           f"{channels[1]} output channels; choose scale 2 or more, and 3 and 3 or 1 and 1")
     return SpandrelModel(descriptor.eval().to(torch.device(device)))
 
 
@@ -107,10 +98,11 @@ def blend(files, amounts):
             blended[name] = blended.get(name, 0) + amount * v if v.is_floating_point() else v
     model.load_state_dict(blended)
     model.use_refiner = refiner_is_trained(blended)
-    model.header = {key: headers[0][key] for key in ("recipe", "data", "licence")
-                    if key in headers[0] and all(header.get(key) == headers[0][key] for header in headers)}
-    model.header["blend"] = [dict(file=Path(file).name, amount=amount, header=header)
-                             for file, amount, header in zip(files, amounts, headers)]
+    parts = zip(files, amounts, headers)
+    model.header = {"blend": [dict(file=Path(file).name, amount=a, header=h) for file, a, h in parts]}
+    for key in "recipe", "data", "licence":
+        if key in headers[0] and all(header.get(key) == headers[0][key] for header in headers):
+            model.header[key] = headers[0][key]
     return model
 
 
@@ -141,8 +133,7 @@ def run(args):
     if suffixes and args.out.exists() and not args.overwrite:
         raise WeightsError(f"{args.out} exists; --overwrite replaces it")
     if args.command == "blend":
-        amounts = 1 - args.alpha, args.alpha
-        model = blend(args.weights, amounts)
+        model = blend(args.weights, (1 - args.alpha, args.alpha))
     else:
         model = load(args.weights)
     if args.command == "info":
@@ -151,6 +142,7 @@ def run(args):
         trained = "trained" if model.use_refiner else "untrained"
         print(f"{hat:,} parameters in HAT, {total - hat:,} in the {trained} refiner")
         return
+    dropped = args.command == "export" and model.use_refiner
     try:
         if args.command == "export":
             export_hat(model, args.out)
@@ -158,10 +150,7 @@ def run(args):
             save(model, args.out, model.header)
     except OSError as e:
         raise WeightsError(f"cannot write {args.out}: {e.strerror or e}") from None
-    if args.command == "export":
-        print(f"{args.out}: plain HAT" + (", without the trained refiner" if model.use_refiner else ""))
-    else:
-        print(f"{args.out}: {amounts[0]:g} * {args.weights[0]} + {amounts[1]:g} * {args.weights[1]}")
+    print(f"wrote {args.out}" + (" without the trained refiner" if dropped else ""))
 
 
 def main():

@@ -1,14 +1,15 @@
-"""The same outputs sooner. Optional: without this file every command still works, only slower.
+"""Optional speed-ups with the same outputs. Without this file every command still works.
 
     fast.prepare(model)             # faster inference of a HATRefiner, if its outputs stay the same
     forward = fast.capture_training_graphs(model, shapes)       # faster training on a GPU
     fast.keep_freed_memory()        # faster allocation on a CPU under Linux
 
-model.py holds the forward to read and to edit. prepare() compares this file with it and steps aside where
-they differ, so an edit of model.py needs no change here.
+To change the network, edit model.py only: prepare() compares the two forwards and installs this one only
+where the outputs are equal.
 """
 import copy
 import ctypes
+import platform
 import sys
 import types
 import warnings
@@ -28,10 +29,8 @@ TOLERANCE = 3e-5            # of the difference, relative to the largest output;
 # ------------------------------------------------------------------ install and check
 
 def prepare(model):
-    """Install the fast inference forward on this model and return True. It runs without gradients and in eval
-    mode: on a CPU the blocks go strip by strip, on all devices the upsampler is one convolution. Return False
-    and leave the model unchanged if it is not a HATRefiner, or, with a printed line, if its plain forward
-    gives other outputs."""
+    """Install the fast inference forward and return True. It is used in eval mode without gradients. Return
+    False and do not change the model if it is not a HATRefiner or, with a message, if the outputs differ."""
     if not isinstance(model, HATRefiner):
         return False
     problem = check(model)
@@ -188,9 +187,8 @@ def overlapping_block(block, x, index):
 # ------------------------------------------------------------------ merged upsampler
 
 def enlarge(hat, x):
-    """HAT.enlarge by one convolution: there is no activation between its layers, so the merged layer does an
-    eighth of the work. Its 5x5 kernels are the impulse responses of the layers. Zero padding acts on each
-    layer alone, so the border is computed by the original layers."""
+    """Merge the linear upsampler into one 5x5 convolution by its impulse responses: an eighth of the
+    work. Recompute the border with the original layers, because each layer pads with zeros."""
     plain = types.MethodType(type(hat).enlarge, hat)
     if is_training(hat) or x[:, 0].numel() < MERGE_PIXELS:
         return plain(x)
@@ -236,9 +234,7 @@ def capture_training_graphs(model, shapes):
 def keep_freed_memory():
     """Make glibc keep freed memory for the next tile or training step: returning it to Linux and getting it
     back takes up to half of the time on a CPU. No effect without glibc."""
-    try:
+    if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)              # M_MMAP_MAX: no block has a mapping of its own
         mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD
-    except (OSError, AttributeError, TypeError):
-        pass
