@@ -442,7 +442,7 @@ def parse_recipe(text):
 
 
 def degrade_picture(x, probabilities, scale, seed):
-    """Degrade (3, H, W) by one of the recipes of parse_recipe(). Raises RecipeError for a wrong entry."""
+    """Degrade (3, H, W) by one of the recipes of parse_recipe(). A ValueError names a wrong entry."""
     h, w = x.shape[-2:]
     sizes = dict(hr=(h, w), lr=(h // scale, w // scale))
     name = next(iter(probabilities))
@@ -460,9 +460,9 @@ def degrade_picture(x, probabilities, scale, seed):
                 arguments = {key: value for key, value in entry.items() if key not in ("op", "p")}
                 x = OPERATIONS[entry["op"]](x, rng, sizes, **arguments).clamp(0, 1)
         except (KeyError, TypeError) as error:
-            raise RecipeError(f"recipe '{name}', wrong entry {entry}: {error!r}") from error
+            raise ValueError(f"recipe '{name}', wrong entry {entry}: {error!r}") from error
     if x.shape[-2:] != sizes["lr"]:
-        raise RecipeError(f"recipe '{name}' does not end at the LR size; add an entry with op='downscale'")
+        raise ValueError(f"recipe '{name}' does not end at the LR size; add an entry with op='downscale'")
     return to_8_bit(x)
 
 
@@ -472,8 +472,8 @@ def degrade(hr, recipe, scale, seeds):
 
     hr: (B, 3, H, W) float in [0, 1] on the CPU; H and W are multiples of the integer scale. recipe: a name of
     RECIPES or a mix such as "web:0.7,bicubic:0.3"; one recipe is sampled for each picture. seeds: B integers.
-    Returns (B, 3, H/scale, W/scale) float32 in [0, 1], rounded to 8-bit levels. Raises RecipeError, and
-    ValueError for a wrong shape.
+    Returns (B, 3, H/scale, W/scale) float32 in [0, 1], rounded to 8-bit levels. Raises RecipeError for
+    an unknown recipe, and ValueError for a wrong shape or a wrong entry in RECIPES.
     """
     if hr.ndim != 4 or hr.shape[1] != 3 or any(n % scale for n in hr.shape[-2:]):
         raise ValueError(f"hr must be (B, 3, H, W), H and W multiples of {scale}, not {tuple(hr.shape)}")

@@ -164,21 +164,15 @@ class MLP(nn.Sequential):
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation (Hu et al., CVPR 2018): x (B, H, W, C) -> a factor per channel, (B, 1, 1, C).
-
-    A tiler may set `global_pool`, a callable: tile -> mean of the whole picture, (B, C)."""
-    global_pool = None
-
+    """Squeeze and excitation (Hu et al., CVPR 2018): x (B, H, W, C) -> a factor per channel, (B, 1, 1, C)."""
     def __init__(self, dim, squeeze):
         super().__init__()
         self.attention = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim // squeeze, 1), nn.ReLU(),
                                        nn.Conv2d(dim // squeeze, dim, 1), nn.Sigmoid())
 
     def forward(self, x):
-        if self.global_pool:
-            mean = self.global_pool(x)
-        else:       # attention[0] would sum in bf16 under autocast
-            mean = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)).mean(1)
+        # attention[0] would sum in bf16 under autocast
+        mean = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)).mean(1)
         return self.attention[1:](mean[:, :, None, None]).flatten(1)[:, None, None]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fast
-from model import CAB, HAT, OCAB, RHAG, ChannelAttention, HATRefiner, load
+from model import CAB, HAT, OCAB, RHAG, HATRefiner, load
 from test_model import shake, sizes_of, tiny        # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -90,23 +90,6 @@ def test_new_weights_and_copies_are_used():
         assert torch.allclose(prepared(x), plain(x), atol=1e-4)
         plain.load_state_dict(clone.state_dict())
         assert torch.allclose(clone(x), plain(x), atol=1e-4)
-
-
-def test_global_pool_is_used():
-    plain, prepared = both("tiny")
-    x, outputs = torch.rand(1, 3, 68, 72), []
-    for model in plain, prepared:
-        for layer in model.modules():
-            if isinstance(layer, ChannelAttention):
-                layer.global_pool = lambda y: y.float().mean((1, 2)) * 3 + 1
-        with torch.no_grad():
-            outputs.append(model(x))
-    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
-    for layer in prepared.modules():
-        if isinstance(layer, ChannelAttention):
-            layer.global_pool = None
-    with torch.no_grad():
-        assert not torch.allclose(prepared(x), outputs[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ("clean-low", "web-low"))
