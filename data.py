@@ -241,14 +241,14 @@ class PatchWriter:
 
 # ------------------------------------------------------------------ pictures to patches
 
-def rng_of(name):
+def seeded_rng(name):
     """Return a random generator that is seeded by a name."""
     return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogateescape")))
 
 
 def draw_background(name, height, width):
     """Draw a background for a transparent picture: (3, H, W) in [0, 1]; plain, a gradient or soft spots."""
-    rng = rng_of(name)
+    rng = seeded_rng(name)
     cells = rng.choice([1, 2, int(rng.integers(4, 12))])
     grid = rng.integers(0, 256, 3) + rng.normal(0, 45 if cells > 1 else 0, (cells, cells, 3))
     background = Image.fromarray(np.uint8(grid.clip(0, 255))).resize((width, height), Image.BICUBIC)
@@ -269,7 +269,7 @@ def cut_patches(rgb, size, step=1):
     return np.stack([pixels[y:y + size, x:x + size] for y in starts[0] for x in starts[1]])
 
 
-def cut_job(job, size, seed, min_side, scale, select):
+def cut_job(job, size, seed, min_side, scale):
     """Read one picture and its LR picture, if there is one, and cut them into patches.
 
     job: (path, name, LR path or None). Returns (patches, LR patches or None, details, note). Returns a
@@ -299,12 +299,8 @@ def cut_job(job, size, seed, min_side, scale, select):
 
     hr_patches = cut_patches(opaque(hr)[:, :h, :w], size, scale)
     lr_patches = cut_patches(opaque(lr), size // scale) if lr else None
-    details = np.array([detail(patch) for patch in hr_patches]).round(3)
-    if select:
-        chosen = select(details, name)
-        hr_patches, details = hr_patches[chosen], details[chosen]
-        lr_patches = lr_patches[chosen] if lr else None
-    return hr_patches, lr_patches, details.tolist(), hr.note and f"{images.printable(path)}: {hr.note}"
+    details = np.array([detail(patch) for patch in hr_patches]).round(3).tolist()
+    return hr_patches, lr_patches, details, hr.note and f"{images.printable(path)}: {hr.note}"
 
 
 def match_lr(folders, lr_dir):
@@ -326,7 +322,7 @@ def match_lr(folders, lr_dir):
     raise DataError(f"no pair in {images.printable(folders[0])} can be read")
 
 
-def plan_pack(folders, size, seed, min_side, lr_dir, selection, without):
+def plan_pack(folders, size, seed, min_side, lr_dir, without):
     """List the work of `pack`. Returns (jobs of cut_job, scale of pairs or 1, fingerprint)."""
     names, without = list_inputs(folders), {os.path.realpath(path) for path in without}
     if without:
@@ -337,29 +333,28 @@ def plan_pack(folders, size, seed, min_side, lr_dir, selection, without):
     jobs = [(path, name, partners[path]) for path, name in names.items() if path in partners]
     stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
              for path, name, lr_path in jobs for p in (path, lr_path) if p and p.exists()]
-    version = 2     # of the patches; change it together with the code that cuts them
-    key = json.dumps([version, size, seed, min_side, scale, *selection, stats])
+    version = 3     # of the patches; change it together with the code that cuts them
+    key = json.dumps([version, size, seed, min_side, scale, stats])
     return jobs, scale, hashlib.sha256(key.encode()).hexdigest()
 
 
 def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, overwrite=False, lr_dir=None,
-         workers=None, without=(), select=None, selection=(0, 0.1)):
+         workers=None, without=()):
     """Pack the pictures of folders (with subfolders) and files into one patch file. Returns Path(out).
 
     size: side of a patch. Pictures with a side below min_side are skipped; sides below `size` are extended by
     reflection. Colors become sRGB. Unreadable pictures are reported and skipped.
     seed: for the backgrounds of transparent pictures. lr_dir: one folder of LR pictures per folder.
-    workers: see run_parallel. without: paths to leave out. select: a function (details, name) -> indices of
-    the patches to keep of a picture; selection: its settings, for the fingerprint.
+    workers: see run_parallel. without: paths to leave out.
 
     A patch file of the same pictures and settings is reused; a patch file of others is replaced. Raises
     DataError, images.PictureError for a missing folder, and OSError if the file cannot be written.
     """
     out, start, skipped = Path(out), time.time(), 0
-    jobs, scale, fingerprint = plan_pack(folders, size, seed, min_side, lr_dir, selection, without)
+    jobs, scale, fingerprint = plan_pack(folders, size, seed, min_side, lr_dir, without)
     if is_packed(out, fingerprint, overwrite, log):
         return out
-    job = functools.partial(cut_job, size=size, seed=seed, min_side=min_side, scale=scale, select=select)
+    job = functools.partial(cut_job, size=size, seed=seed, min_side=min_side, scale=scale)
     with PatchWriter(out, size, scale if lr_dir else None, fingerprint) as writer:
         for (_, name, _), result in run_parallel(job, jobs, workers, "packing"):
             if isinstance(result, images.UserError):
@@ -610,14 +605,13 @@ WORKERS_HELP = f"processes that read pictures (default: one per core, at most {M
 def add_pack_flags(add):
     """Add the flags that `data.py pack` and `clean.py mine` share. add: the add_argument of a parser."""
     add("--out", "-o", required=True, metavar="FILE",
-        help="the patch file; reused while pictures and settings stay the same")
+        help="the patch file")
     add("--lr-dir", nargs="+", metavar="DIR",
         help="LR pictures with the names of the HR pictures, one folder for each folder of HR pictures")
     add("--size", type=int, default=PATCH_SIZE, help="side of a patch in pixels (default: %(default)s)")
     add("--min-side", type=int, default=MIN_SIDE,
         help="skip pictures with a shorter side (default: %(default)s)")
     add("--seed", type=int, default=0, help="for random choices (default: 0)")
-    add("--overwrite", action="store_true", help="replace FILE, whatever it is")
     add("--workers", type=int, metavar="N", help=WORKERS_HELP)
 
 
@@ -628,6 +622,8 @@ def main():
     parser.add_argument("command", choices=["pack"])
     parser.add_argument("data", nargs="+", metavar="DIR", help="folders of pictures, with their subfolders")
     add_pack_flags(parser.add_argument)
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace FILE (default: reuse it for the same pictures and settings)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
     try:

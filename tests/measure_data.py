@@ -8,7 +8,6 @@ thresholds takes a minute, bulk about half an hour on two cores, path a few minu
 """
 import argparse
 import filecmp
-import hashlib
 import io
 import os
 import random
@@ -56,7 +55,7 @@ def thresholds(args):
         rgb = images.composite(images.read_picture(path, srgb=True), 0.5)
         y, x = ((side - min(side, 1024)) // 2 for side in rgb.shape[1:])
         for name, pixels in add_defects(images.to_uint8(rgb[:, y:y + 1024, x:x + 1024])):
-            squares = clean.busy_squares(pixels)
+            squares = clean.detailed_squares(pixels)
             if len(squares):
                 results.setdefault(name, []).append((clean.sharpness(squares), clean.blockiness(squares)))
     print(f"{len(chosen)} center crops; minimum, median and maximum\n")
@@ -158,13 +157,6 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def digest(folder):
-    """Return a hash of the results of clean: the report, and names and targets of links."""
-    lines = [(folder / "report.csv").read_text()]
-    lines += sorted(f"{p.relative_to(folder)} {os.readlink(p)}" for p in folder.glob("*/*"))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
 def bulk(args):
     random.seed(args.seed)
     folder, workers = Path(args.work), ("--workers", args.workers)
@@ -183,15 +175,8 @@ def bulk(args):
         seconds, peak = run("pack", out / "pictures", "-o", packed, "--size", 256, *workers)
         print(f"pack {name}: {seconds:.0f} s, {1000 * seconds / n:.1f} ms a picture, peak {peak:.0f} MiB", flush=True)
 
-    # Kill at random moments, seen from the size of the growing file.
-    whole, killed = folder / "whole in", folder / "killed"
-    final = size_of(whole / "scan.csv")
-    for share in (random.uniform(0.2, 0.5), random.uniform(0.5, 0.9)):
-        run("clean", pictures, "-o", killed, *workers, kill_when=lambda: size_of(killed / "scan.csv") > share * final)
-        print(f"clean killed at {size_of(killed / 'scan.csv') / final:.0%}", flush=True)
-    run("clean", pictures, "-o", killed, *workers)
-    print(f"clean continued gives the same: {digest(whole) == digest(killed)}", flush=True)
-
+    # Kill at a random moment, seen from the size of the growing file.
+    whole = folder / "whole in"
     packed, again = folder / "in.safetensors", folder / "again.safetensors"
     part = Path(f"{again}.part")
     pack_again = ("pack", whole / "pictures", "-o", again, "--size", 256, *workers)
@@ -209,8 +194,7 @@ def path(args):
     work, workers = Path(args.work), ("--workers", args.workers)
     out, mined, packed = work / "set", work / "mined.safetensors", work / "all.safetensors"
     for arguments in (("clean", *args.data, "-o", out), ("multiscale", out / "pictures", "-o", out / "smaller"),
-                      ("pack", out / "pictures", out / "smaller", "-o", packed), ("mine", packed, "-o", mined),
-                      ("stats", packed, mined, "--sheet", work / "sheet.png")):
+                      ("pack", out / "pictures", out / "smaller", "-o", packed), ("mine", packed, "-o", mined)):
         seconds, peak = run(*arguments, *workers)
         print(f"{arguments[0]}: {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
 
