@@ -1,4 +1,4 @@
-"""Draw demo pictures from a seed: wallpaper scenes to train on before there are real pictures, and textures.
+"""Draw demo pictures from a seed: wallpaper scenes for first training runs, and textures.
 
     python demo.py runs/demo                        # 28 + 6 scenes in runs/demo/train and runs/demo/val
     python demo.py runs/textures --textures 36      # stars, screentone, hatching, grain, dithering, text, ...
@@ -606,79 +606,53 @@ def hatching(rng, height, width):
 
 
 def grain(rng, height, width):
-    """Draw panels of paper, canvas and linen in soft colors."""
-    pixels = np.empty((height, width, 3))
-    for k, area in enumerate(panels(height, width)):
-        h, w = pixels[area].shape[:2]
-        a, b = mix(vivid(rng, 2), WHITE, rng.uniform(0.3, 0.9))
-        base = mix(a, b, shade(h, w, rng.uniform(0, 7)))
-        if k % 3 == 0:      # paper: fine noise with a few coarse spots
-            relief = rng.normal(0, 0.4, (h, w)) + 2 * (cloud_noise(rng, h, w, 8) - 0.5)
-        elif k % 3 == 1:    # canvas: a plain weave, where every second crossing shows the other thread
-            u, v = rotated_grid(h, w, rng.uniform(4, 8), rng.normal(0, 0.02))
-            horizontal_on_top = np.cos(u / 2) * np.cos(v / 2) > 0
-            relief = np.where(horizontal_on_top, np.abs(np.sin(u / 2)), np.abs(np.sin(v / 2))) - 0.5
-        else:               # linen: threads of uneven thickness in both directions
-            threads = cloud_noise(rng, h, w, 3, 20) + cloud_noise(rng, w, h, 3, 20).T
-            relief = 5 * (threads - threads.mean())
-        pixels[area] = base + relief[..., None] * rng.uniform(4, 24)
-    return np.uint8(pixels.clip(0, 255) + 0.5)
+    """Draw paper: fine noise with a few coarse spots on a soft gradient."""
+    a, b = mix(vivid(rng, 2), WHITE, rng.uniform(0.3, 0.9))
+    base = mix(a, b, shade(height, width, rng.uniform(0, 7)))
+    relief = rng.normal(0, 0.4, (height, width)) + 2 * (cloud_noise(rng, height, width, 8) - 0.5)
+    return np.uint8((base + relief[..., None] * rng.uniform(4, 24)).clip(0, 255) + 0.5)
 
 
-BAYER = np.array([[0, 2], [3, 1]])      # threshold matrix of ordered dithering; larger ones are built from it
+BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])     # for ordered dithering
 
 
 def dithering(rng, height, width):
-    """Draw panels of gradients with few levels per channel, dithered by a Bayer matrix of side 2, 4 or 8."""
+    """Draw panels of gradients with few levels per channel, dithered by a 4x4 Bayer matrix."""
     pixels = np.empty((height, width, 3))
+    threshold = np.tile((BAYER + 0.5) / 16, (height // 4 + 1, width // 4 + 1))[:height, :width, None]
     for area in panels(height, width):
         h, w = pixels[area].shape[:2]
         a, b = vivid(rng, 2)
         smooth = mix(a * 0.2, mix(b, WHITE, 0.5), shade(h, w, rng.uniform(0, 7))) / 255
-        matrix = BAYER
-        for _ in range(rng.integers(0, 3)):
-            matrix = np.block([[4 * matrix + offset for offset in row] for row in BAYER])
-        side = len(matrix)
-        threshold = np.tile((matrix + 0.5) / side ** 2, (h // side + 1, w // side + 1))[:h, :w, None]
         steps = rng.integers(1, 6)
-        pixels[area] = np.floor(smooth * steps + threshold).clip(0, steps) / steps * 255
+        pixels[area] = np.floor(smooth * steps + threshold[area]).clip(0, steps) / steps * 255
     return np.uint8(pixels + 0.5)
 
 
 def line_art(rng, height, width):
-    """Draw thin curves and outlines in pure black and white without antialiasing."""
+    """Draw outlines in pure black and white without antialiasing."""
     image = Image.new("L", (width, height), 255)
     pen = ImageDraw.Draw(image)
     for _ in range(60):
-        control = rng.uniform((0, 0), (width, height), (1, 2)) + rng.normal(0, 90, (4, 2))
-        t = np.linspace(0, 1, 40)[:, None]
-        a, b, c, d = control
-        path = a * (1 - t) ** 3 + 3 * b * t * (1 - t) ** 2 + 3 * c * t ** 2 * (1 - t) + d * t ** 3
-        pen.line([tuple(p) for p in path.tolist()], fill=0, width=int(rng.integers(1, 4)))
-    for _ in range(25):
         x, y = rng.uniform(0, width), rng.uniform(0, height)
-        rx, ry = rng.uniform(4, 60, 2)
-        fill = rng.choice([None, 0, 255], p=[0.6, 0.2, 0.2])
+        rx, ry = rng.uniform(4, 90, 2)
         line = int(rng.integers(1, 4))
-        pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill, outline=0, width=line)
-    pixels = np.array(image)
-    return 255 - pixels if rng.random() < 0.3 else pixels
+        pen.arc((x - rx, y - ry, x + rx, y + ry), *rng.uniform(0, 360, 2), fill=0, width=line)
+        pen.line((x, y, x + 2 * rx, y + ry), fill=0, width=line)
+    return np.array(image)
 
 
 def text(rng, height, width):
-    """Draw lines of random words in several sizes, black on white, white on black or colored."""
-    dark, light = two_colors(rng)
-    colors = [tuple(int(v) for v in color) for color in (dark, light)]
-    if rng.random() < 0.4:
-        colors = colors[::-1]
-    image = Image.new("RGB", (width, height), colors[1])
+    """Draw lines of random words in several sizes, black on white or colored."""
+    dark, light = (tuple(int(v) for v in color) for color in two_colors(rng))
+    image = Image.new("RGB", (width, height), light)
     pen = ImageDraw.Draw(image)
     letters = list("aaabcdeeefghiijklmnooopqrstuuvwxyzABDEGHKMNRST0123456789.,!?")
     y = 6
     while y < height:
         size = int(rng.choice([9, 11, 14, 18, 26, 40]))
         words = ["".join(rng.choice(letters, rng.integers(1, 9))) for _ in range(3 * width // (4 * size) + 2)]
-        pen.text((6, y), " ".join(words), fill=colors[0], font=ImageFont.load_default(size))
+        pen.text((6, y), " ".join(words), fill=dark, font=ImageFont.load_default(size))
         y += int(size * 1.4)
     return np.array(image)
 
