@@ -37,7 +37,7 @@ import images
 import pairs
 
 PATCH_SIZE = 256        # default side of a patch in pixels
-MIN_SIDE = 128          # default: pictures with a shorter side are skipped
+MIN_SIDE = 128          # default: skip pictures whose shorter side is below this
 MAX_WORKERS = 8         # each worker process holds one decoded picture in memory
 
 # Smaller copies made by `clean.py multiscale`: the suffix of the file name, and the factor of the size.
@@ -54,7 +54,7 @@ class DataError(images.UserError):
 def init_worker(*_):
     """Prepare a worker process: use one thread, and exit together with the main process."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches all processes; the main one decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # only the main process handles Ctrl-C
 
     def exit_with_parent():
         multiprocessing.parent_process().join()
@@ -94,7 +94,7 @@ def run_parallel(function, jobs, workers, label):
 # ------------------------------------------------------------------ pictures
 
 def list_inputs(folders, exclude=()):
-    """Find the pictures of files and folders.
+    """Find the pictures in files and folders.
 
     Returns {path: name}. A name is "K/RELATIVE/PATH" with the folder number K. exclude: folders to leave out.
     Raises DataError if there is no picture, and images.PictureError for a missing path.
@@ -113,7 +113,8 @@ def list_inputs(folders, exclude=()):
 
 
 def detail(pixels):
-    """Return the detail of uint8 pixels (H, W, C): mean difference of vertical plus horizontal neighbors."""
+    """Return the detail of uint8 pixels (H, W, C): mean absolute difference of vertical neighbors
+    plus that of horizontal neighbors."""
     p = pixels.astype(np.int16)
     return np.abs(np.diff(p, axis=0)).mean() + np.abs(np.diff(p, axis=1)).mean()
 
@@ -171,17 +172,6 @@ def read_tensor(path, name):
 def is_patch_file(path):
     """True for the path of a patch file, judged by its suffix."""
     return Path(path).suffix == ".safetensors"
-
-
-def is_packed(path, fingerprint, overwrite, log):
-    """True if `path` is a patch file with this fingerprint. Raises DataError for another kind of file."""
-    if overwrite or not os.path.exists(path):
-        return False
-    metadata, count, _ = read_header(path)
-    if metadata["fingerprint"] != fingerprint:
-        return False
-    log(f"{path}: {count} patches, packed already")
-    return True
 
 
 class PatchWriter:
@@ -242,12 +232,15 @@ class PatchWriter:
 # ------------------------------------------------------------------ pictures to patches
 
 def seeded_rng(name):
-    """Return a random generator that is seeded by a name."""
+    """Return a random generator seeded by a hash of `name`."""
     return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogateescape")))
 
 
 def draw_background(name, height, width):
-    """Draw a background for a transparent picture: (3, H, W) in [0, 1]; plain, a gradient or soft spots."""
+    """Draw a background for a transparent picture: (3, H, W) in [0, 1].
+
+    It is a plain color, a gradient, or soft spots.
+    """
     rng = seeded_rng(name)
     cells = rng.choice([1, 2, int(rng.integers(4, 12))])
     grid = rng.integers(0, 256, 3) + rng.normal(0, 45 if cells > 1 else 0, (cells, cells, 3))
@@ -290,15 +283,15 @@ def cut_job(job, size, seed, min_side, scale):
             return DataError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} at scale 1/{scale}")
         h, w = lr_h * scale, lr_w * scale
 
-    # degrade.py writes LR pictures on a white background, so the transparent HR picture gets it too.
+    # degrade.py writes LR pictures on a white background, so a transparent HR picture is put on white, too.
     white = lr is not None and (hr.alpha is None) != (lr.alpha is None)
 
-    def opaque(picture):
+    def flatten_alpha(picture):
         background = 1.0 if white else draw_background(f"{seed}/{name}", *picture.rgb.shape[1:])
         return images.composite(picture, background)
 
-    hr_patches = cut_patches(opaque(hr)[:, :h, :w], size, scale)
-    lr_patches = cut_patches(opaque(lr), size // scale) if lr else None
+    hr_patches = cut_patches(flatten_alpha(hr)[:, :h, :w], size, scale)
+    lr_patches = cut_patches(flatten_alpha(lr), size // scale) if lr else None
     details = np.array([detail(patch) for patch in hr_patches]).round(3).tolist()
     return hr_patches, lr_patches, details, hr.note and f"{images.printable(path)}: {hr.note}"
 
@@ -322,22 +315,6 @@ def match_lr(folders, lr_dir):
     raise DataError(f"no pair in {images.printable(folders[0])} can be read")
 
 
-def plan_pack(folders, size, seed, min_side, lr_dir, without):
-    """List the work of `pack`. Returns (jobs of cut_job, scale of pairs or 1, fingerprint)."""
-    names, without = list_inputs(folders), {os.path.realpath(path) for path in without}
-    if without:
-        names = {path: name for path, name in names.items() if os.path.realpath(path) not in without}
-    partners, scale = match_lr(folders, lr_dir) if lr_dir else (dict.fromkeys(names), 1)
-    if size % scale:
-        raise DataError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
-    jobs = [(path, name, partners[path]) for path, name in names.items() if path in partners]
-    stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
-             for path, name, lr_path in jobs for p in (path, lr_path) if p and p.exists()]
-    version = 3     # of the patches; change it together with the code that cuts them
-    key = json.dumps([version, size, seed, min_side, scale, stats])
-    return jobs, scale, hashlib.sha256(key.encode()).hexdigest()
-
-
 def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, overwrite=False, lr_dir=None,
          workers=None, without=()):
     """Pack the pictures of folders (with subfolders) and files into one patch file. Returns Path(out).
@@ -347,13 +324,29 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
     seed: for the backgrounds of transparent pictures. lr_dir: one folder of LR pictures per folder.
     workers: see run_parallel. without: paths to leave out.
 
-    A patch file of the same pictures and settings is reused; a patch file of others is replaced. Raises
+    A patch file of the same pictures and settings is reused; a patch file of other
+    pictures or settings is replaced. Raises
     DataError, images.PictureError for a missing folder, and OSError if the file cannot be written.
     """
     out, start, skipped = Path(out), time.time(), 0
-    jobs, scale, fingerprint = plan_pack(folders, size, seed, min_side, lr_dir, without)
-    if is_packed(out, fingerprint, overwrite, log):
-        return out
+    without = {os.path.realpath(path) for path in without}
+    names = list_inputs(folders)
+    partners, scale = match_lr(folders, lr_dir) if lr_dir else (dict.fromkeys(names), 1)
+    if size % scale:
+        raise DataError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
+    jobs = [(path, name, partners[path]) for path, name in names.items()
+            if path in partners and os.path.realpath(path) not in without]
+    stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
+             for path, name, lr_path in jobs for p in (path, lr_path) if p and p.exists()]
+    version = 3     # of the patches; change it together with the code that cuts them
+    key = json.dumps([version, size, seed, min_side, scale, stats])
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()
+    if out.exists() and not overwrite:
+        metadata, count, _ = read_header(out)
+        if metadata["fingerprint"] == fingerprint:
+            log(f"{out}: {count} patches, packed already")
+            return out
+
     job = functools.partial(cut_job, size=size, seed=seed, min_side=min_side, scale=scale)
     with PatchWriter(out, size, scale if lr_dir else None, fingerprint) as writer:
         for (_, name, _), result in run_parallel(job, jobs, workers, "packing"):
@@ -375,7 +368,7 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
 
 
 def hold_out(folders, folder, count=8, side=512):
-    """Set pictures aside for validation: a tenth of the pictures, at most `count`.
+    """Hold out pictures for validation: a tenth of the pictures, at most `count`.
 
     A hash of the names selects them, so every call selects the same. The `side` x `side` square with most
     detail of each is saved as PNG in a new folder inside `folder`. Returns (that new folder, paths of the
@@ -427,7 +420,7 @@ def split_shares(folders):
         try:
             found.append((os.path.normpath(folder), float(share)))
         except ValueError:
-            raise DataError(f"{text}: after the @ comes a share such as 0.3") from None
+            raise DataError(f"{text}: write a share after the @, such as 0.3") from None
     if sum(share or 0 for _, share in found) > 1 + 1e-9:
         raise DataError("the shares of the folders add up to more than 1")
     return found
@@ -439,7 +432,7 @@ def pack_folders(folders, sides, held_out, out, log=print):
     folders: folders or patch files, with shares as for split_shares. sides: of the HR patches that training
     needs. held_out: paths to leave out. Returns (patch files, their shares or None). Raises DataError.
     """
-    size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # room for random crops in a patch
+    size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger, so that crops can move
 
     def pack_group(group):
         if is_patch_file(group[0]):
@@ -448,16 +441,16 @@ def pack_folders(folders, sides, held_out, out, log=print):
         name = f"{Path(group[0]).name}-{zlib.crc32(key.encode()):08x}-{size}-{min(sides)}.safetensors"
         return pack(group, Path(out) / name, size, min_side=min(sides), log=log, without=held_out)
 
-    pairs_of_share = split_shares(folders)
-    if all(share is None for _, share in pairs_of_share):
-        plain = [folder for folder, _ in pairs_of_share if not is_patch_file(folder)]
-        ready = [[folder] for folder, _ in pairs_of_share if is_patch_file(folder)]
+    shares_of_folders = split_shares(folders)
+    if all(share is None for _, share in shares_of_folders):
+        plain = [folder for folder, _ in shares_of_folders if not is_patch_file(folder)]
+        ready = [[folder] for folder, _ in shares_of_folders if is_patch_file(folder)]
         return [pack_group(group) for group in ready + ([plain] if plain else [])], None
-    files = [pack_group([folder]) for folder, _ in pairs_of_share]
+    files = [pack_group([folder]) for folder, _ in shares_of_folders]
     counts = [read_header(file)[1] for file in files]
-    shares = [share for _, share in pairs_of_share]
+    shares = [share for _, share in shares_of_folders]
     free = sum(count for count, share in zip(counts, shares) if share is None)
-    rest = 1 - sum(share or 0 for share in shares)      # divided by the number of patches
+    rest = 1 - sum(share or 0 for share in shares)      # split in proportion to the counts
     return files, [rest * count / free if share is None else share for count, share in zip(counts, shares)]
 
 
@@ -466,8 +459,9 @@ def pack_folders(folders, sides, held_out, out, log=print):
 class Batches(torch.utils.data.Dataset):
     """Training batches: batches[step] -> (lr (B, 3, p, p), hr (B, 3, p * scale, p * scale)) in [0, 1].
 
-    patch_files: one path or several. steps: the length. patch: side p of the LR crop, or several sides; each
-    step draws one. B is `batch` for the smallest side, and less for a larger one by the ratio of the areas.
+    patch_files: one path or several. steps: number of batches. patch: side p of the LR crop, or several;
+    each step draws one. B is `batch` for the smallest side; for a larger side it is smaller in
+    proportion to the area.
     recipe: a recipe or mix of degrade.py. LR patches in a file of pairs are used as they are.
 
     A crop has a random corner and one of 8 orientations. Each patch is used once per epoch, in random order.
@@ -521,7 +515,7 @@ class Batches(torch.utils.data.Dataset):
             first = step * self.batch * self.ranks * n
             turns = [divmod(turn, int(self.ends[-1])) for turn in range(first, first + total * n)]
             numbers = np.array([self.epoch_order(epoch)[k] for epoch, k in turns])
-        else:       # one file for all candidates of a crop: selection by detail must not change the shares
+        else:       # one file for all candidates of a crop, so that choosing by detail keeps the shares
             file = rng.choice(len(self.files), total, p=np.array(self.shares) / sum(self.shares)).repeat(n)
             counts = np.diff(self.ends, prepend=0)
             numbers = self.ends[file] - 1 - (rng.random(total * n) * counts[file]).astype(int)
@@ -593,7 +587,7 @@ def make_loader(batches, start, workers):
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=init_worker,
-        generator=torch.Generator(),        # the global generator belongs to the model
+        generator=torch.Generator(),        # leave the global random state to the model
         pin_memory=torch.cuda.is_available())
 
 
