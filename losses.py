@@ -339,7 +339,7 @@ class ArtifactDetector(nn.Module):
     """Classify the artifacts of a picture: (B, 3, H, W) -> logits (B, 8), see CLASSES.
     689,352 parameters. Input: asinh of the differences of neighboring pixels in levels, so that a step of one
     level (banding) stays visible beside a line. Absolute color depends on the subject, so it is not an input.
-    `stages`: convolutions, receptive field 79 pixels. `lines`: convolutions over the means of rows and columns,
+    `stages`: convolutions, receptive field 79 pixels. `lines`: convolutions over means of rows and columns,
     for seams and codec grids. Input of `head`: mean, standard deviation, and log-mean-exp of each feature."""
 
     def __init__(self, width=32):
@@ -444,8 +444,8 @@ def clipped_artifact_losses(detector, sr, hr, pixel_loss, eps=1e-3):
 
 class Term(NamedTuple):
     """An entry of TERMS. Its function `compute` gets an object x with these fields: sr, hr: the picture and
-    its target. real: the original picture if hr is a line-enhanced target, else hr. eps: of charbonnier_loss()
-    and rmse_loss(). lr, discriminator, perceptual, artifacts: see `needs`."""
+    its target. real: the original picture if hr is a line-enhanced target, else hr. eps: of
+    charbonnier_loss() and rmse_loss(). lr, discriminator, perceptual, artifacts: see `needs`."""
     weight: float               # used if --loss gives only the name
     compute: Callable           # x -> scalar; a function, or a class that SRLoss creates without arguments
     needs: str = ""             # the field of x that `compute` needs and other terms may lack
