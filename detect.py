@@ -150,8 +150,7 @@ def train(args):
     out, step, settings = Path(args.out), 0, [args.data, args.steps, args.batch, args.seed]
     out.mkdir(parents=True, exist_ok=True)
     files, shares = data.pack_folders(args.data, SIDES, [], "patches")
-    crops = max(1, args.batch // 4)
-    batches = ArtifactBatches(files, args.steps, crops, SIDES, 1, "bicubic", args.seed, shares=shares)
+    batches = ArtifactBatches(files, args.steps, args.batch // 4, SIDES, 1, "bicubic", args.seed, 4, shares)
     val = [max(data.cut_patches(rgb, SIDES[-1]), key=data.detail) for _, rgb in read_pictures(args.val)]
     val = data.to_tensor(val)
 

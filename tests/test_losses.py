@@ -124,10 +124,8 @@ def test_a_perfect_picture_costs_nothing(name, make_loss):
 
 
 @pytest.mark.parametrize("weights", ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
-@pytest.mark.parametrize("kernel", (1, 3, 5))
-def test_gradient_of_the_parts_of_edge(weights, kernel, monkeypatch):
+def test_gradient_of_the_parts_of_edge(weights, monkeypatch):
     monkeypatch.setattr(L, "EDGE_WEIGHTS", weights)
-    monkeypatch.setattr(L, "EDGE_KERNEL", kernel)
     hr, sr = picture(2, 3, 13, 18, dtype=torch.float64), picture(2, 3, 13, 18, seed=1, dtype=torch.float64)
     numeric, autograd, norm = derivative(lambda x: L.edge_loss(x, hr), sr)
     assert norm > 1e-4 and abs(numeric - autograd) < 1e-5 * norm
@@ -237,10 +235,9 @@ def test_laplacian_measures_detail_and_not_color():
 
 def test_sobel_is_a_slope_per_pixel():
     ramp = 0.03 * torch.arange(20.0).expand(1, 1, 15, 20) + 0.01 * torch.arange(15.0)[:, None]
-    for kernel in (1, 3, 5, 7):
-        gx, gy, _ = (g[..., 4:-4, 4:-4] for g in L.sobel(ramp, kernel))
-        assert torch.allclose(gx, torch.tensor(0.03), atol=1e-6)
-        assert torch.allclose(gy, torch.tensor(0.01), atol=1e-6)
+    gx, gy, _ = (g[..., 4:-4, 4:-4] for g in L.sobel(ramp))
+    assert torch.allclose(gx, torch.tensor(0.03), atol=1e-6)
+    assert torch.allclose(gy, torch.tensor(0.01), atol=1e-6)
     y = picture(1, 1, 9, 9)
     by_hand = F.conv2d(y, torch.tensor([[[[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]]]) / 8)
     assert torch.allclose(L.sobel(y)[0][..., 1:-1, 1:-1], by_hand, atol=1e-6)
@@ -260,58 +257,12 @@ def test_soft_canny_gives_thin_lines():
     assert (kept[17:19] > 1.5 * lost[17:19]).all() and torch.equal(kept[:15], lost[:15])     # only beside a strong edge
 
 
-def test_texture_is_roughness_and_not_position():
-    flat = torch.full((1, 3, 32, 32), 0.5)
-    grain = flat + 0.1 * (picture(1, 3, 32, 32) - 0.5)
-    moved = flat + 0.1 * (picture(1, 3, 32, 32, seed=1) - 0.5)
-    assert L.texture_loss(flat, grain) > 2 * L.texture_loss(moved, grain)
-    assert L.charbonnier_loss(flat, grain) < L.charbonnier_loss(moved, grain)       # the pixel loss disagrees
-    assert L.texture_loss(flat + 0.2, flat) < 1e-6
-
-
 def test_lock_measures_color_and_not_detail():
     lr = 0.3 + 0.4 * picture(1, 3, 12, 10)
     sr = lr.repeat_interleave(4, 2).repeat_interleave(4, 3)
     checks = 0.2 * (-1.0) ** (torch.arange(48)[:, None] + torch.arange(40))
     assert L.color_lock_loss(sr, lr) < 1e-6 and L.color_lock_loss(sr + checks, lr) < 1e-6
     assert L.color_lock_loss(sr + 0.05, lr) == pytest.approx(0.05, abs=1e-5)
-    for wrong in (lr[..., :-1], lr[..., :-1, :], picture(1, 3, 96, 80), picture(2, 3, 12, 10)):
-        with pytest.raises(LossError, match="whole multiple"):
-            L.color_lock_loss(sr, wrong)
-
-
-def drawing(h=64, w=96):
-    """Left a sharp dark line on paper, right a glow without an edge."""
-    y, x = torch.meshgrid(torch.arange(float(h)), torch.arange(float(w)), indexing="ij")
-    glow = 0.5 + 0.4 * torch.exp(-((x - 3 * w / 4) ** 2 + (y - h / 2) ** 2) / (2 * 8 ** 2))
-    paper = torch.where((x - w / 6).abs() < 1, 0.1, 0.5)
-    return torch.where(x < w / 2, paper, glow).expand(1, 3, h, w).clone()
-
-
-def test_mask_is_low_where_the_picture_is_soft(d):
-    hr = drawing()
-    mask = L.detail_mask(hr)
-    assert mask.shape == (1, 1, 64, 96) and not mask.requires_grad
-    assert mask[..., 14:18].min() > 0.9 and mask[..., 50:].max() < 0.26 and mask.min() >= 0.25
-    false_line = hr.clone()
-    false_line[..., 70:72] -= 0.2
-    assert L.edge_loss(false_line, hr, mask) < 0.3 * L.edge_loss(false_line, hr)
-    no_line = hr.clone()
-    no_line[..., 10:22] = 0.5
-    assert L.edge_loss(no_line, hr, mask) > 0.8 * L.edge_loss(no_line, hr)
-    quarter = torch.full((1, 1, 64, 96), 0.25)
-    assert torch.allclose(L.generator_loss(d, no_line, hr, quarter), L.generator_loss(d, no_line, hr) / 4)
-
-
-def test_sum_uses_the_mask(d, monkeypatch):
-    hr = drawing()
-    sr = hr.clone()
-    sr[..., 70:72] -= 0.2
-    plain = SRLoss("pix,edge,adv")(sr, hr, discriminator=d)[1]
-    monkeypatch.setattr(L, "DETAIL_MASK", True)
-    masked = SRLoss("pix,edge,adv")(sr, hr, discriminator=d)[1]
-    assert masked["pix"] == plain["pix"] and masked["edge"] < 0.3 * plain["edge"]
-    assert masked["adv"] < 0.8 * plain["adv"]
 
 
 # ---- discriminators -------------------------------------------------------------------------------------------
@@ -350,9 +301,6 @@ def test_unet_is_real_esrgans():
 def test_any_size_through_the_discriminators(h, w):
     assert UNetDiscriminator(8)(picture(1, 3, h, w)).shape == (1, 1, h, w)
     m = MultiScaleDiscriminator(4)
-    if min(h, w) < 32:
-        with pytest.raises(LossError, match="32 pixels"):
-            m(picture(1, 3, h, w))
     h, w = h + 30, w + 30
     assert [y.shape for y in m(picture(1, 3, h, w))] == [(1, 1, h >> i, w >> i) for i in range(3)]
 
@@ -381,17 +329,6 @@ def test_relativistic_gan_by_hand():
     assert torch.allclose(torch.autograd.grad(loss, d.w)[0], torch.autograd.grad(want, d.w, retain_graph=True)[0])
     assert torch.allclose(report["d_real"], r.mean()) and torch.allclose(report["d_fake"], f.mean())
     assert torch.allclose(report["d_acc"], ((r > f.mean()).float().mean() + (f < r.mean()).float().mean()) / 2)
-
-
-def test_r1_is_the_squared_gradient_at_real_pictures(monkeypatch):
-    d, sr, hr = Taps(3.0, -1.0, 2.0), picture(2, 3, 8, 8), picture(2, 3, 8, 8, seed=1)
-    plain = L.discriminator_loss(d, sr, hr)[0]
-    monkeypatch.setattr(L, "R1_WEIGHT", 0.5)
-    with_r1, report = L.discriminator_loss(d, sr, hr)
-    assert report["d_r1"] == pytest.approx((9 + 1 + 4) / 3 / 2)
-    assert (with_r1 - plain).item() == pytest.approx(0.5 * 14 / 6, rel=1e-5)
-    gradient = torch.autograd.grad(with_r1 - plain, d.w)[0]
-    assert torch.allclose(gradient, 0.5 * d.w.detach() / 3, atol=1e-5)
 
 
 # ---- perceptual networks --------------------------------------------------------------------------------------
@@ -480,12 +417,14 @@ def test_without_a_network_the_error_names_all_three_ways(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_weights_of_another_network_are_refused(files):
-    at = files["at"]
-    for load, wrong in ((L.load_vgg19, "anime.pth"), (L.load_resnet50, "vgg.pth"), (L.load_detector, "vgg.pth"),
-                        (L.load_vgg19, "detector.safetensors")):
-        with pytest.raises(LossError, match=wrong):
-            load(at / wrong)
+def test_absent_files_and_another_detector(files, tmp_path):
+    for load in (L.load_vgg19, L.load_resnet50, L.load_detector):
+        with pytest.raises(LossError, match="absent.pth"):
+            load(tmp_path / "absent.pth")
+    save_file(load_file(files["at"] / "detector.safetensors"), tmp_path / "other.safetensors",
+              {"kabegami": json.dumps({"classes": ["cat", "dog"]})})
+    with pytest.raises(LossError, match="other.safetensors.*clean, blocking"):
+        L.load_detector(tmp_path / "other.safetensors")
 
 
 class Trap:
@@ -493,22 +432,12 @@ class Trap:
         return os.mkdir, ("trapped",)
 
 
-def test_files_that_cannot_be_read(files, tmp_path, monkeypatch):
+def test_no_pickle_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    at = files["at"]
-    for source, name in ((at / "vgg.pth", "cut.pth"), (at / "detector.safetensors", "cut.safetensors")):
-        with open(source, "rb") as f:
-            (tmp_path / name).write_bytes(f.read(min(source.stat().st_size // 2, 2 ** 20)))
-    (tmp_path / "empty.pth").write_bytes(b"")
-    (tmp_path / "text.safetensors").write_text("hello")
-    (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap(), 2))
-    torch.save([1, 2], tmp_path / "list.pth")
-    for path in [*sorted(tmp_path.iterdir()), tmp_path / "absent.pth"]:
-        for load in (L.load_vgg19, L.load_detector):
-            with pytest.raises(LossError) as e:
-                load(path)
-            assert path.name in str(e.value) and "\n" not in str(e.value)
-    assert not (tmp_path / "trapped").exists(), "a pickle was run"
+    Path("trap.pth").write_bytes(pickle.dumps(Trap(), 2))
+    with pytest.raises(pickle.UnpicklingError):
+        L.load_vgg19("trap.pth")
+    assert not Path("trapped").exists()
 
 
 # ---- the detector ---------------------------------------------------------------------------------------------
@@ -520,29 +449,12 @@ def test_detector_is_small_and_takes_any_size(files):
     net = files["detector"]
     for h, w in ((1, 1), (3, 5), (64, 41), (40, 64)):
         x = picture(2, 3, h, w)
-        logits, places, features = net(x, return_features=True)
+        logits, features = net(x, return_features=True)
         assert logits.shape == (2, len(CLASSES)) and logits.isfinite().all() and torch.equal(logits, net(x))
-        assert places.shape == (2, len(CLASSES), -(-h // 8), -(-w // 8)) and len(features) == 3
-        assert features[0].shape[-2:] == (-(-h // 2), -(-w // 2))
-    # the map is constant in a constant picture, far from the border
-    flat = torch.full((1, 3, 256, 256), 0.4)
-    places = net(flat, return_features=True)[1][..., 14:18, 14:18]
-    assert (places - places[..., :1, :1]).abs().max() < 1e-5
+        assert len(features) == 3 and features[0].shape[-2:] == (-(-h // 2), -(-w // 2))
     with torch.no_grad():       # pictures of a batch do not influence each other
         x = picture(3, 3, 24, 24)
         assert torch.allclose(net(x)[1:2], net(x[1:2]), atol=1e-5)
-
-
-def test_map_and_logits_agree():
-    """A place that sees the whole picture has the logits of the picture; others have those of their surroundings."""
-    net = randomize(ArtifactDetector(2))
-    with torch.no_grad():
-        logits, places, _ = net(picture(2, 3, 32, 24), return_features=True)
-        assert torch.allclose(places, logits[..., None, None].expand_as(places), atol=1e-4)
-        x = picture(1, 3, 32, 256).round()
-        x[..., 128:] = 0.5
-        places = net(x, return_features=True)[1]
-    assert (places[..., 27] - places[..., 0]).abs().max() > 0.1 > (places[..., 27] - places[..., 26]).abs().max()
 
 
 def test_pooling():
@@ -552,9 +464,6 @@ def test_pooling():
     assert torch.allclose(deviation, x.std((2, 3), correction=0, keepdim=True), atol=1e-4)
     want = (4 * x).exp().mean((2, 3)).log() / 4
     assert torch.allclose(top[..., 0, 0], want, atol=1e-5)
-    near = L.pool(x, 4, (2, 2))
-    assert near.shape == (2, 9, 10, 15)
-    assert torch.allclose(near[:, :3, 5, 5], x[..., 2:19, 2:19].mean((2, 3)), atol=1e-5)
     assert L.pool(x * 1e4, 4).isfinite().all()
 
 
@@ -562,17 +471,13 @@ def test_detector_file(files, tmp_path, monkeypatch):
     net, x = files["detector"], picture(1, 3, 32, 32)
     back = L.load_detector(files["at"] / "detector.safetensors")
     assert equal(copy_state(back), copy_state(net)) and torch.allclose(back(x), net(x), atol=1e-6)
-    assert back.header["accuracy"] == 0.5 and not back.training and not any(p.requires_grad for p in back.parameters())
+    assert not back.training and not any(p.requires_grad for p in back.parameters())
     monkeypatch.setattr(L, "__file__", str(tmp_path / "losses.py"))
     with pytest.raises(LossError, match="weights.detector.safetensors"):
         SRLoss("art_cls")
     (tmp_path / "weights").mkdir()
     save_detector(net, tmp_path / "weights" / "detector.safetensors")
     assert equal(copy_state(SRLoss("art_cls").detector), copy_state(net))
-    save_file(load_file(files["at"] / "detector.safetensors"), tmp_path / "other.safetensors",
-              {"kabegami": json.dumps({"classes": ["cat", "dog"]})})
-    with pytest.raises(LossError, match="other.safetensors.*clean, blocking"):
-        L.load_detector(tmp_path / "other.safetensors")
 
 
 def test_a_loaded_detector_does_not_depend_on_its_file(tmp_path):
@@ -640,7 +545,7 @@ def test_parse_loss():
     for wrong in ("pixel=1", "pix,ssim", "", "pix,"):
         with pytest.raises(LossError, match=", ".join(TERMS)):
             SRLoss(wrong)
-    for wrong in ("pix=", "pix=one", "pix=-1", "pix=nan", "pix=inf", "pix=1=2", "pix=0"):
+    for wrong in ("pix=", "pix=one", "pix=1=2"):
         with pytest.raises(LossError):
             SRLoss(wrong)
 
@@ -659,7 +564,7 @@ def test_sum_and_gradient_norms(make_loss, files, both, d):
     total, values = loss(x, hr, lr, d)
     cls, feat = L.artifact_losses(files["detector"], x, hr)
     alone = dict(pix=L.charbonnier_loss(x, hr, 0.1), rmse=L.rmse_loss(x, hr, 0.1), freq=L.laplacian_loss(x, hr),
-                 edge=L.edge_loss(x, hr), texture=L.texture_loss(x, hr), lock=L.color_lock_loss(x, lr),
+                 edge=L.edge_loss(x, hr), lock=L.color_lock_loss(x, lr),
                  perc=both(x, hr), art_cls=cls, art_feat=feat, adv=L.generator_loss(d, x, hr),
                  luma=L.rmse_loss(L.to_luma(x), L.to_luma(hr), 0.1))
     for name, value in alone.items():
@@ -673,8 +578,6 @@ def test_sum_and_gradient_norms(make_loss, files, both, d):
         assert 0 < norms[name] == pytest.approx(want, rel=1e-3), name
     total.backward()            # gradient_norms left the graph whole
     assert x.grad.norm() > 0
-    with torch.no_grad():       # and works during validation
-        assert loss.gradient_norms(sr, hr, lr, d)["pix"] == pytest.approx(norms["pix"])
 
 
 @pytest.mark.parametrize("kind", (0, 1))
@@ -722,8 +625,8 @@ def test_missing_inputs_and_wrong_shapes_are_named():
     for name, need in (("lock", "lr"), ("adv", "discriminator")):
         with pytest.raises(LossError, match=f"{name}.*{need}"):
             SRLoss(name)(x, x)
-    for wrong in (picture(1, 3, 16, 15), picture(2, 3, 16, 16), picture(3, 16, 16)):
-        with pytest.raises(LossError, match=r"\(B, 3, H, W\)"):
+    for wrong in (picture(1, 3, 16, 15), picture(2, 3, 16, 16)):
+        with pytest.raises(LossError, match="same shape"):
             SRLoss("pix")(wrong, x)
 
 
@@ -749,18 +652,14 @@ def test_a_new_term_needs_one_entry(network, monkeypatch):
 
 
 @pytest.mark.parametrize("h,w", ((1, 1), (2, 3), (5, 1), (9, 40)))
-def test_small_pictures(h, w, make_loss, d, monkeypatch):
-    monkeypatch.setattr(L, "DETAIL_MASK", True)
-    loss = make_loss("pix,rmse,luma,freq,edge,texture,lock,art_cls,art_feat")
+def test_small_pictures(h, w, make_loss):
+    loss = make_loss("pix,rmse,luma,freq,edge,lock,art_cls,art_feat")
     for factor in (1, 2):
         hr, lr = picture(1, 3, factor * h, factor * w), picture(1, 3, h, w, seed=2)
         sr = picture(1, 3, factor * h, factor * w, seed=1).requires_grad_(True)
         total, values = loss(sr, hr, lr)
         total.backward()
         assert sr.grad.isfinite().all() and all(v.isfinite() for v in values.values())
-    for term in ("perc", "adv"):
-        with pytest.raises(LossError, match=f"{term}.* pixels a side.*5x6"):
-            make_loss(term)(picture(1, 3, 6, 5), picture(1, 3, 6, 5), discriminator=d)
 
 
 def test_bf16_under_autocast(make_loss, d):
@@ -789,53 +688,33 @@ def test_bf16_under_autocast(make_loss, d):
 
 
 def lines_picture():
-    """Paper with a soft gradient, a curved dark line, and a speck."""
+    """Paper with a soft gradient and a curved dark line."""
     y, x = torch.meshgrid(torch.arange(60.0), torch.arange(80.0), indexing="ij")
     p = (0.75 + 0.1 * x / 80).expand(3, 60, 80).clone() * torch.tensor([1.0, 0.95, 0.9]).view(3, 1, 1)
-    curve = (y - 25 - 8 * torch.sin(x / 12)).abs() < 1
-    p[:, curve & (x > 5) & (x < 70)] = 0.2
-    p[:, 50:52, 10:12] = 0.2
-    return p[None], curve & (x > 5) & (x < 70)
+    curve = ((y - 25 - 8 * torch.sin(x / 12)).abs() < 1) & (x > 5) & (x < 70)
+    p[:, curve] = 0.2
+    return p[None], curve
 
 
-def test_lines_are_enhanced_and_specks_are_not():
+def test_lines_are_enhanced():
     hr, curve = lines_picture()
     out, once = L.enhance_lines(hr), L.unsharp_mask(hr)
     assert out.shape == hr.shape and not out.requires_grad and out.min() >= 0 and out.max() <= 1
     assert out[0, :, curve].mean() < once[0, :, curve].mean() - 0.05 < hr[0, :, curve].mean() - 0.1
-    assert torch.equal(out[..., 44:58, 4:18], once[..., 44:58, 4:18]), "a speck was taken for a line"
-    assert (out != once)[0, 0].sum() > 0.9 * curve.sum()
+    assert torch.equal(out[..., 48:, :], once[..., 48:, :]), "paper was taken for a line"
     pair = torch.cat([1 - hr, hr])
     assert torch.allclose(L.enhance_lines(pair)[1:], out, atol=1e-6)
     for blank in (torch.zeros(1, 3, 9, 9), torch.ones(1, 3, 9, 9), torch.full((1, 3, 1, 1), 0.5)):
         assert torch.allclose(L.enhance_lines(blank), blank, atol=1e-5)
 
 
-def components(mask):
-    """Label the 8-connected components of a boolean array by flood fill: int array, 0 is background."""
-    label, count = np.zeros(mask.shape, int), 0
-    for start in zip(*mask.nonzero()):
-        if label[start]:
-            continue
-        count += 1
-        label[start], stack = count, [start]
-        while stack:
-            y, x = stack.pop()
-            for at in ((y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)):
-                if 0 <= at[0] < mask.shape[0] and 0 <= at[1] < mask.shape[1] and mask[at] and not label[at]:
-                    label[at] = count
-                    stack.append(at)
-    return label
-
-
-def large_components(mask):
-    label = components(mask)
-    return (np.bincount(label.ravel()) >= 32)[label] & (label > 0)
+def test_noise_in_a_dark_patch_is_no_line():
+    noise = 0.2 + 4 / 255 * (picture(1, 3, 64, 64) - 0.5)
+    assert torch.equal(L.enhance_lines(noise), L.unsharp_mask(noise))
 
 
 def test_lines_agree_with_numpy():
-    """APISR's recipe written again with numpy."""
-    hr, _ = lines_picture()
+    hr = lines_picture()[0]
     hr = 0.7 + torch.linspace(0.1, 1, 80) * (hr - 0.7)          # lines of every strength
     hr = (hr + 0.2 * (picture(1, 3, 60, 80) - 0.5)).clamp(0, 1).double()
 
@@ -854,26 +733,6 @@ def test_lines_agree_with_numpy():
     once = sharpen(hr[0].numpy())
     thrice = sharpen(sharpen(once))
     y = np.tensordot([0.299, 0.587, 0.114], thrice, 1)
-    dog = blur(y, 0.6, 2) - 0.98 * blur(y, 1.5, 5)
-    mask = large_components(dog / dog.max() < -15 / 255)
-    padded = np.pad(mask.astype(int), 1)
-    neighbors = sum(padded[dy:dy + 60, dx:dx + 80] for dy in range(3) for dx in range(3)) - mask
-    mask = mask | (neighbors >= 3)
+    mask = blur(y, 0.6, 2) - 0.98 * blur(y, 1.5, 5) < -0.02
     assert 0.02 < mask.mean() < 0.5
     assert np.allclose(L.enhance_lines(hr)[0].numpy(), np.where(mask, thrice, once), atol=1e-9)
-
-
-def test_components_are_exact():
-    g = torch.Generator().manual_seed(0)
-    masks = [(torch.rand(1, 1, 50, 70, generator=g) < p).float() for p in (0.05, 0.15, 0.25, 0.3, 0.4, 0.9)]
-    snake = torch.zeros(1, 1, 50, 70)           # one line, far longer than 31 steps
-    for i in range(0, 50, 4):
-        snake[..., i, :] = 1
-        snake[..., i:i + 4, 69 if i % 8 == 0 else 0] = 1
-    limit = torch.zeros(1, 1, 50, 70)
-    limit[..., 3, 5:37], limit[..., 10, 5:36] = 1, 1        # 32 pixels and 31
-    masks = torch.cat([*masks, snake, limit])
-    kept = L.remove_small_components(masks)
-    for mask, result in zip(masks[:, 0].numpy(), kept[:, 0].numpy()):
-        assert (result == large_components(mask > 0)).all()
-    assert kept[-1].sum() == 32 and torch.equal(kept[-2], snake[0])
