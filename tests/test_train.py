@@ -144,6 +144,7 @@ def test_printed_commands_run(whole):
     assert "bicubic" in done.stdout
 
 
+@pytest.mark.slow
 def test_learns(drawings, tmp_path, run_here):
     code, _, _ = run_here(flags(drawings, tmp_path / "run", steps=160, val_every=40, batch=4))
     psnr = [float(r["psnr_y"]) for r in rows(tmp_path / "run")]
@@ -200,7 +201,7 @@ def kill_in_step(m, number):
 
 
 @pytest.mark.parametrize("more", [
-    dict(stage=1, optimizer="adam"), dict(stage=2), dict(stage=3),
+    dict(stage=1, optimizer="adam"), pytest.param(dict(stage=2), marks=pytest.mark.slow), dict(stage=3),
     dict(stage=1, loss="rmse,adv", gan_after=2, patch=16)], ids=["adam", "stage 2", "stage 3", "gan"])
 def test_resumes_to_the_bit(whole, drawings, tmp_path, run_here, monkeypatch, more):
     """Mixed patches, accumulated gradients, calm crops at the end; killed inside a step, then started again."""
