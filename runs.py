@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from images import UserError, fail, printable, write_atomic
 
-# a resumed run may change these: they do not change what it learns, or only its speed
+# a resumed run may change these: speed, precision, and the places of files
 FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers",
                  "vgg_weights", "anime_weights", "detector"}
 NOT_LOSSES = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y"}
@@ -58,7 +58,7 @@ class Progress:
 
 
 class Run:
-    """A run folder. Making a Run changes nothing on disk; start() or resume() does."""
+    """A run folder. Making a Run changes nothing on disk; start() and the save methods do."""
 
     def __init__(self, folder, overwrite=False):
         self.folder, self.overwrite = Path(folder), overwrite

@@ -53,12 +53,12 @@ STAGES = {
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-DEMO_STEPS = 300                # at most, on demo pictures: they do not repay a longer run
+DEMO_STEPS = 300                # at most, on demo pictures: more steps bring little there
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
 DROP_PATH = 0.0                 # stochastic depth of the last block; HAT's authors use 0.1
-CALM_FRACTION = 2 / 3           # then half as many crop candidates, so that flat areas are learned too
+CALM_FRACTION = 2 / 3           # after it, half as many crop candidates: flat areas are learned too
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 ROLLBACK_AFTER = 10             # bad steps in a row
@@ -426,7 +426,7 @@ def update(learner, step, adversarial, finite):
         optimizer.zero_grad(set_to_none=True)
     learner.scaler.update()
     if finite:
-        decay = min(learner.args.ema, (step + 1) / (step + 10))     # short while the weights move fast
+        decay = min(learner.args.ema, (step + 1) / (step + 10))     # a short average in the first steps
         with torch.no_grad():
             torch._foreach_lerp_(learner.averages, learner.learning, 1 - decay)
 
@@ -546,7 +546,7 @@ def finished_fraction(args, progress):
 
 
 def rollback(run, learner, progress, ranks, say):
-    """Return to the last saved state at half the learning rate. -> Progress. Raises UserError at last."""
+    """Return to the last saved state at half the learning rate. -> Progress. Raises UserError below 2^-20."""
     state = run.load_state()
     if ranks > 1:
         dist.barrier()          # all ranks have read it before rank 0 writes the next one
@@ -586,7 +586,7 @@ def train(args):
         losses, gradients = backward(learner, batches, adversarial, sharpen, report_due)
         grad_norm = clip_gradients(learner, adversarial)
 
-        # ---- all ranks decide by the same numbers
+        # ---- every rank uses the same numbers
         seconds, step_began = progress.seconds + time.time() - step_began, time.time()
         scalars = dict(losses, stop=len(signals) > 0, seconds=seconds, grad_norm=grad_norm)
         scalars = mean_over_ranks(scalars, device, ranks)
