@@ -464,12 +464,13 @@ class Batches(torch.utils.data.Dataset):
     proportion to the area.
     recipe: a recipe or mix of degrade.py. LR patches in a file of pairs are used as they are.
 
-    A crop has a random corner and one of 8 orientations. Each patch is used once per epoch, in random order.
+    A crop has a random corner and one of 8 orientations. Each patch is a candidate once per epoch.
     With crop_candidates n, each crop is the one with most detail of n crops from n patches. shares: the
-    probability of each file; then patches are drawn at random instead of once per epoch.
+    probability of each file; then candidates are drawn at random instead of once per epoch.
 
     A batch depends only on (seed, step). In distributed training, rank r of `ranks` gets the r-th part of the
-    batch that one rank with batch * ranks would get. Raises DataError for a broken file or too small patches.
+    batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises DataError for a
+    broken file or too small patches.
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, crop_candidates=4, shares=None,
