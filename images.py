@@ -275,14 +275,14 @@ def save_picture(path, picture, quality=95):
     save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture, quality)
 
 
-def save_strips(path, strips, size, picture, quality=95, dither=False):
+def save_strips(path, strips, size, picture, quality=95):
     """Save strips (3 or, with alpha, 4, h, W), top to bottom, as one picture of size (H, W).
 
     The file is written completely or not at all. The suffix selects the format (WRITE_FORMATS). `picture`
     gives everything but the pixels; left_behind() lists the data that the format cannot hold. PNG is written
     strip by strip. JPEG has no alpha, so the picture is blended over white. quality: 1..100 for JPEG (always
-    4:4:4, for thin colored lines), WebP, and AVIF. dither: see quantize(). Raises PictureError if the format
-    is unknown or cannot hold the picture, and OSError if the file cannot be written.
+    4:4:4, for thin colored lines), WebP, and AVIF. Raises PictureError if the format is unknown or cannot
+    hold the picture, and OSError if the file cannot be written.
     """
     path = Path(path)
     format = WRITE_FORMATS.get(path.suffix.lower())
@@ -291,7 +291,7 @@ def save_strips(path, strips, size, picture, quality=95, dither=False):
     gray = picture.gray and format in GRAY_FORMATS
     alpha = picture.alpha is not None and format != "JPEG"
     depth = picture.depth if format == "PNG" else 8
-    rows = quantized_rows(strips, gray, alpha, depth, dither)
+    rows = quantized_rows(strips, gray, alpha, depth)
     metadata, _ = split_metadata(picture, format)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         if format == "PNG":
@@ -334,9 +334,8 @@ def split_metadata(picture, format):
     return metadata, phrases
 
 
-def quantized_rows(strips, gray, alpha, depth, dither):
+def quantized_rows(strips, gray, alpha, depth):
     """Convert strips (3 or 4, h, W) to arrays (h, W, C) of uint8 or uint16 with at most 16 rows each."""
-    y = 0
     for strip in strips:
         for rows in strip.split(16, 1):
             rgb, a = rows[:3], rows[3:]
@@ -344,27 +343,13 @@ def quantized_rows(strips, gray, alpha, depth, dither):
                 rgb, a = rgb * a + 1 - a, a[:0]
             if gray:
                 rgb = rgb.mean(0, keepdim=True)
-            rgb = quantize(rgb, depth, y if dither and depth == 8 else None)
-            yield np.concatenate([rgb, quantize(a, depth)], -1)
-            y += rows.shape[1]
+            yield np.concatenate([quantize(rgb, depth), quantize(a, depth)], -1)
         del strip, rows, a      # free the strip before the next one is computed
 
 
-def quantize(x, depth, dither_row=None):
-    """Convert (C, h, W) float in [0, 1] to (h, W, C) uint8 (depth 8) or uint16 (depth 16).
-
-    Round to the nearest level. With dither_row (the row of the picture at which x begins), add interleaved
-    gradient noise (Jimenez, SIGGRAPH 2014) instead, so that soft gradients show no bands. Values that are
-    already an exact level do not change.
-    """
-    x = x.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).mul(2**depth - 1).numpy()
-    if dither_row is None:
-        x = x.round()
-    else:
-        rows, columns, channels = np.ogrid[dither_row:dither_row + x.shape[0], :x.shape[1], :x.shape[2]]
-        phase = (columns + 5.588238 * channels) * 0.06711056
-        noise = (52.9829189 * ((phase + rows * 0.00583715) % 1) % 1).astype(np.float32)
-        x = np.floor(x + noise * 0.999 + 0.0005)    # the margins keep exact levels unchanged
+def quantize(x, depth):
+    """Convert (C, h, W) float in [0, 1] to (h, W, C) uint8 (depth 8) or uint16 (depth 16), rounded."""
+    x = x.detach().float().cpu().permute(1, 2, 0).clamp(0, 1).mul(2**depth - 1).round().numpy()
     return x.astype(np.uint16 if depth == 16 else np.uint8)
 
 

@@ -475,23 +475,6 @@ def test_strips_make_the_same_file(tmp_path, mode):
     assert (tmp_path / "a.png").stat().st_size < 1.1 * (tmp_path / "pillow.png").stat().st_size
 
 
-def test_dither():
-    """Right on average in every block, exact levels unchanged, independent of the strips."""
-    ramp = torch.linspace(100, 104, 256).expand(3, 96, 256) / 255
-
-    def error(x):  # of the mean of any 16x16 pixels
-        return abs((x - ramp.permute(1, 2, 0).numpy() * 255).reshape(6, 16, 16, 16, 3).mean((1, 3))).max()
-
-    got = images.quantize(ramp, 8, 0)
-    assert set(np.unique(got)) <= {100, 101, 102, 103, 104}
-    assert error(got) < 0.06 and error(images.quantize(ramp, 8)) > 0.3
-    strips = [images.quantize(ramp[:, a:b], 8, a) for a, b in ((0, 7), (7, 64), (64, 96))]
-    assert (np.concatenate(strips) == got).all()
-    assert len({got[..., c].tobytes() for c in range(3)}) == 3  # channels have different noise
-    levels = torch.arange(256).expand(3, 50, 256) / 255
-    assert (images.quantize(levels, 8, 13) == images.quantize(levels, 8)).all()
-
-
 def test_picture_size(tmp_path, monkeypatch):
     """From the header alone, with the orientation; (0, 0) for a file that is not a picture."""
     for kind in ("jpg", "png", "tif", "webp"):
