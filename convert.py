@@ -84,8 +84,8 @@ def export_hat(model, path):
 
 def blend(files, amounts):
     """A HATRefiner in eval mode whose weights are the sum of amount * weights over the files; the amounts
-    should add up to 1. Its header records the files. A file without a trained refiner contributes a
-    correction of zero. Raises WeightsError, also if the files hold different networks."""
+    should add up to 1. Its header records the files. The refiner of a file without a trained refiner counts
+    as zero. Raises WeightsError, also if the files hold different networks."""
     states, headers = zip(*(read_weights(file) for file in files))
     trained = [refiner_is_trained(state) for state in states]
     model = load(files[trained.index(True) if any(trained) else 0])

@@ -132,41 +132,36 @@ HEADER_BYTES = 16384    # a fixed size, because the header is written after the 
 DTYPES = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 
 
-def read_index(path):
-    """Return (metadata, {tensor name: (dtype, shape, offset in bytes)}) of a patch file. Raises DataError."""
+def open_patch_file(path):
+    """Return (metadata, {tensor name: memory-mapped array}) of a patch file. Raises DataError."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length) if length <= HEADER_BYTES else b"")
-        metadata, tensors = header.pop("__metadata__"), {}
+        metadata, arrays = header.pop("__metadata__"), {}
         for name, entry in header.items():
-            dtype = np.dtype(DTYPES[entry["dtype"]])
-            tensors[name] = dtype, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            offset = 8 + length + entry["data_offsets"][0]
+            arrays[name] = DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"])
         end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-        metadata["fingerprint"], tensors["patches"], tensors["detail"]
+        metadata["fingerprint"], arrays["patches"], arrays["detail"]
     except OSError as error:
         raise DataError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{images.printable(path)} is not a patch file of `data.py pack`") from None
     if os.path.getsize(path) != end:
         raise DataError(f"{images.printable(path)} is truncated; pack again with --overwrite")
-    return metadata, tensors
+    return metadata, {name: np.memmap(path, *array) for name, array in arrays.items()}
 
 
 def read_header(path):
     """Return (metadata, number of patches, side of a patch) of a patch file. Raises DataError."""
-    metadata, tensors = read_index(path)
-    _, shape, _ = tensors["patches"]
-    return metadata, shape[0], shape[1]
+    metadata, tensors = open_patch_file(path)
+    return metadata, *tensors["patches"].shape[:2]
 
 
 def read_tensor(path, name):
-    """Return a memory-mapped tensor of a patch file, or None if the file has no tensor of that name."""
-    _, tensors = read_index(path)
-    if name not in tensors:
-        return None
-    dtype, shape, offset = tensors[name]
-    return np.memmap(path, dtype, "r", offset, shape)
+    """Return a memory-mapped tensor of a patch file, or None if it has no tensor of that name."""
+    return open_patch_file(path)[1].get(name)
 
 
 def is_patch_file(path):
@@ -283,7 +278,7 @@ def cut_job(job, size, seed, min_side, scale):
             return DataError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} at scale 1/{scale}")
         h, w = lr_h * scale, lr_w * scale
 
-    # degrade.py writes LR pictures on a white background, so a transparent HR picture is put on white, too.
+    # degrade.py puts transparent pictures on white before it makes LR pictures, so do the same with the HR.
     white = lr is not None and (hr.alpha is None) != (lr.alpha is None)
 
     def flatten_alpha(picture):
@@ -324,9 +319,8 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
     seed: for the backgrounds of transparent pictures. lr_dir: one folder of LR pictures per folder.
     workers: see run_parallel. without: paths to leave out.
 
-    A patch file of the same pictures and settings is reused; a patch file of other
-    pictures or settings is replaced. Raises
-    DataError, images.PictureError for a missing folder, and OSError if the file cannot be written.
+    An existing file is reused if it has the same pictures and settings, else replaced. Raises DataError,
+    images.PictureError for a missing folder, and OSError if the file cannot be written.
     """
     out, start, skipped = Path(out), time.time(), 0
     without = {os.path.realpath(path) for path in without}
@@ -429,10 +423,10 @@ def split_shares(folders):
 def pack_folders(folders, sides, held_out, out, log=print):
     """Pack the folders of a training run into patch files inside the folder `out`.
 
-    folders: folders or patch files, with shares as for split_shares. sides: of the HR patches that training
-    needs. held_out: paths to leave out. Returns (patch files, their shares or None). Raises DataError.
+    folders: folders or patch files, with shares as for split_shares. sides: sides of the HR crops of the
+    training. held_out: paths to leave out. Returns (patch files, their shares or None). Raises DataError.
     """
-    size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger, so that crops can move
+    size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger than a crop: random corners
 
     def pack_group(group):
         if is_patch_file(group[0]):
@@ -470,7 +464,7 @@ class Batches(torch.utils.data.Dataset):
 
     A batch depends only on (seed, step). In distributed training, rank r of `ranks` gets the r-th part of the
     batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises DataError for a
-    broken file or too small patches.
+    broken file or patches that are too small.
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, crop_candidates=4, shares=None,

@@ -244,7 +244,7 @@ def format_table(rows, columns, bold_best=False):
 
 
 def csv_text(names, rows, columns):
-    """Return one line per picture and method; empty if there is no value."""
+    """Format a line for each picture and method as CSV. A missing value is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["picture", "method", *(column.key for column in columns)])

@@ -5,7 +5,7 @@
     fast.keep_freed_memory()        # faster allocation on a CPU under Linux
 
 To change the network, edit model.py only: prepare() compares the two forwards and installs this one only
-where the outputs are equal.
+where the outputs are equal up to rounding.
 """
 import copy
 import ctypes
@@ -20,10 +20,10 @@ from einops import rearrange
 
 from model import CONV_SCALE, FEATURES, HATRefiner, join_windows, pad_heads, split_windows, widen
 
-STRIP_PIXELS = 4096         # pixels of a strip for each thread: its activations fit the cache
-MERGE_PIXELS = 64 * 64      # merging the upsampler saves time from this many pixels on
-CHECK_SIZE = 61, 67         # picture for check(): not whole windows, and at least MERGE_PIXELS
-TOLERANCE = 3e-5            # of the difference, relative to the largest output; rounding gives 3e-6
+STRIP_PIXELS = 4096         # pixels per strip and thread: their activations fit the cache
+MERGE_PIXELS = 64 * 64      # smallest input for which merging the upsampler saves time
+CHECK_SIZE = 61, 67         # picture of check(): sides that are no multiples of the window, >= MERGE_PIXELS
+TOLERANCE = 3e-5            # largest difference, relative to the largest output; rounding gives 3e-6
 
 
 # ------------------------------------------------------------------ install and check
@@ -42,7 +42,7 @@ def prepare(model):
 
 
 def install(hat):
-    """Replace two steps of this HAT, but not of its class. Unlike closures, methods follow copy.deepcopy."""
+    """Replace two methods of this HAT instance, not of its class. copy.deepcopy binds methods to the copy."""
     hat.enlarge = types.MethodType(enlarge, hat)
     for layer in hat.layers:
         layer.forward = types.MethodType(group, layer)
@@ -53,7 +53,7 @@ def check(model):
     """Compare the fast forward with the plain one on a copy of the model. Returns one line, or None."""
     generator = torch.Generator().manual_seed(0)        # leaves the global random state alone
     model = copy.deepcopy(model).cpu().float().eval()
-    for p in model.parameters():        # a branch that starts at zero would hide an edit
+    for p in model.parameters():        # a branch whose weights are zero would hide a difference
         p.add_(0.02 * torch.randn(p.shape, generator=generator))
     x = torch.rand(1, 3, *CHECK_SIZE, generator=generator)
     expected = model(x)
@@ -83,7 +83,7 @@ def group(layer, x, index_sa, index_oca, mask, grad_checkpoint):
 
 
 def cast(*tensors):
-    """Tensors in the type that autocast computes in."""
+    """Cast tensors to the dtype of autocast."""
     if torch.is_autocast_enabled("cpu"):
         return [x.to(torch.get_autocast_dtype("cpu")) for x in tensors]
     return tensors
@@ -101,7 +101,7 @@ class Attention:
         return F.linear(x, *self.qkv).unflatten(-1, (3, self.heads, -1))
 
     def attend(self, q, k, v, bias):
-        """One call for all heads. Without gradients it is faster than plain products."""
+        """Compute all heads in one call. Without gradients this is faster than head by head."""
         bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
@@ -133,7 +133,7 @@ def layer_norm(norm, x):
 
 
 def cyclic_rows(x, top, bottom):
-    """Rows top to bottom of x (B, H, W, C); after the last row comes the first. A view where possible."""
+    """Rows top to bottom of x (B, H, W, C), continued at the first row. A view where possible."""
     h = x.shape[1]
     return x[:, top:bottom] if bottom <= h else torch.cat([x[:, top:], x[:, :bottom - h]], 1)
 
@@ -146,7 +146,7 @@ def hybrid_block(block, x, index, mask):
     conv_scale = (block.conv_block.cab[3](conv) * CONV_SCALE).to(x.dtype)
     attention, mlp, rows = Attention(block.attn, index), MLP(block.mlp), strip_rows(x, window)
     bias = last_bias = attention.bias
-    if shift:       # the windows of the last row have other neighbors; all rows above have the same mask
+    if shift:       # only the last row of windows wraps around; all other rows have the same mask
         mask = mask[:, None].to(bias.dtype)
         bias = attention.bias + mask[:rows // window * (w // window)]
     for top in range(shift, h + shift, rows):
@@ -187,14 +187,15 @@ def overlapping_block(block, x, index):
 # ------------------------------------------------------------------ merged upsampler
 
 def enlarge(hat, x):
-    """Merge the linear upsampler into one 5x5 convolution by its impulse responses: an eighth of the
-    work. Recompute the border with the original layers, because each layer pads with zeros."""
+    """HAT.enlarge. Merge the linear upsampler into one 5x5 convolution by measuring its impulse responses; it
+    has about a tenth of the operations. Recompute the border with the original layers, because each layer
+    pads with zeros."""
     plain = types.MethodType(type(hat).enlarge, hat)
     if is_training(hat) or x[:, 0].numel() < MERGE_PIXELS:
         return plain(x)
     r, n, dtype = hat.scale, FEATURES, hat.conv_last.weight.dtype
     impulses = torch.zeros(n + 1, n, 5, 5, device=x.device, dtype=dtype)
-    impulses[range(n), range(n), 2, 2] = 1      # the last picture stays empty and gives the bias
+    impulses[range(n), range(n), 2, 2] = 1      # the last input is zero: its response is the bias
     with torch.autocast(x.device.type, enabled=False):
         responses = F.pixel_unshuffle(plain(impulses), r)
         bias = responses[-1]
@@ -213,10 +214,10 @@ def enlarge(hat, x):
 # ------------------------------------------------------------------ training and memory
 
 def capture_training_graphs(model, shapes):
-    """Record the forward and the backward of model(lr) as CUDA graphs, so that a GPU gets its thousands of
-    small kernels at once. Returns a callable(lr) for batches of these `shapes` only, or None, with a printed
-    line, if the GPU cannot record the model. Call it under the autocast of the training, with
-    cache_enabled=False. Each backward overwrites the gradients of the one before."""
+    """Record the forward and the backward of model(lr) as CUDA graphs, which avoids the launch cost of
+    thousands of small kernels. Returns a callable(lr) for batches of these `shapes` only, or None, with a
+    printed line, if the GPU cannot record the model. Call it under the autocast of the training, with
+    cache_enabled=False. Each backward overwrites the previous gradients."""
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording uses its own stream
     device, graphs = next(model.parameters()).device, {}
     try:
@@ -232,9 +233,9 @@ def capture_training_graphs(model, shapes):
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory for the next tile or training step: returning it to Linux and getting it
-    back takes up to half of the time on a CPU. No effect without glibc."""
+    """Make glibc keep freed memory for the next tile or training step. Returning memory to Linux and
+    requesting it again takes up to half of the time on a CPU. No effect without glibc."""
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)              # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-4, 0)              # M_MMAP_MAX: never use mmap for large blocks
         mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD

@@ -550,7 +550,7 @@ def unsharp_mask(x):
 
 @torch.no_grad()
 def enhance_lines(hr):
-    """Return a training target: unsharp_mask() of (B, 3, H, W), 3 times on lines, once elsewhere.
+    """Return a training target: apply unsharp_mask() to (B, 3, H, W), 3 times on lines and once elsewhere.
     Lines: difference of Gaussians of the sharpened luma (sigma 0.6 and 1.5, factor 0.98) below -0.02.
     Source: APISR (Wang et al., CVPR 2024), with a fixed threshold and without its clean-up of the lines."""
     once = unsharp_mask(hr)

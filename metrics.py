@@ -225,7 +225,8 @@ def banding(sr, border=0):
     """Banding in smooth gradients: the part of the change in smooth areas that comes in stairs, 0 to 1.
 
     A stair is a step of 3 to 16 levels (mean of R, G, B) over at most 3 pixels, with 4 flat pixels on both
-    sides and another stair in the same direction within 64 pixels. So the border of two flat colors is none.
+    sides and another stair in the same direction within 64 pixels. So the border of two flat colors does not
+    count.
     """
     gray = prepare(sr, border, False).mean(1) * 255                         # (B, H, W)
     stairs, change = torch.zeros(2, len(gray), dtype=torch.float64, device=gray.device)
@@ -258,9 +259,10 @@ def find_stairs(x, slope):
 
 
 def gradient_jumps(x, limit=math.inf):
-    """Mean jump of the gradient between rows i + 1 and i + 2 of (H, W), then between columns: two vectors.
+    """Yield the mean jump of the gradient for the rows of (H, W), then for the columns: two vectors.
 
-    A single jump counts up to `limit`.
+    Entry i belongs to the border between rows i + 1 and i + 2: the slope across it, minus the mean of the
+    two neighboring slopes. Each jump is clamped to `limit`.
     """
     for lines in (x, x.t()):
         slope = lines.diff(dim=0)
@@ -271,9 +273,9 @@ def gradient_jumps(x, limit=math.inf):
 def blocking(sr, border=0, period=8, offset=0):
     """JPEG blocks: jump of the gradient of Y across the block borders over the jump halfway between them.
 
-    About 1 without blocks. Single jumps count up to 4 levels, since edges say nothing about blocks. period 16
-    finds the blocks of a JPEG that was enlarged by 2. offset: where the blocks begin. Source: after Wang,
-    Sheikh, Bovik 2002.
+    About 1 without blocks. Jumps are clamped to 4 levels, so that the edges of the drawing have little
+    weight. period 16 finds the blocks of a JPEG that was enlarged by 2. offset: the first pixel of a block.
+    Source: after Wang, Sheikh, Bovik 2002.
     """
     values = []
     for y in prepare(sr, border, True)[:, 0]:
@@ -286,33 +288,12 @@ def blocking(sr, border=0, period=8, offset=0):
     return nan_mean(values)
 
 
-def seam(sr, whole, borders):
-    """Seams of tiles: mean jump of the gradient at tile borders over the mean elsewhere.
-
-    The ratio is divided by the one of `whole`, the picture made without tiles: 1 without seams, nan without
-    borders. Both pictures are (3, H, W) and not rounded. borders: (rows, columns), two lists of the first
-    pixels behind a border.
-    """
-    ratios = []
-    for x in (sr, whole):
-        on_border, elsewhere = [], []
-        for jump, positions in zip(gradient_jumps(x.detach().float().mean(0)), borders):
-            mask = torch.zeros(len(jump), dtype=torch.bool, device=jump.device)
-            mask[[i - 2 for i in positions if 0 <= i - 2 < len(jump)]] = True
-            on_border.append(jump[mask])
-            elsewhere.append(jump[~mask])
-        ratios.append((torch.cat(on_border).mean() / (torch.cat(elsewhere).mean() + 1e-12)).item())
-    if ratios[1] == 0:
-        return 1.0 if ratios[0] == 0 else math.nan
-    return ratios[0] / ratios[1]
-
-
 def highlight_recall(sr, hr, border=0):
     """Recall of stars and glints, 0 to 1.
 
     A highlight is a pixel of hr whose Y is the maximum of the 5x5 around it and 24 levels above all pixels of
-    the ring at distance 5, so lines are none. It is found where the maximum of sr's 3x3 exceeds the mean of
-    sr's ring by at least half as much as the pixel of hr exceeds the mean of hr's ring.
+    the ring at distance 5, so lines do not count. It is found where the maximum of sr's 3x3 exceeds the mean
+    of sr's ring by at least half as much as the pixel of hr exceeds the mean of hr's ring.
     """
     a, b = prepare_pair(sr, hr, border, True)
     rows, columns = (torch.arange(side, device=b.device) for side in b.shape[-2:])

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
-# tiny is for tests; low and mid use few, wide heads: the cost of attention grows with the number of heads
+# tiny is for tests. low and mid use few, wide heads: the cost of attention grows with the number of heads
 PRESETS = {
     "tiny": dict(embed_dim=16, depths=(2,) * 2, heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),
     "low": dict(embed_dim=60, depths=(4,) * 3, heads=2, window=8, compress=6, squeeze=6, refiner_dim=32),
@@ -114,8 +114,9 @@ def attention(q, k, v, bias, scale):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention with a relative position bias. Queries come from windows of `window` pixels; keys
-    and values from windows of `key_window` pixels, at least as large, with the same centers."""
+    """Multi-head attention with a relative position bias. Queries come from windows of `window` pixels, keys
+    and values from windows of `key_window` pixels. Both windows have the same center; key_window >=
+    window."""
     def __init__(self, dim, window, key_window, heads):
         super().__init__()
         self.window, self.heads, self.scale = window, heads, (dim // heads) ** -0.5
@@ -150,7 +151,7 @@ class WindowAttention(nn.Module):
 # ------------------------------------------------------------------ blocks
 
 class LayerNorm(nn.LayerNorm):
-    """Under autocast, cast the normalized fp32 stream once, because several layers use it."""
+    """LayerNorm that returns the autocast dtype, so that the layers after it need no casts of their own."""
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -264,8 +265,8 @@ class RHAG(nn.Module):
 # ------------------------------------------------------------------ the network
 
 def pad_to(x, multiple):
-    """Mirror (B, C, H, W) on the right and at the bottom to multiples of `multiple`. Unlike F.pad, reflect as
-    often as a small picture needs."""
+    """Extend (B, C, H, W) on the right and at the bottom to multiples of `multiple` by mirroring. Unlike
+    F.pad, mirror a small picture as often as necessary."""
     for dim in (2, 3):
         n = x.shape[dim]
         padded = math.ceil(n / multiple) * multiple
@@ -370,7 +371,8 @@ class HAT(nn.Module):
 
 class HATRefiner(nn.Module):
     """HAT (`hat_model`), then a small residual network (`residual_block`, `out_conv`) on the whole picture,
-    which learns to remove the seams between HAT's tiles. Its last layer starts at zero: it changes nothing.
+    which learns to remove the seams between HAT's tiles. Its last layer starts at zero, so an untrained
+    refiner changes nothing.
 
     forward(lr, tiler=None): (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped.
     tiler(hat_model, lr, scale) runs HAT tile by tile. `use_refiner = False` skips the refiner."""
@@ -401,7 +403,7 @@ class HATRefiner(nn.Module):
         return self.refine(sr) if self.use_refiner else sr
 
     def refine(self, sr):
-        """Add the refiner's correction to sr (B, 3, H, W)."""
+        """Apply the refiner to sr (B, 3, H, W)."""
         return sr + self.out_conv(self.residual_block(sr)).float()
 
 
@@ -482,8 +484,8 @@ def fit_weights(model, state, path, strict=True):
 
 
 def load(path, device="cpu"):
-    """A HATRefiner in eval mode with the sizes and weights of a file. use_refiner is False if the file
-    holds no trained refiner. Raises WeightsError."""
+    """Load a file -> HATRefiner in eval mode with the sizes and weights of the file. use_refiner is False if
+    the file holds no trained refiner. Raises WeightsError."""
     state, header = read_weights(path)
     try:
         sizes = header.get("sizes") or infer_sizes(state)
@@ -497,7 +499,7 @@ def load(path, device="cpu"):
 
 
 def write_atomic(path, data):
-    """Write bytes to a file that is whole or absent. Creates its folder. Raises OSError."""
+    """Write bytes to a file, completely or not at all. Create its folder. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -9,17 +9,17 @@ import math
 
 import torch
 
-FINAL_LR = 0.01             # the schedule ends at this share of the peak
+FINAL_LR = 0.01             # the last learning rate, relative to the peak
 MIN_MATRIX_SIDE = 16        # Muon trains weight matrices whose sides are at least this long
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update matrices are made nearly orthogonal (Jordan et al. 2024).
 
-    params: tensors (n, m, ...) or groups of them, seen as n x m matrices. Five Newton-Schulz iterations move
-    all singular values of an update near 1. The update is scaled to an RMS of 0.2 * lr for each weight, about
-    that of Adam (Liu et al. 2025). torch.optim.Muon works in bf16 and on one matrix at a time. This one works
-    in fp32 and stacks matrices of equal shape, which is faster on CPUs without bf16.
+    params: tensors (n, m, ...) or groups of them, used as n x m matrices. Five Newton-Schulz iterations move
+    all singular values of an update near 1. The update is scaled to an RMS of 0.2 * lr per weight, about the
+    RMS of an update of Adam (Liu et al. 2025). torch.optim.Muon works in bf16 and on one matrix at a time.
+    This one works in fp32 and stacks matrices of equal shape, which is faster on CPUs without bf16.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95):
@@ -82,9 +82,10 @@ def build_optimizers(model, name="muon", conv_lr_scale=1.0):
 
 
 def learning_rate(step, fraction, peak, warmup):
-    """Linear rise over `warmup` steps, then half a cosine from `peak` to FINAL_LR * peak.
+    """Return the learning rate: linear warm-up over `warmup` steps, then a cosine decay to FINAL_LR * peak.
 
-    fraction: the part of the run that is over, 0 to 1 (by steps or by the clock)."""
+    fraction: the finished part of the run, 0 to 1, by steps or by the clock. The cosine starts at fraction 0,
+    so the rate after the warm-up is slightly below `peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))

@@ -181,12 +181,12 @@ def html_table(corner, heads, rows):
 # ---- where the pictures differ
 
 def error_maps(pictures, reference):
-    """Return {method: absolute difference of Y to the reference, (H, W) in levels}. Without a reference:
-    {"": range of Y over all methods}."""
+    """Return {method: |Y - Y of the reference|, (H, W) in levels}. Without a reference: {"": range of Y over
+    all methods}. Y is averaged over 3x3 pixels first, so that noise weighs less than a wrong line."""
     smooth = {}
     for method, pixels in pictures.items():
         y = np.pad(pixels @ np.float32((65.481, 128.553, 24.966)) / 255, 1, mode="edge")
-        y = y[:-2] + y[1:-1] + y[2:]        # mean of 3x3 pixels, so that noise weighs less than a wrong line
+        y = y[:-2] + y[1:-1] + y[2:]
         smooth[method] = (y[:, :-2] + y[:, 1:-1] + y[:, 2:]) / 9
     if reference is not None:
         return {method: np.abs(y - smooth[reference]) for method, y in smooth.items() if method != reference}
@@ -194,7 +194,8 @@ def error_maps(pictures, reference):
 
 
 def draw_heat_map(error):
-    """Draw an error map (H, W) as (h, w, 4) uint8 of half the size: transparent, red, yellow, white."""
+    """Draw an error map (H, W) as RGBA (h, w, 4) uint8: transparent, red, yellow, white for rising errors. It
+    has half the size of the error map, less if that is above MAX_HEAT_SIDE."""
     factor = max(2, math.ceil(max(error.shape) / MAX_HEAT_SIDE))
     level = np.asarray(Image.fromarray(error).reduce(factor))[..., None] / HEAT_WHITE
     level = np.rint(15 * level.clip(0, 1)) / 15
@@ -204,8 +205,11 @@ def draw_heat_map(error):
 
 
 def worst_cells(errors, side, count):
-    """Return at most `count` (method, top, left): the square of the largest squared error of each method in
-    turn, the last method first. The squares lie on a grid of `side` pixels. errors: {method: (H, W)}."""
+    """Return a list of at most `count` (method, top, left): the squares with the largest errors.
+
+    The squares lie on a grid of `side` pixels. The methods take turns, the last method first; each adds the
+    square where its sum of squared errors is largest and that is not yet in the list. errors: {method: (H,
+    W)}."""
     sums, picked = {}, []
     for method, error in errors.items():
         rows, columns = (n // side for n in error.shape)

@@ -3,11 +3,13 @@
     python runs.py runs/a runs/b                        # a table, and curves.png of both
 
     runs/NAME/args.json           settings                    log.csv     one row per report
-              best.safetensors    best validation so far      curves.png  validation and losses over the steps
+              best.safetensors    see below                   curves.png  validation and losses over the steps
               last.safetensors    weights of the last report  samples/    bicubic | SR | HR
               state.pt            everything needed to resume
 
-Every file is complete or absent: it is written to a temporary name and renamed.
+best.safetensors has the weights with the best validation PSNR-Y. While the loss term adv is used, it has the
+weights of the last report, because a GAN lowers PSNR.
+Every file is written completely or not at all: it gets a temporary name first and is then renamed.
 """
 import argparse
 import csv
@@ -23,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from images import UserError, fail, printable, write_atomic
 
-# a resumed run may change these: speed, precision, and the places of files
+# settings that a resumed run may change: speed, precision, paths of files
 FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers",
                  "vgg_weights", "anime_weights", "detector"}
 NOT_LOSSES = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y"}
@@ -58,13 +60,13 @@ class Progress:
 
 
 class Run:
-    """A run folder. Making a Run changes nothing on disk; start() and the save methods do."""
+    """A run folder. Only start() and the save methods write files."""
 
     def __init__(self, folder, overwrite=False):
         self.folder, self.overwrite = Path(folder), overwrite
 
     def settings(self):
-        """The settings in args.json of the run that this command continues, or {} if there is none."""
+        """Read args.json -> settings of the run that this command resumes, or {} for a new run."""
         if self.overwrite or not (self.folder / "state.pt").exists():
             return {}
         try:
@@ -90,7 +92,7 @@ class Run:
                             "--out, or replace its files with --overwrite")
 
     def load_state(self):
-        """The content of state.pt, or None for a new run."""
+        """Read state.pt. Returns None for a new run. Raises UserError."""
         if not self.settings():
             return None
         try:
@@ -110,7 +112,7 @@ class Run:
                     for path in self.folder.glob(pattern):
                         path.unlink()
             write_atomic(self.folder / "args.json", json.dumps(settings, indent=1).encode())
-        self.overwrite = False      # from here on the folder holds this run
+        self.overwrite = False      # the folder now holds this run, so that load_state() reads its state
 
     def save_state(self, state, progress):
         buffer = io.BytesIO()
@@ -164,9 +166,9 @@ def clock(seconds):
 def progress_text(progress, steps, fraction, patch_rate):
     """One line: step, losses, speed, time left.
 
-    steps: number of steps of the run, or None; fraction: the part of the run that is over."""
+    steps: number of steps of the run, or None. fraction: the finished part of the run."""
     losses = "  ".join(f"{name} {value:.5f}" for name, value in progress.mean_losses().items())
-    left = clock(progress.seconds * (1 - fraction) / fraction)
+    left = clock(progress.seconds * max(0, 1 - fraction) / fraction)
     count = f"{progress.step}/{steps}" if steps else f"{progress.step}"
     return f"step {count}  {losses}  {patch_rate:.1f} patches/s  {left} left"
 
@@ -226,7 +228,8 @@ def draw_panel(draw, top, column, runs):
         if points:
             draw.line([place(*p) for p in (points if len(points) > 1 else points * 2)], fill=color, width=2)
         if len(curves) > 1:
-            label = name.encode("latin-1", "replace").decode("latin-1")[-20:]      # of Pillow's default font
+            # Pillow's default font has Latin letters only
+            label = name.encode("latin-1", "replace").decode("latin-1")[-20:]
             draw.text((LEFT + 190 + 130 * (j % 3), top + 4 + 11 * (j // 3)), label, fill=color)
 
 

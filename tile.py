@@ -32,7 +32,7 @@ except ModuleNotFoundError:     # copied alone
     images = None
 
 TILE_SIZE = {"cpu": 384, "cuda": 512, "mps": 384}      # --tile-size; larger tiles are hardly faster
-FLAT_REACH = 4              # keep_flat_levels(): input pixels on each side
+FLAT_REACH = 4              # keep_flat_colors(): input pixels on each side
 EXTRA_PASS = 1.05           # the model runs again if its output has to grow by more than this
 
 
@@ -66,9 +66,9 @@ class Tiler:
     tile_pad / 2 away, the output is the same as without tiles.
 
     All tiles have the same size and start at multiples of `align`, the window of the model, so that the
-    windows have the same positions as without tiles. Sides that are no multiples of align are extended by
+    windows have the same positions as without tiles. A side that is not a multiple of align is extended by
     mirroring, and the output is cropped. batch: tiles per call of forward. Raises TileError if tile_size or
-    2 * tile_pad is no multiple of align.
+    2 * tile_pad is not a multiple of align.
     """
     def __init__(self, tile_size=64, tile_pad=32, batch=1, align=16):
         if align < 1 or tile_size < align or tile_size % align:
@@ -101,12 +101,6 @@ class Tiler:
                 weight = ((position - rise) / fade).clamp(max=1) - ((position - fall) / fade).clamp(min=0)
             spans.append(Span(input_start, start, stop, fall, weight))
         return width, spans
-
-    def seams(self, height, width, scale):
-        """Output (rows, columns) where a seam could be visible: begin, middle, and end of each crossfade."""
-        fade = self.tile_pad * scale
-        return [[span.start + offset for span in self.spans(side, scale)[1][1:]
-                 for offset in (0, fade // 2, fade)] for side in (height, width)]
 
     def count(self, height, width):
         """The number of tiles of a picture."""
@@ -153,8 +147,8 @@ class Tiler:
 
 
 def mirrored_slice(x, dim, start, length):
-    """Take `length` pixels of x along dim, beginning at `start`. Beyond its end, x is mirrored at the last
-    pixel, as often as necessary; a single pixel is repeated."""
+    """Take `length` pixels of x along dim, beginning at `start`. Past the end, x is mirrored at its last
+    pixel, as often as necessary. A single pixel is repeated."""
     side = x.shape[dim]
     if start + length <= side:
         return x.narrow(dim, start, length)
@@ -219,7 +213,7 @@ def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=
     y = 0
     for strip in strips:
         for rows in strip.split(32 * scale, 1):
-            yield keep_flat_levels(rows.clamp(0, 1), rgb, scale, y)
+            yield keep_flat_colors(rows.clamp(0, 1), rgb, scale, y)
             y += rows.shape[1]
         del strip, rows     # free them before the next strip is computed
 
@@ -234,9 +228,9 @@ def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, d
 
 
 def with_halo(strips, function, halo, height):
-    """Apply function to a picture of `height` rows in strips (C, h, W). Yields its output in strips. The
-    function needs `halo` rows of context above and below."""
-    x, top, context = None, 0, 0        # top: row of the picture; context: rows of x that are done already
+    """Apply function to a picture of `height` rows that comes in strips (C, h, W). Yield its output in
+    strips. The function needs `halo` rows of context above and below each strip."""
+    x, top, context = None, 0, 0    # x begins at row `top` of the picture; its first `context` rows are done
     for strip in strips:
         x = strip if x is None else torch.cat([x, strip], 1)
         del strip
@@ -247,11 +241,11 @@ def with_halo(strips, function, halo, height):
             x, top, context = x[:, drop:].clone(), top + drop, ready - drop
 
 
-def keep_flat_levels(sr, rgb, scale, top):
-    """Set sr (3, h * scale, W * scale) to 0 or 1 where a channel of the input rgb (3, H, W) is 0 or 1 in all
-    pixels within FLAT_REACH. sr begins at row `top` of the output.
+def keep_flat_colors(sr, rgb, scale, top):
+    """Set sr (3, h * scale, W * scale) to the input level where a channel of the input rgb (3, H, W) has one
+    level in all pixels within FLAT_REACH. sr begins at row `top` of the output.
 
-    There, models are off by about one level, and a background of 254 is visible on a white page.
+    A model changes such areas by about one level, and a background of 254 is visible on a white page.
     """
     top, rows = top // scale, sr.shape[1] // scale
     first = max(top - FLAT_REACH, 0)
@@ -262,16 +256,18 @@ def keep_flat_levels(sr, rgb, scale, top):
         x = F.max_pool2d(x, (side, 1), 1, (FLAT_REACH, 0))[:, top - first:top - first + rows]
         return x.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
-    return sr.masked_fill(local_maximum(x) <= 0, 0).masked_fill(local_maximum(-x) <= -1, 1)
+    high, low = local_maximum(x), -local_maximum(-x)
+    return torch.where(high == low, high, sr)
 
 
-# ------------------------------------------------------------------ exact size, alpha, and crop
+# ------------------------------------------------------------------ exact size, alpha, crop
 
 def upscale_picture(forward, picture, scale, tiler, size, progress=None, **options):
     """Upscale an images.Picture -> generator of strips (3 or, with alpha, 4, h, W) of size (H, W).
 
-    Run the model again on its output until that is about as large as size, then resize it by Lanczos. Such
-    outputs are in memory, for 8 bit as float16. Alpha is resized by Lanczos. options: of upscale_strips().
+    Run the model again on its output until the output is about as large as `size`, then resize it by Lanczos.
+    These outputs are in memory, as float16 for 8-bit pictures. Alpha is resized by Lanczos. options: see
+    upscale_strips().
     """
     height, width = picture.rgb.shape[1:]
     passes = 1
@@ -325,8 +321,8 @@ def crop_to_aspect(picture, size):
 def bleed_colors(rgb, alpha):
     """Spread the visible colors of rgb (3, H, W) into pixels whose alpha (1, H, W) is 0 -> (3, H, W).
 
-    Files store any color there, often black, which would leave a fringe at the edges. Downscale by 2 until
-    all pixels have a color, then fill the gaps from coarse to fine.
+    Files store any color in these pixels, often black, which would cause a fringe at the edges. Downscale by
+    2 until all pixels have a color, then fill the gaps from coarse to fine.
     """
     visible = alpha > 0
     if visible.all() or not visible.any():
@@ -348,7 +344,7 @@ def pick_device(name=None, amp=None):
     """Choose (torch.device, dtype for autocast or None). Raises TileError for a device that does not work.
 
     name: such as "cuda:1", or None for the best device. amp: "bf16", "fp16", "off", or None: bf16 if native.
-    Under torchrun, each process gets its own GPU.
+    Under torchrun, process k uses GPU k modulo the number of GPUs.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -378,14 +374,14 @@ def out_of_memory(error):
 
 
 def memory_peak(device):
-    """Peak memory in bytes: on CUDA since the last call, on a CPU since the process began; 0 if unknown."""
+    """Peak memory in bytes: on CUDA since the last call, else since the process began; 0 on Windows."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     try:
-        import resource     # not on Windows
-    except ImportError:
+        import resource
+    except ImportError:     # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -428,7 +424,7 @@ def plan_jobs(inputs, out, suffix, tag):
     jobs, problems = {}, []
     for given in images.as_paths(inputs):
         for source in images.find_pictures(given):
-            is_result = out and given in out.parents and out in source.parents      # of an earlier run
+            is_result = out and given in out.parents and out in source.parents      # from an earlier run
             if is_result or source.suffix.lower() not in images.READ_SUFFIXES:
                 continue
             if out and out.suffix.lower() in images.READ_SUFFIXES:
@@ -444,7 +440,7 @@ def plan_jobs(inputs, out, suffix, tag):
                 problems.append(f"{source}: the result would replace the picture; choose another --out")
             elif jobs.setdefault(target, source) != source:
                 problems.append(f"{source}: the result would replace that of {jobs[target]}")
-    if not out:     # results of an earlier run
+    if not out:     # leave out pictures that an earlier run wrote beside its inputs
         jobs = {target: source for target, source in jobs.items() if source not in jobs}
     if not jobs:
         raise images.UserError(images.printable([*problems, f"no picture in {', '.join(inputs)}"][0]))

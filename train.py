@@ -11,7 +11,6 @@
     stage 3, artifact removal    HAT is frozen; the refiner learns
 
 One run is one folder (see runs.py). The same command again resumes it, to the bit on one machine in fp32.
-The file reads from top to bottom: flags, setup, one training step, validation, the loop.
 """
 import argparse
 import copy
@@ -41,7 +40,7 @@ from runs import Progress, Run, clock, newest_run, progress_text
 from tile import Tiler, memory_peak, pick_device
 
 try:
-    import fast         # optional: the same results sooner
+    import fast         # optional: the same results in less time
 except ImportError:
     fast = None
 
@@ -53,12 +52,12 @@ STAGES = {
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-DEMO_STEPS = 300                # at most, on demo pictures: more steps bring little there
+DEMO_STEPS = 300                # upper limit on demo pictures, where more steps bring little
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
 DROP_PATH = 0.0                 # stochastic depth of the last block; HAT's authors use 0.1
-CALM_FRACTION = 2 / 3           # after it, half as many crop candidates: flat areas are learned too
+CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop candidates: more flat areas
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 ROLLBACK_AFTER = 10             # bad steps in a row
@@ -92,8 +91,8 @@ def parse(argv=None):
       "web:0.7,bicubic:0.3 (default: bicubic)")
     a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed of N "
       "random crops; half as many in the last third of the run (default: 4)")
-    a("--sharpen-until", type=float, default=0.0, metavar="PART", help="until this part of the run, every "
-      "second step has a line-enhanced target (default: 0)")
+    a("--sharpen-until", type=float, default=0.0, metavar="PART", help="until this part of the run (0 to 1), "
+      "every second step has a line-enhanced target (default: 0)")
     a("--workers", type=int, metavar="N", help="processes that make batches (default: 1; GPU: up to 8)")
     a = p.add_argument_group("model").add_argument
     a("--preset", choices=PRESETS, default="low", help="network size (default: low)")
@@ -142,7 +141,7 @@ def parse(argv=None):
 
 
 def fill_defaults(args):
-    """Set what depends on stage and device. Raises UserError."""
+    """Set the defaults that depend on stage and device. Raises UserError."""
     if args.minutes and args.steps:
         raise UserError("--minutes and --steps exclude each other")
     device, _ = pick_device(args.device, args.amp)
@@ -166,7 +165,7 @@ def fill_defaults(args):
 
 
 def check(args):
-    """Find mistakes before any file is read. Raises UserError, LossError, RecipeError."""
+    """Check the flags before any file is read. Raises UserError, LossError, RecipeError."""
     window, terms = PRESETS[args.preset]["window"], parse_loss(args.loss)
     degrade.parse_recipe(args.recipe)
     data.split_shares(args.data or [])
@@ -224,13 +223,13 @@ def freeze(model, names):
 
 
 def set_use_refiner(model):
-    """Use the refiner only if it learns or has learned."""
+    """Use the refiner only if it is trained, now or before."""
     out = model.out_conv
     model.use_refiner = bool(out.weight.requires_grad or out.weight.any() or out.bias.any())
 
 
 class Learner:
-    """Everything that a training step changes: networks, averaged weights, optimizers, loss scaler.
+    """All objects that a training step changes: networks, averaged weights, optimizers, loss scaler.
 
     lr_shapes: the shapes of the LR batches. Raises UserError, WeightsError, LossError."""
 
@@ -278,7 +277,7 @@ class Learner:
             self.ddp_model = DistributedDataParallel(self.model, broadcast_buffers=False)
             if self.discriminator:
                 self.ddp_discriminator = DistributedDataParallel(self.discriminator, broadcast_buffers=False)
-        # a recorded backward overwrites the gradients, so it cannot accumulate them
+        # a recorded backward overwrites the gradients, so gradient accumulation cannot use it
         plain = not (self.tiler or args.grad_checkpoint or args.grad_accum > 1 or self.ranks > 1)
         if fast and plain and self.device.type == "cuda":
             with torch.autocast("cuda", self.amp, enabled=self.amp is not None, cache_enabled=False):
@@ -380,7 +379,7 @@ def set_up(args, device, amp, rank, ranks, say):
 
 
 def backward(learner, batches, adversarial, sharpen, measure_gradients):
-    """Forward and backward of the batches of one step. The gradients add up in the parameters.
+    """Run forward and backward for the batches of one step. The parameters accumulate the gradients.
 
     batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). sharpen: line-enhanced targets.
     Returns ({loss: unweighted value}, {loss: norm of its weighted gradient at SR, if measured})."""
@@ -447,7 +446,8 @@ def mean_over_ranks(scalars, device, ranks):
 
 
 class Validation:
-    """Whole pictures, degraded once with a fixed seed, and their bicubic scores. Ranks share the pictures."""
+    """Validation pictures, degraded once with a fixed seed, and their bicubic scores. Each rank has a
+    part."""
 
     def __init__(self, args, rank, ranks):
         self.scale, self.ranks, self.pictures, scores = args.scale, ranks, [], []
@@ -466,7 +466,7 @@ class Validation:
             raise UserError(f"no usable picture in {args.val}")
 
     def mean(self, scores):
-        """(mean of the scores of all ranks, their number)."""
+        """Return (mean of the scores of all ranks, number of scores)."""
         if self.ranks > 1:
             gathered = [None] * self.ranks
             dist.all_gather_object(gathered, scores)
@@ -475,7 +475,7 @@ class Validation:
 
     @torch.inference_mode()
     def run(self, learner):
-        """(mean scores of the averaged weights, list of sample strips)."""
+        """Return (mean scores of the averaged weights, list of sample strips)."""
         scores, strips = [], []
         for lr, hr in self.pictures:
             tiler = Tiler(256, 32) if lr[0].numel() > 2 ** 19 else learner.tiler
@@ -529,7 +529,7 @@ def report(args, run, learner, validation, progress, gradients, rate, patch_rate
 
 
 def catch_signals():
-    """A list that SIGINT and SIGTERM add to; the loop then saves and stops. A second Ctrl-C stops at once."""
+    """Return a list that collects SIGINT and SIGTERM. A second Ctrl-C raises KeyboardInterrupt."""
     received = []
 
     def handler(number, _):
@@ -541,12 +541,12 @@ def catch_signals():
 
 
 def finished_fraction(args, progress):
-    """The part of the run that is over, by steps or by the clock."""
+    """The finished part of the run, 0 to 1, by steps or by the clock."""
     return progress.seconds / 60 / args.minutes if args.minutes else progress.step / args.steps
 
 
 def rollback(run, learner, progress, ranks, say):
-    """Return to the last saved state at half the learning rate. -> Progress. Raises UserError below 2^-20."""
+    """Load the last saved state -> its Progress with half the learning rate; UserError after 20 times."""
     state = run.load_state()
     if ranks > 1:
         dist.barrier()          # all ranks have read it before rank 0 writes the next one
@@ -555,7 +555,7 @@ def rollback(run, learner, progress, ranks, say):
     restored.lr_backoff = progress.lr_backoff / 2
     restored.seconds, restored.skipped_steps = progress.seconds, progress.skipped_steps
     if restored.lr_backoff < 2 ** -20:
-        raise UserError(f"step {progress.step} fails at every learning rate; the last state is kept")
+        raise UserError(f"step {progress.step} is not finite at any learning rate; the last state is kept")
     say(f"step {progress.step}: {ROLLBACK_AFTER} bad steps in a row; back to step {restored.step} with the "
         f"learning rate times {restored.lr_backoff:g}", flush=True)
     return restored
@@ -586,7 +586,7 @@ def train(args):
         losses, gradients = backward(learner, batches, adversarial, sharpen, report_due)
         grad_norm = clip_gradients(learner, adversarial)
 
-        # ---- every rank uses the same numbers
+        # ---- all ranks get the same numbers
         seconds, step_began = progress.seconds + time.time() - step_began, time.time()
         scalars = dict(losses, stop=len(signals) > 0, seconds=seconds, grad_norm=grad_norm)
         scalars = mean_over_ranks(scalars, device, ranks)
@@ -595,12 +595,12 @@ def train(args):
 
         # ---- update, or roll back
         update(learner, step, adversarial, finite)
+        progress.record({name: scalars[name] for name in losses}, finite)
         bad_steps = 0 if finite else bad_steps + 1
         if bad_steps == ROLLBACK_AFTER:
             progress = rollback(run, learner, progress, ranks, say)
             fraction, bad_steps, stream.calm = finished_fraction(args, progress), 0, None
             continue
-        progress.record({name: scalars[name] for name in losses}, finite)
         progress.step += 1
 
         # ---- report and save

@@ -11,6 +11,7 @@
 Prints Markdown. Default of --weights: that of tile.py.
 """
 import argparse
+import math
 import resource
 import subprocess
 import sys
@@ -33,6 +34,34 @@ import tile                                                             # noqa: 
 
 def psnr(a, b):
     return -10 * (a.clamp(0, 1) - b.clamp(0, 1)).double().square().mean().log10().item()
+
+
+def seam(sr, whole, borders):
+    """Seams of tiles: mean jump of the gradient at tile borders over the mean elsewhere.
+
+    The ratio is divided by the ratio of `whole`, the picture made without tiles: 1 without seams, nan without
+    borders. Both pictures are (3, H, W) and not rounded. borders: (rows, columns), two lists of the first
+    pixels behind a border.
+    """
+    ratios = []
+    for x in (sr, whole):
+        on_border, elsewhere = [], []
+        for jump, positions in zip(metrics.gradient_jumps(x.detach().float().mean(0)), borders):
+            mask = torch.zeros(len(jump), dtype=torch.bool, device=jump.device)
+            mask[[i - 2 for i in positions if 0 <= i - 2 < len(jump)]] = True
+            on_border.append(jump[mask])
+            elsewhere.append(jump[~mask])
+        ratios.append((torch.cat(on_border).mean() / (torch.cat(elsewhere).mean() + 1e-12)).item())
+    if ratios[1] == 0:
+        return 1.0 if ratios[0] == 0 else math.nan
+    return ratios[0] / ratios[1]
+
+
+def seam_positions(tiler, height, width, scale):
+    """Output (rows, columns) where a seam could be visible: begin, middle, and end of each crossfade."""
+    fade = tiler.tile_pad * scale
+    return [[span.start + offset for span in tiler.spans(side, scale)[1][1:] for offset in (0, fade // 2, fade)]
+            for side in (height, width)]
 
 
 def quality(args, network):
@@ -61,10 +90,10 @@ def quality(args, network):
                 else:
                     tiler = tile.Tiler(size, pad, 1, window)
                     sr = tile.upscale(network, x, scale, tiler, args.device, amp)
-                    lines = tiler.seams(*x.shape[1:], scale)
+                    lines = seam_positions(tiler, *x.shape[1:], scale)
                 figures.append(psnr(sr, whole))
                 if any(lines):
-                    seams.append(metrics.seam(sr, whole, lines))
+                    seams.append(seam(sr, whole, lines))
             worst = max(seams, key=lambda s: abs(s - 1), default=float("nan"))
             print(f"| {size} | {pad} | {how} | {sum(figures) / len(figures):.2f} | {min(figures):.2f} | "
                   f"{sum(seams) / max(len(seams), 1):.4f} | {worst:.4f} | {(time.time() - start) / seconds:.2f} |",
@@ -94,9 +123,9 @@ def refiner(args, networks):
             whole = tile.upscale(network, lr, scale, tile.Tiler(max(lr.shape), 0, align=1), args.device)
             for pad in args.pads:
                 tiler = tile.Tiler(args.tiles[0], pad, 1, window)
-                sr, lines = tile.upscale(network, lr, scale, tiler, args.device), tiler.seams(*lr.shape[1:], scale)
+                sr, lines = tile.upscale(network, lr, scale, tiler, args.device), seam_positions(tiler, *lr.shape[1:], scale)
                 rows[pad].append([metrics.psnr(sr, hr, 4), metrics.psnr(whole, hr, 4), psnr(sr, whole),
-                                  border_error(sr, whole, lines), metrics.seam(sr, whole, lines)])
+                                  border_error(sr, whole, lines), seam(sr, whole, lines)])
         for pad, figures in rows.items():
             means = torch.tensor(figures).mean(0).tolist()
             print(f"| {path} | {pad} | " + " | ".join(f"{v:.{d}f}" for v, d in zip(means, (3, 3, 1, 2, 4))) + " |", flush=True)

@@ -263,7 +263,7 @@ def test_nan_where_there_is_nothing_to_measure():
     rough = textured(200, 200)
     for value in (metrics.edge_psnr(rough, even), metrics.ringing(rough, even), metrics.highlight_recall(rough, even),
                   metrics.banding(even), metrics.blocking(even),
-                  metrics.niqe(even, metrics.load_niqe()), metrics.seam(even, rough, ([], []))):
+                  metrics.niqe(even, metrics.load_niqe())):
         assert math.isnan(value)
     for side in (1, 3, 8):
         small = torch.rand(3, side, side)
@@ -282,24 +282,6 @@ def test_blocking_finds_the_grid():
     large, clean = double(jpeg(half(hr), 40), "bilinear"), double(half(hr), "bilinear")
     assert metrics.blocking(large, period=16) > 1.4 * metrics.blocking(clean, period=16)
     assert abs(metrics.blocking(clean) - 1) < 0.1               # enlarging marks each second line: that is no grid
-
-
-def test_seam_of_a_flat_picture():
-    x = torch.full((3, 64, 64), 0.5)
-    x[:, 10:20, 10:20] = 0.8
-    assert metrics.seam(x, x, ([32], [32])) == 1.0
-
-
-def test_seam():
-    whole = drawing(128, 192)
-    tiled = whole.clone()
-    tiled[:, :, 64:128] += 6 / 255
-    assert metrics.seam(whole, whole, ([64], [64, 128])) == 1
-    assert metrics.seam(tiled, whole, ([64], [64, 128])) > 1.2
-    assert metrics.seam(tiled, whole, ([], [64, 128])) > metrics.seam(tiled, whole, ([64], [64, 128]))
-    assert metrics.seam(tiled, whole, ([30, 94], [30, 94, 158])) < 1
-    assert metrics.seam(tiled[:, :, 10:], whole[:, :, 10:], ([], [54, 118])) == pytest.approx(
-        metrics.seam(tiled, whole, ([], [64, 128])), rel=0.05)
 
 
 def test_highlights_one_by_one():
