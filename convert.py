@@ -2,6 +2,7 @@
 
     python convert.py info runs/mine/best.safetensors               # sizes and training data of a file
     python convert.py export runs/mine/best.safetensors hat.pth     # plain HAT in the official format
+    python convert.py export runs/mine/best.safetensors hat.onnx    # plain HAT; pip install onnx onnxscript
     python convert.py blend clean.safetensors web.safetensors --alpha 0.3 -o mixed.safetensors
 
 load_any() also loads other architectures, with the optional package spandrel. Needs model.py and its
@@ -82,6 +83,38 @@ def export_hat(model, path):
     write_atomic(path, buffer.getvalue())
 
 
+class AnySizeHAT(torch.nn.Module):
+    """HAT.forward in a form that ONNX can express: (B, 3, H, W) -> (B, 3, scale * H, scale * W) for sides of
+    at least one window."""
+    def __init__(self, hat):
+        super().__init__()
+        self.hat = hat
+
+    def forward(self, lr):
+        hat, (h, w) = self.hat, lr.shape[-2:]
+        for dim, n in (2, h), (3, w):       # mirror to whole windows, as pad_to()
+            i = torch.arange((n + hat.window - 1) // hat.window * hat.window, device=lr.device)
+            lr = lr.index_select(dim, n - 1 - (n - 1 - i).abs())
+        x = hat.conv_before_upsample(hat.features(lr - hat.mean))
+        return (hat.enlarge(x) + hat.mean)[..., :h * hat.scale, :w * hat.scale]
+
+
+def export_onnx(model, path):
+    """Write the plain HAT of a HATRefiner as ONNX, fp32: input lr, output sr, free height and width. Raises
+    WeightsError if the packages onnx and onnxscript are missing, and OSError."""
+    try:
+        import onnxscript       # noqa: F401
+    except ImportError:
+        raise WeightsError("ONNX needs: pip install onnx onnxscript") from None
+    window, side = model.hat_model.window, torch.export.Dim
+    sizes = {2: side("height", min=window), 3: side("width", min=window)}
+    lr = torch.rand(1, 3, 6 * window + 5, 8 * window + 6)       # no multiples of the window
+    program = torch.onnx.export(AnySizeHAT(model.hat_model).eval(), (lr,), dynamo=True, opset_version=18,
+                                dynamic_shapes={"lr": sizes}, input_names=["lr"], output_names=["sr"],
+                                verbose=False)
+    write_atomic(path, program.model_proto.SerializeToString())
+
+
 def blend(files, amounts):
     """A HATRefiner in eval mode whose weights are the sum of amount * weights over the files; the amounts
     should add up to 1. Its header records the files. The refiner of a file without a trained refiner counts
@@ -116,7 +149,7 @@ def parse():
     info.add_argument("weights", metavar="FILE", help="our .safetensors, or an official .pth")
     export = commands.add_parser("export", help="write plain HAT, without the refiner, for other programs")
     export.add_argument("weights", metavar="FILE", help="our .safetensors, or an official .pth")
-    export.add_argument("out", metavar="OUT", type=Path, help="a .pth or .safetensors file")
+    export.add_argument("out", metavar="OUT", type=Path, help="a .pth, .safetensors or .onnx file")
     mix = commands.add_parser("blend", help="mix the weights of two files: (1 - alpha) * A + alpha * B")
     mix.add_argument("weights", nargs=2, metavar=("A", "B"), help="two files of the same network")
     mix.add_argument("--alpha", type=float, default=0.5, help="amount of B, usually 0 to 1 (default: 0.5)")
@@ -127,7 +160,8 @@ def parse():
 
 
 def run(args):
-    suffixes = {"info": (), "export": (".pth", ".safetensors"), "blend": (".safetensors",)}[args.command]
+    suffixes = {"info": (), "export": (".pth", ".safetensors", ".onnx"), "blend": (".safetensors",)}
+    suffixes = suffixes[args.command]
     if suffixes and args.out.suffix not in suffixes:
         raise WeightsError(f"{args.out} must end in {' or '.join(suffixes)}")
     if suffixes and args.out.exists() and not args.overwrite:
@@ -145,7 +179,7 @@ def run(args):
     dropped = args.command == "export" and model.use_refiner
     try:
         if args.command == "export":
-            export_hat(model, args.out)
+            (export_onnx if args.out.suffix == ".onnx" else export_hat)(model, args.out)
         else:
             save(model, args.out, model.header)
     except OSError as e:

@@ -6,10 +6,8 @@
     python degrade.py HR_FOLDER LR_FOLDER --recipe web --scale 2
     python degrade.py picture.png --sheet sheet.png     # one picture through every recipe
 
-All random numbers for a picture come from its own seed. So the result depends on the picture, recipe, scale,
-and seed, but not on the batch or the number of worker processes. For bit-identical results, all arithmetic is
-element-wise: matrix products and library convolutions use a summation order that depends on the shape.
-
+Each picture has its own random seed, so its result does not depend on the batch or the number of workers.
+The arithmetic is element-wise, because library convolutions sum in an order that depends on the shape.
 Needs torch, numpy, and Pillow. Works when copied alone; the command needs images.py.
 """
 import argparse
@@ -26,25 +24,25 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 # ---- recipes
-#   clean                  probability of plain bicubic downscaling: a model learns to keep grain and stars
+#   clean                  probability of plain bicubic downscaling instead of the chain
 #   chain                  the operations in their order
 #   last_early             probability that the last operation is moved two places forward
 # In the chain:
-#   op                     a name of OPERATIONS; the rest are arguments of its function
-#   p                      probability of the operation; without p, it is always applied
-#   (low, high)            a value is sampled uniformly; both ends of a range of whole numbers are included
-#   {name: probability}    one name is sampled; the probabilities need not sum to 1
+#   op                     a name of OPERATIONS; the other keys are arguments of its function
+#   p                      probability of the operation (default: always applied)
+#   (low, high)            uniform distribution; an integer range includes both ends
+#   {name: probability}    one name is sampled; the probabilities are normalized
 #   {name: range}          the range for each name
-# Lengths are in pixels of the picture at that place of the chain: LR pixels after `downscale`.
+# Lengths are in pixels of the input of the operation: LR pixels after `downscale`.
 
 ANY_KERNEL = dict(bicubic=0.7, lanczos=0.1, bilinear=0.1, area=0.1)
-ANY_OFFSET = (0, 15)        # the 8 and 16 pixel blocks of a codec begin anywhere, as in a cropped picture
-CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}       # of JPEG; other codecs always use 4:2:0
+ANY_OFFSET = (0, 15)        # position of the codec's block grid: random, as in a cropped picture
+CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}       # for JPEG; the other codecs always use 4:2:0
 JPEG, JPEG_WEBP = dict(jpeg=1.0), dict(jpeg=0.85, webp=0.15)
 
 REAL_SHAPE = {"iso": 0.45, "aniso": 0.25, "generalized iso": 0.12, "generalized aniso": 0.03,
               "plateau iso": 0.12, "plateau aniso": 0.03}
-REAL_BETA = dict(generalized=(0.5, 4.0), plateau=(1.0, 2.0))            # half of the samples lie below 1
+REAL_BETA = dict(generalized=(0.5, 4.0), plateau=(1.0, 2.0))    # below and above 1 with probability 0.5 each
 REAL_CUTOFF = {0: (math.pi / 3, math.pi), 13: (math.pi / 5, math.pi)}   # {smallest kernel size: range}
 REAL_BLUR = dict(op="kernel_blur", size=(7, 21), sinc=0.1, cutoff=REAL_CUTOFF, shape=REAL_SHAPE,
                  beta=REAL_BETA)
@@ -53,7 +51,7 @@ REAL_JPEG = dict(op="compress", p=1.0, codec=JPEG, quality=dict(jpeg=(30, 95)), 
 
 
 def web(offset):
-    """A picture on its way to a gallery site: downscaled, a little soft, compressed once."""
+    """A picture on an image board: downscaled, slightly blurred, compressed once."""
     return dict(clean=0.1, chain=[
         dict(op="downscale", kernel=ANY_KERNEL),
         dict(op="blur", p=0.9, sigma=(0.2, 0.8)),
@@ -61,31 +59,19 @@ def web(offset):
              chroma={"4:2:0": 0.8, "4:4:4": 0.2}, offset=offset)])
 
 
-def awm(edge, sigma, sharpen_sigma, amount):
-    """The training pairs of the AWM models: a median outside of lines, sharpening, JPEG 85."""
-    return dict(clean=0.1, chain=[
-        dict(op="downscale", kernel=dict(bicubic=1 / 3, area=1 / 6, bilinear=1 / 6, lanczos=1 / 3)),
-        dict(op="median", p=0.9, edge=edge),
-        dict(op="blur", p=0.8, sigma=sigma),
-        dict(op="unsharp", p=0.9, sigma=sharpen_sigma, amount=amount),
-        dict(op="compress", p=1.0, codec=JPEG, quality=dict(jpeg=(85, 85)))])
-
-
 RECIPES = {
     "bicubic": dict(clean=1.0, chain=[]),
     "clean": dict(chain=[
         dict(op="downscale", kernel=dict(bicubic=0.55, lanczos=0.2, area=0.15, bilinear=0.1))]),
     "web": web(offset=ANY_OFFSET),
-    "gallery": web(offset=(0, 0)),      # the picture is not cropped
-    "awm2x": awm(edge=(0.08, 0.16), sigma=(0.3, 0.5), sharpen_sigma=(0.8, 1.2), amount=(0.3, 0.7)),
-    "awm4x": awm(edge=(0.16, 0.32), sigma=(0.4, 0.8), sharpen_sigma=(0.8, 1.6), amount=(0.5, 1.2)),
-    # Compression only, from hardly visible to very strong.
+    "gallery": web(offset=(0, 0)),      # an uncropped picture
+    # Compression only, from weak to very strong.
     "jpeg": dict(clean=0.1, chain=[
         dict(op="downscale", kernel=ANY_KERNEL),
         dict(op="compress", p=0.3, codec=JPEG, quality=dict(jpeg=(50, 95))),
         dict(op="compress", p=1.0, codec=JPEG, quality=dict(jpeg=(30, 95))),
     ]),
-    # A drawing that was posted again: compressed, badly resized, soft, ringing, and compressed once more.
+    # A reposted drawing: compressed, resized badly, blurred, with ringing, and compressed again.
     "light": dict(clean=0.1, chain=[
         dict(op="compress", p=0.7, codec=JPEG_WEBP, quality=dict(jpeg=(70, 95), webp=(70, 95))),
         dict(op="rescale", p=0.6, base="lr", direction=dict(up=0.4, down=0.6), factor=(0.6, 1.6),
@@ -108,7 +94,7 @@ RECIPES = {
         dict(op="kernel_blur", p=0.8, size=(7, 21), sinc=1.0, cutoff={0: (math.pi / 3, math.pi)}),
         REAL_JPEG,
     ]),
-    # A wallpaper that is clean but soft: grain, light compression, and the blur last. Never motion blur.
+    # A clean but soft wallpaper: grain, light compression, then blur.
     "soft": dict(clean=0.1, chain=[
         dict(op="downscale", kernel=dict(bicubic=0.4, lanczos=0.2, bilinear=0.2, area=0.2)),
         dict(op="grain", p=0.5, amplitude=(1.0, 5.0), sigma=(0.3, 0.6), brush=0.5, brush_length=(0.8, 2.5)),
@@ -117,17 +103,7 @@ RECIPES = {
         dict(op="kernel_blur", p=0.95, size=(5, 11), sinc=0.25, cutoff={0: (math.pi / 2.5, math.pi / 1.25)},
              shape={"iso": 0.5, "generalized iso": 0.5}, sigma=(0.3, 1.1), beta=dict(generalized=(0.5, 1.0))),
     ]),
-    # The traces of a diffusion model's VAE: weak fine detail, a faint 8-pixel grid, shifted colors.
-    "diffusion": dict(clean=0.1, chain=[
-        dict(op="downscale", kernel=dict(bicubic=0.6, lanczos=0.2, area=0.2)),
-        dict(op="unsharp", p=0.95, sigma=(0.8, 1.6), amount=(-0.7, -0.2)),
-        dict(op="vae_grid", p=0.8, amplitude=(0.5, 2.0)),
-        dict(op="color_shift", p=0.8, gain=(0.97, 1.03), shift=(-0.012, 0.012)),
-        dict(op="compress", p=0.3, codec=dict(jpeg=0.7, webp=0.3),
-             quality=dict(jpeg=(88, 97), webp=(88, 97))),
-    ]),
-    # Frames of animation, after APISR (Wang et al. 2024): compressed, downscaled, and compressed again. AVIF
-    # needs Pillow 11.3.
+    # Animation frames, after APISR (Wang et al. 2024). AVIF needs Pillow 11.3.
     "line": dict(clean=0.1, chain=[
         dict(op="compress", p=0.8, codec=dict(jpeg=0.5, webp=0.5),
              quality=dict(jpeg=(20, 95), webp=(20, 95))),
@@ -185,11 +161,10 @@ def resampling_weights(n, out, kernel, antialias):
 
 
 def resize(x, size, kernel="bicubic", antialias=True):
-    """Resample (..., H, W) to size (h, w), with half-pixel centers and a symmetric border, as MATLAB does.
+    """Resample (..., H, W) to size (h, w), with half-pixel centers and a symmetric border, like MATLAB.
 
     kernel: bicubic (a = -0.5), lanczos (3 lobes), bilinear, or area (mean over the output pixel).
-    antialias=False does not widen the kernel when downscaling, so lines become jagged; area is always
-    antialiased. Differentiable. Bicubic and lanczos overshoot; the result is not clamped.
+    antialias=False keeps the kernel width when downscaling, except for area. The result is not clamped.
     """
     rows_first = size[0] * x.shape[-1] <= size[1] * x.shape[-2]     # the stronger reduction first: less work
     for axis in (-2, -1) if rows_first else (-1, -2):
@@ -209,16 +184,8 @@ def to_8_bit(x):
     return x.clamp(0, 1).mul(255).round().div(255)
 
 
-def to_gray(x):
-    """Convert (3, H, W) to (1, H, W), luma of BT.601 in full range."""
-    return 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:]
-
-
 def convolve(x, kernel):
-    """Correlate (C, H, W) with a kernel (k, k), k odd; the border is replicated.
-
-    If the kernel is symmetric, add the pixels of equal weight first, which halves the multiplications.
-    """
+    """Correlate (C, H, W) with a kernel (k, k), k odd; the border is replicated."""
     r, (h, w) = len(kernel) // 2, x.shape[-2:]
     kernel = kernel.astype(np.float32)
     symmetric = np.array_equal(kernel, kernel[::-1]) and np.array_equal(kernel, kernel[:, ::-1])
@@ -227,7 +194,7 @@ def convolve(x, kernel):
     taps = range(r + 1 if symmetric else 2 * r + 1)
     for i in taps:
         rows = padded[:, i:i + h]
-        if symmetric and i < r:
+        if symmetric and i < r:         # add pixels of equal weight before multiplying
             rows = rows + padded[:, 2 * r - i:2 * r - i + h]
         for j in taps:
             if abs(kernel[i, j]) < 1e-6:
@@ -240,11 +207,10 @@ def convolve(x, kernel):
 
 
 def blur_kernel(size, shape, sigma=(1.0, 1.0), angle=0.0, beta=1.0):
-    """Return a kernel (size, size) with sum 1; size is odd.
+    """Return a blur kernel (size, size) with sum 1 (Liu et al. 2020); size is odd.
 
     d: squared distance from the center in units of sigma (pixels), along axes rotated by angle (radians).
-    iso, aniso: exp(-d / 2). generalized iso, generalized aniso: exp(-d^beta / 2). plateau iso, plateau aniso:
-    1 / (1 + d^beta). Source: Liu et al. 2020, as used in Real-ESRGAN.
+    iso, aniso: exp(-d / 2). generalized: exp(-d^beta / 2). plateau: 1 / (1 + d^beta).
     """
     x, y = np.meshgrid(*[np.arange(size) - size // 2] * 2)
     along = x * math.cos(angle) + y * math.sin(angle)
@@ -285,11 +251,12 @@ def unsharp(x, sigma, amount):
 def noise(x, rng, kind, strength, gray):
     """Add noise, equal in all channels if gray.
 
-    gaussian: strength is the standard deviation, 0 to 255. poisson: shot noise times strength; the number of
-    photons at full brightness is the number of levels, rounded up to a power of two, as in Real-ESRGAN.
+    gaussian: strength is the standard deviation, 0 to 255. poisson: shot noise times strength, with as many
+    photons at full brightness as the picture has levels, rounded up to a power of two, as in Real-ESRGAN.
     """
     rng = np.random.default_rng(rng.integers(2**63))
-    base = to_8_bit(to_gray(x) if gray else x).double().numpy()
+    base = 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:] if gray else x
+    base = to_8_bit(base).double().numpy()
     if kind == "gaussian":
         field = rng.standard_normal(base.shape, np.float32) * np.float32(strength / 255)
     else:
@@ -299,11 +266,10 @@ def noise(x, rng, kind, strength, gray):
 
 
 def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
-    """Encode and decode (3, H, W) with a real codec.
+    """Encode and decode (3, H, W) with a codec: jpeg, webp, or avif.
 
-    codec: jpeg, webp, or avif. quality: 1 to 100. chroma: 4:2:0 or 4:4:4 (JPEG only). offset: (rows, columns)
-    of mirrored pixels that are added before encoding and removed after decoding. This moves the blocks of the
-    codec, as in a cropped picture.
+    quality: 1 to 100. chroma: 4:2:0 or 4:4:4 (JPEG only). offset: (rows, columns) of mirrored pixels that are
+    added before encoding and removed afterwards, to move the block grid of the codec.
     """
     dy, dx = offset
     pixels = to_8_bit(x).mul(255).byte().permute(1, 2, 0).numpy()
@@ -317,9 +283,7 @@ def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
 
 
 # ---- operations of recipes: (x (3, H, W), rng, sizes, **arguments of an entry) -> (3, h, w)
-#
-# They sample their arguments from rng. sizes: {"hr": (H, W), "lr": (h, w)}. degrade() clamps the results.
-
+# sizes: {"hr": (H, W), "lr": (h, w)}. degrade_picture() clamps the results to [0, 1].
 
 def pick(rng, probabilities):
     """Sample a name from {name: probability}."""
@@ -328,7 +292,7 @@ def pick(rng, probabilities):
         point -= probability
         if point < 0:
             return name
-    return name     # only reached through rounding errors
+    return name     # after a rounding error
 
 
 def random_rescale(x, rng, sizes, base, direction, factor, kernel, aliased):
@@ -360,7 +324,7 @@ def random_noise(x, rng, sizes, gaussian, poisson, gray):
 
 
 def random_grain(x, rng, sizes, amplitude, sigma, brush, brush_length):
-    """Add a texture of paper or brush: blurred gray noise. amplitude: standard deviation, 0 to 255."""
+    """Add paper or brush texture: blurred gray noise. amplitude: standard deviation, 0 to 255."""
     across, along, amplitude = rng.uniform(*sigma), rng.uniform(*brush_length), rng.uniform(*amplitude)
     if rng.random() >= brush:
         along = across
@@ -368,34 +332,6 @@ def random_grain(x, rng, sizes, amplitude, sigma, brush, brush_length):
     kernel = blur_kernel(size, "aniso", (along, across), rng.uniform(0, math.pi))
     field = np.random.default_rng(rng.integers(2**63)).standard_normal((1, *x.shape[1:]), np.float32)
     return x + convolve(torch.from_numpy(field), kernel * (amplitude / 255 / math.sqrt((kernel ** 2).sum())))
-
-
-def random_median(x, rng, sizes, edge):
-    """Apply a 3x3 median, except on lines and their neighbors (Sobel gradient of luma above edge)."""
-    gray = F.pad(to_gray(x), (1, 1, 1, 1), mode="replicate")
-    dx, dy = gray[..., 2:] - gray[..., :-2], gray[:, 2:] - gray[:, :-2]
-    dx = dx[:, :-2] + 2 * dx[:, 1:-1] + dx[:, 2:]
-    dy = dy[..., :-2] + 2 * dy[..., 1:-1] + dy[..., 2:]
-    line = F.max_pool2d(((dx * dx + dy * dy).sqrt() / 4 > rng.uniform(*edge)).float(), 3, 1, 1)
-    windows = F.pad(x, (1, 1, 1, 1), mode="replicate").unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)
-    return torch.where(line > 0, x, windows.median(-1).values)
-
-
-def random_vae_grid(x, rng, sizes, amplitude):
-    """Add an 8x8 pattern, repeated with a random strength. amplitude: standard deviation, 0 to 255."""
-    amplitude, (dy, dx), (h, w) = rng.uniform(*amplitude), rng.integers(8, size=2), x.shape[-2:]
-    rng = np.random.default_rng(rng.integers(2**63))
-    pattern = rng.standard_normal((3, 8, 8)) + 2 * rng.standard_normal((1, 8, 8))       # mostly gray
-    pattern = sum(np.roll(pattern, (i, j), (1, 2)) for i in (0, 1) for j in (0, 1))     # 2 pixels wide
-    pattern = (pattern - pattern.mean()) / pattern.std() * (amplitude / 255)
-    strength = rng.uniform(0.5, 1.5, (h // 8 + 2, w // 8 + 2)).repeat(8, 0).repeat(8, 1)
-    field = np.tile(pattern, (1, h // 8 + 2, w // 8 + 2)) * strength
-    return x + torch.from_numpy(field[:, dy:dy + h, dx:dx + w].astype(np.float32))
-
-
-def random_color_shift(x, rng, sizes, gain, shift):
-    gain, shift = (x.new_tensor(rng.uniform(*limits, (3, 1, 1))) for limits in (gain, shift))
-    return x * gain + shift
 
 
 def random_compress(x, rng, sizes, codec, quality, chroma=CHROMA, offset=ANY_OFFSET):
@@ -409,12 +345,8 @@ OPERATIONS = {
     "rescale": random_rescale,
     "blur": lambda x, rng, sizes, sigma: gaussian_blur(x, rng.uniform(*sigma)),
     "kernel_blur": random_kernel_blur,
-    "unsharp": lambda x, rng, sizes, sigma, amount: unsharp(x, rng.uniform(*sigma), rng.uniform(*amount)),
-    "median": random_median,
     "noise": random_noise,
     "grain": random_grain,
-    "vae_grid": random_vae_grid,
-    "color_shift": random_color_shift,
     "compress": random_compress,
 }
 
@@ -422,10 +354,7 @@ OPERATIONS = {
 # ---- degrading a batch
 
 def parse_recipe(text):
-    """Convert 'web:3,bicubic' to {'web': 0.75, 'bicubic': 0.25}: the probability of each recipe.
-
-    A recipe without a number gets 1 before normalization. Raises RecipeError.
-    """
+    """Convert 'web:3,bicubic' to probabilities {'web': 0.75, 'bicubic': 0.25}. The default weight is 1."""
     weights = {}
     for part in text.split(","):
         name, _, number = (word.strip() for word in part.partition(":"))
@@ -442,12 +371,10 @@ def parse_recipe(text):
 
 
 def degrade_picture(x, probabilities, scale, seed):
-    """Degrade (3, H, W) by one of the recipes of parse_recipe(). A ValueError names a wrong entry."""
+    """Degrade (3, H, W) by one recipe, sampled from {name: probability}. A ValueError names a wrong entry."""
     h, w = x.shape[-2:]
     sizes = dict(hr=(h, w), lr=(h // scale, w // scale))
-    name = next(iter(probabilities))
-    if len(probabilities) > 1:
-        name = pick(np.random.default_rng((seed, 1)), probabilities)
+    name = pick(np.random.default_rng((seed, 1)), probabilities)
     recipe, rng = RECIPES[name], np.random.default_rng(seed)
     if rng.random() < recipe.get("clean", 0):
         return to_8_bit(resize(x, sizes["lr"]))
@@ -468,12 +395,10 @@ def degrade_picture(x, probabilities, scale, seed):
 
 @torch.no_grad()
 def degrade(hr, recipe, scale, seeds):
-    """Make the LR pictures of a batch of HR pictures.
+    """Make LR pictures (B, 3, H/scale, W/scale) float32 in [0, 1], rounded to 8-bit levels.
 
     hr: (B, 3, H, W) float in [0, 1] on the CPU; H and W are multiples of the integer scale. recipe: a name of
     RECIPES or a mix such as "web:0.7,bicubic:0.3"; one recipe is sampled for each picture. seeds: B integers.
-    Returns (B, 3, H/scale, W/scale) float32 in [0, 1], rounded to 8-bit levels. Raises RecipeError for
-    an unknown recipe, and ValueError for a wrong shape or a wrong entry in RECIPES.
     """
     if hr.ndim != 4 or hr.shape[1] != 3 or any(n % scale for n in hr.shape[-2:]):
         raise ValueError(f"hr must be (B, 3, H, W), H and W multiples of {scale}, not {tuple(hr.shape)}")
@@ -483,7 +408,7 @@ def degrade(hr, recipe, scale, seeds):
 
 
 def picture_seed(name, seed=0):
-    """Return the seed of a picture from its relative name: adding a picture does not change the others."""
+    """Return a seed that depends only on the relative name of the picture and on `seed`."""
     data = f"{seed}:{name}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
@@ -491,7 +416,7 @@ def picture_seed(name, seed=0):
 # ---- artifacts of a given strength, to train a detector
 
 def add_blocking(x, rng, jpeg_quality, webp_quality, webp_probability, chroma_420_probability):
-    """Compression blocks with a random offset. All WebP has 4:2:0 chroma, visible at any quality."""
+    """Compress with a random block grid offset. WebP always reduces the chroma resolution (4:2:0)."""
     is_webp = rng.random() < webp_probability
     codec, quality = ("webp", webp_quality) if is_webp else ("jpeg", jpeg_quality)
     chroma = "4:2:0" if rng.random() < chroma_420_probability else "4:4:4"
@@ -499,7 +424,7 @@ def add_blocking(x, rng, jpeg_quality, webp_quality, webp_probability, chroma_42
 
 
 def add_ringing(x, rng, cutoff, amount):
-    """Blend x with a low-pass version of itself: circular, or separable with a Lanczos window."""
+    """Blend x with a low-pass filtered copy. The filter is circular, or separable with a Lanczos window."""
     if rng.random() < 0.5:
         kernel = sinc_kernel(21, cutoff)
     else:
@@ -510,7 +435,7 @@ def add_ringing(x, rng, cutoff, amount):
 
 
 def add_banding(x, rng, levels):
-    """In smooth areas, quantize each channel to a few levels with a random phase."""
+    """Quantize each channel to a few levels with a random phase, in smooth areas only."""
     base, phase = gaussian_blur(x, 1.0), torch.from_numpy(rng.random((3, 1, 1), np.float32))
     detail = gaussian_blur((x - base).abs().mean(0, keepdim=True), 1.5)
     smooth = (1.5 - detail / 0.008).clamp(0, 1)
@@ -518,7 +443,7 @@ def add_banding(x, rng, levels):
 
 
 def shift_picture(x, dy, dx):
-    """Move (C, H, W) by fractions of a pixel, bilinear; the border is replicated."""
+    """Shift (C, H, W) by a fractional number of pixels, bilinear; the border is replicated."""
     r, (h, w) = math.ceil(max(abs(dy), abs(dx))) + 1, x.shape[-2:]
     p = F.pad(x, (r, r, r, r), mode="replicate")
     i, j = math.floor(dy), math.floor(dx)
@@ -527,7 +452,7 @@ def shift_picture(x, dy, dx):
 
 
 def add_seam(x, rng, color, sigma, shift):
-    """Change the color, sharpness, or position of one or two tiles, as in an upscaler without overlap."""
+    """Change the color, sharpness, or position of one or two tiles, like upscaling without overlap."""
     vertical = rng.random() < 0.5
     x = x.transpose(1, 2).contiguous() if vertical else x
     n = x.shape[1]
@@ -543,7 +468,7 @@ def add_seam(x, rng, color, sigma, shift):
         if blurred:
             tile = gaussian_blur(tile, sigma * size)
         if colored:
-            # One sign for all channels: most tiles are lighter or darker.
+            # one sign for all channels: the tile becomes lighter or darker
             change = np.sign(rng.uniform(-1, 1)) * rng.uniform(0.6, 1.0, (3, 1, 1))
             tile = tile + torch.from_numpy((change * color * size / 255).astype(np.float32))
         out[:, top:bottom] = tile[:, top:bottom]
@@ -567,11 +492,10 @@ ARTIFACTS = {
 
 @torch.no_grad()
 def artifact(hr, kind, strength, seeds):
-    """Add one artifact to each picture of a batch.
+    """Add one artifact to each picture of a batch (B, 3, H, W), rounded to 8-bit levels.
 
-    hr: (B, 3, H, W) float in [0, 1] on the CPU, H and W at least 32. kind: a name of ARTIFACTS or a list of
-    them. strength: 0 (hardly visible) to 1 (extreme), or a list. seeds: B integers. Returns (B, 3, H, W)
-    float32 in [0, 1], rounded to 8-bit levels.
+    hr: float in [0, 1] on the CPU, H and W at least 32. kind: a name of ARTIFACTS, or one per picture.
+    strength: 0 (hardly visible) to 1 (extreme), or one per picture. seeds: B integers.
     """
     kinds = [kind] * len(hr) if isinstance(kind, str) else kind
     strengths = np.broadcast_to(np.asarray(strength, float), len(hr))
@@ -585,24 +509,24 @@ def artifact(hr, kind, strength, seeds):
 
 # ---- the command
 
-def draw_sheet(hr, scale, seed):
-    """Draw the center of hr (3, H, W) and its LR pictures, a column per recipe -> Pillow image."""
+def draw_sheet(hr, scale, seed, columns=5):
+    """Return a Pillow image: the center of hr (3, H, W) and its LR picture of every recipe, in a grid."""
     side = min(*hr.shape[-2:], 256) // scale * scale
     top, left = ((n - side) // 2 for n in hr.shape[-2:])
-    crop = hr[:, top:top + side, left:left + side]
-    page = Image.new("RGB", (side * (len(RECIPES) + 1), side + 24), "white")
-    for column, name in enumerate(["HR", *RECIPES]):
+    crop, names = hr[:, top:top + side, left:left + side], ["HR", *RECIPES]
+    page = Image.new("RGB", (columns * side, math.ceil(len(names) / columns) * (side + 24)), "white")
+    for i, name in enumerate(names):
         x = crop if name == "HR" else degrade(crop[None], name, scale, [seed])[0]
         pixels = to_8_bit(x).mul(255).byte().permute(1, 2, 0).numpy()
-        page.paste(Image.fromarray(pixels).resize((side, side), Image.NEAREST), (column * side, 24))
-        ImageDraw.Draw(page).text((column * side + 4, 2), name, "black", font_size=16)
+        x, y = i % columns * side, i // columns * (side + 24)
+        page.paste(Image.fromarray(pixels).resize((side, side), Image.NEAREST), (x, y + 24))
+        ImageDraw.Draw(page).text((x + 4, y + 2), name, "black", font_size=16)
     return page
 
 
 def write_folder(args):
     """Write the LR picture of each HR picture. Bad pictures are named and skipped."""
     import images
-    parse_recipe(args.recipe)
     root = args.hr if args.hr.is_dir() else args.hr.parent
     paths, progress, written = images.find_pictures([args.hr]), images.ProgressLine(), 0
     for path in paths:
@@ -620,7 +544,7 @@ def write_folder(args):
         h, w = (n // args.scale * args.scale for n in hr.shape[-2:])
         lr = degrade(hr[None, :, :h, :w], args.recipe, args.scale, [picture_seed(name.as_posix(), args.seed)])
         lr_path.parent.mkdir(parents=True, exist_ok=True)
-        images.save_picture(lr_path, images.Picture(rgb=lr[0], icc=picture.icc))
+        images.save_picture(lr_path, images.Picture(rgb=lr[0], icc=picture.icc, color=picture.color))
         written += 1
         progress(f"{written} of {len(paths)} pictures")
     progress.clear()
@@ -634,15 +558,14 @@ def main():
                     "multiple of --scale first. Transparent areas become white.",
         epilog=f"recipes: {', '.join(RECIPES)}, or a mix such as soft:0.5,light:0.3,bicubic:0.2")
     parser.add_argument("hr", type=Path, help="folder of HR pictures, with subfolders, or one picture")
-    parser.add_argument("lr", type=Path, nargs="?", help="folder to write the LR pictures to")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("lr", type=Path, nargs="?", help="folder to write the LR pictures to")
+    output.add_argument("--sheet", type=Path, metavar="FILE", help="draw one picture through every recipe")
     parser.add_argument("--recipe", default="web", help="a recipe or a mix (default: web)")
     parser.add_argument("--scale", type=int, default=2, help="scale factor, a whole number (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw one picture through every recipe")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
-    if not args.lr and not args.sheet:
-        parser.error("give a folder for the LR pictures, or --sheet FILE")
     try:
         if not args.sheet:
             return write_folder(args)
@@ -652,10 +575,8 @@ def main():
         hr = images.composite(images.read_picture(args.hr), 1.0)
         draw_sheet(hr, args.scale, args.seed).save(file, "PNG")
         images.write_atomic(args.sheet, file.getvalue())
-    except (RecipeError, images.UserError) as error:
+    except (RecipeError, images.UserError, OSError) as error:
         images.fail(images.printable(error))
-    except OSError as error:
-        images.fail(f"cannot write {images.printable(error.filename or args.sheet or args.lr)}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Find, read, and save pictures. Alpha, gray, 16 bit, ICC profile, EXIF, XMP, and PNG text are kept.
+"""Find, read, and save pictures. Alpha, gray, 16 bit, color description, EXIF, XMP, and PNG text are kept.
 
     picture = read_picture("wallpaper.jpg")         # picture.rgb is (3, H, W) float32 in [0, 1]
     save_picture("copy.png", picture)
@@ -6,8 +6,10 @@
 Needs torch, numpy, and Pillow. Works when copied alone.
 """
 import contextlib
+import functools
 import io
 import os
+import re
 import struct
 import sys
 import time
@@ -23,11 +25,19 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
+SYSTEM_NAME = re.compile(r"(?i)\.|((eh)?thumbs\.db|desktop\.ini|__macosx|\$recycle\.bin|@eadir)$")
 GRAY_FORMATS = ("PNG", "JPEG")
 MAX_JPEG_SEGMENT = 65500                    # bytes of EXIF or XMP
 ORIENTATION = 0x0112                        # EXIF tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_XMP = "XML:com.adobe.xmp"               # keyword of the PNG text that holds XMP
+PNG_EXIF = "Raw profile type exif"          # keyword of the PNG text that holds EXIF in older files
+COLOR_CHUNKS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
+SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)      # gamma; x, y of white and primaries
+# EXIF tags and XMP for the size, orientation, subject area, and thumbnail. They are removed.
+EXIF_IFD, SIZE_TAGS = 0x8769, {0x0100, 0x0101, ORIENTATION, 0x0201, 0x0202, 0x9214, 0xA002, 0xA003, 0xA214}
+SIZE_XMP = re.compile(rb"(?s)<?(tiff:(?:ImageWidth|ImageLength|Orientation)|exif:Pixel[XY]Dimension"
+                      rb"""|x[am]p:Thumbnails)(?:\s*=\s*(["']).*?\2|[^>/]*>.*?</\1\s*>)""")
 
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26       # bytes; by default Pillow rejects text and profiles above 1 MiB
 warnings.filterwarnings("ignore", module="PIL")     # about damaged metadata and large pictures
@@ -48,6 +58,7 @@ class Picture:
     rgb: (3, H, W) float32 in [0, 1], orientation applied. alpha: (1, H, W) in [0, 1] or None.
     gray, depth (8 or 16): how the file stores the pixels. icc, exif, xmp: raw bytes or None.
     note: changes and losses during reading. text: PNG text by keyword, such as Author.
+    color: contents of the PNG chunks COLOR_CHUNKS by name; empty for sRGB. nclx of AVIF is stored as cICP.
     """
     rgb: torch.Tensor
     alpha: torch.Tensor | None = None
@@ -58,9 +69,12 @@ class Picture:
     note: str = ""
     xmp: bytes | None = None
     text: dict = field(default_factory=dict)
+    color: dict = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------ paths
+
+print_once = functools.cache(lambda line: print(line, file=sys.stderr))     # the same line only once
 
 def printable(path):
     """Return a path as one line of text: line breaks and undecodable bytes are escaped."""
@@ -77,24 +91,28 @@ def as_paths(paths):
 def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
-    Search folders recursively for READ_SUFFIXES, follow links, and skip hidden names. Accept a file with any
-    suffix. Raises PictureError for a path that does not exist.
+    Search folders recursively and follow links. A picture has one of READ_SUFFIXES or can be opened. Ignore
+    hidden and system files; count all other files in one line on stderr. Accept a file with any suffix.
+    Raises PictureError for a path that does not exist.
     """
-    pictures, visited = set(), set()
+    pictures, others, visited = set(), set(), set()
     for path in as_paths(paths):
         if not os.path.exists(path):
             raise PictureError(f"{printable(path)}: no such file or folder")
         if not os.path.isdir(path):
             pictures.add(path)
         for folder, subfolders, names in os.walk(path, followlinks=True):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             if os.path.realpath(folder) in visited:         # a link to a folder that was already searched
                 subfolders.clear()
                 continue
             visited.add(os.path.realpath(folder))
-            for name in names:
-                if not name.startswith(".") and Path(name).suffix.lower() in READ_SUFFIXES:
-                    pictures.add(Path(folder, name))
+            subfolders[:] = sorted(name for name in subfolders if not SYSTEM_NAME.match(name))
+            for file in (Path(folder, name) for name in names if not SYSTEM_NAME.match(name)):
+                found = file.suffix.lower() in READ_SUFFIXES or file.is_file() and any(picture_size(file))
+                (pictures if found else others).add(file)
+    if others and os.environ.get("RANK", "0") == "0":       # only the first process of torchrun
+        first = ", ".join([*map(printable, sorted(others)[:3]), "..."][:len(others)])
+        print_once(f"{len(others)} left out, not pictures that can be read: {first}")
     return sorted(pictures)
 
 
@@ -125,22 +143,20 @@ def write_atomic(path, data):
 def read_picture(path, srgb=False):
     """Read PNG, JPEG, WebP, AVIF, BMP, TIFF, or GIF (first frame) -> Picture.
 
-    CMYK becomes sRGB. srgb=True converts all colors to sRGB (8 bit if the profile is another one) and drops
-    the profile. Raises PictureError if the file is missing, damaged, not a picture, or larger than Pillow's
-    pixel limit.
+    CMYK becomes sRGB. srgb=True converts ICC colors to sRGB, with 8 bit, and drops the profile. Raises
+    PictureError if the file is missing, damaged, not a picture, or larger than Pillow's pixel limit.
     """
     try:
-        if os.path.getsize(path) == 0:
+        data = Path(path).read_bytes()
+        if not data:
             raise ValueError("empty file (0 bytes)")
         try:
-            return decode(path, srgb)
+            return decode(data, srgb)
         except Exception:       # Pillow rejects a whole PNG for one damaged text or profile
-            data = Path(path).read_bytes()
             if not data.startswith(PNG_SIGNATURE):
                 raise
-            picture = decode(io.BytesIO(remove_metadata(data)), srgb)
-            picture.note = "; ".join(filter(None, ["damaged PNG metadata left behind", picture.note]))
-            return picture
+            kept = [c for c in png_chunks(data) if c[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")]
+            return decode(PNG_SIGNATURE + b"".join(kept), srgb, "damaged PNG metadata left behind")
     except Image.UnidentifiedImageError:
         raise PictureError(f"{printable(path)}: not a picture, or a format that Pillow cannot read") from None
     except Exception as error:      # a broken file can make Pillow raise nearly any exception
@@ -148,31 +164,39 @@ def read_picture(path, srgb=False):
         raise PictureError(f"{printable(path)}: {reason}") from error
 
 
-def remove_metadata(data):
-    """Remove all chunks that the pixels do not need from the bytes of a PNG."""
-    parts, start = [PNG_SIGNATURE], 8
+def png_chunks(data):
+    """Yield each chunk in the bytes of a PNG file: length, name, contents, and checksum."""
+    start = len(PNG_SIGNATURE)
     while start + 8 <= len(data):
-        length, name = struct.unpack(">I4s", data[start:start + 8])
-        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            parts.append(data[start:start + 12 + length])
-        start += 12 + length
-    return b"".join(parts)
+        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
+        yield data[start:end]
+        start = end
 
 
-def decode(file, srgb):
-    """Decode a path or BytesIO -> Picture. See read_picture()."""
-    notes = []
-    with Image.open(file, formats=READ_FORMATS) as im:
+def read_color(im, data):
+    """Return Picture.color of an open Pillow image. data: the bytes of its file."""
+    color = {}
+    if im.format == "PNG":
+        color = {chunk[4:8].decode(): chunk[8:-4] for chunk in png_chunks(data) if chunk[4:8] in COLOR_CHUNKS}
+    elif im.format == "AVIF" and b"colrnclx" in data and "icc_profile" not in im.info:
+        color = {"cICP": data.partition(b"colrnclx")[2][1:4:2] + b"\0\1"}       # primaries, transfer curve
+    if "cICP" in color:         # it precedes an ICC profile; 1 and 13 are sRGB, 2 is unspecified
+        return {} if color["cICP"][0] in (1, 2) and color["cICP"][1] in (2, 13) else color
+    values = [im.info.get("gamma", SRGB[0]), *im.info.get("chromaticity", SRGB[1:])]
+    srgb = "icc_profile" in im.info or "srgb" in im.info or np.allclose(values, SRGB, rtol=0.02)
+    return {} if srgb else color
+
+
+def decode(data, srgb, note=""):
+    """Decode the bytes of a file -> Picture. See read_picture()."""
+    with Image.open(io.BytesIO(data), formats=READ_FORMATS) as im:
         png_layout = im.tile[0][-1] if im.format == "PNG" else ""       # such as "RGB;16B"
-        load_upright(im)
-        pixels = read_samples(im, file, png_layout)
-        gray = pixels.shape[2] < 3
-        icc, exif = im.info.get("icc_profile"), im.info.get("exif")
-        exif = exif and b"Exif\0\0" + exif.removeprefix(b"Exif\0\0")       # only WebP and PNG lack the prefix
-        xmp = im.info.get("xmp") or im.info.get(PNG_XMP, "").encode() or None
-        # Unlike im.text, im.info has the orientation removed.
-        text = {key: str(im.info.get(key, value)) for key, value in getattr(im, "text", {}).items()}
-        text.pop(PNG_XMP, None)
+        raw_exif, color = load_upright(im), read_color(im, data)
+        pixels = read_samples(im, data, png_layout)
+        icc, exif = im.info.get("icc_profile"), remove_size_tags(raw_exif)
+        notes = [note, "invalid EXIF left behind" if raw_exif and not exif else ""]
+        xmp = SIZE_XMP.sub(b"", im.info.get("xmp") or im.info.get(PNG_XMP, "").encode()) or None
+        text = {k: str(v) for k, v in getattr(im, "text", {}).items() if k not in (PNG_XMP, PNG_EXIF)}
         if im.mode == "CMYK":
             notes.append("CMYK converted to RGB")
         if im.format == "TIFF":
@@ -181,32 +205,48 @@ def decode(file, srgb):
             notes.append(f"first of {im.n_frames} frames")
         if icc and (srgb or im.mode == "CMYK"):
             pixels, note = convert_to_srgb(im, pixels, icc)
-            icc = None
+            icc, color = None, {}
             notes.append(note)
-
+        if srgb and color:
+            notes.append(f"color treated as sRGB, but described by {', '.join(color)}")
     depth = 16 if pixels.dtype == np.uint16 else 8
     x = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float().div_(2**depth - 1)
     alpha = x[-1:].clone() if len(x) in (2, 4) else None
-    rgb = x[:1].repeat(3, 1, 1) if gray else x[:3]
-    gray = gray and color_space(icc) != b"RGB "     # a gray file cannot hold an RGB profile
-    note = "; ".join(filter(None, notes))
-    return Picture(rgb, alpha, gray, depth, icc, exif, note, xmp, text)
+    rgb = x[:1].repeat(3, 1, 1) if len(x) < 3 else x[:3]
+    gray = len(x) < 3 and color_space(icc) != b"RGB "       # a gray file cannot hold an RGB profile
+    return Picture(rgb, alpha, gray, depth, icc, exif, "; ".join(filter(None, notes)), xmp, text, color)
 
 
 def load_upright(im):
-    """Decode an open Pillow image and apply its orientation; remove the orientation from EXIF and XMP."""
+    """Decode an open Pillow image and apply its orientation -> its raw EXIF, b"" without one."""
     im.load()
-    try:
+    exif = im.info.get("exif") or bytes.fromhex("".join(im.info.get(PNG_EXIF, "").split("\n")[3:]))
+    with contextlib.suppress(Exception):        # invalid EXIF can make Pillow raise nearly any exception
         ImageOps.exif_transpose(im, in_place=True)
-    except Exception:       # invalid EXIF can make Pillow raise nearly any exception
-        im.info.pop("exif", None)
+    return exif
 
 
-def read_samples(im, file, png_layout):
+def remove_size_tags(exif):
+    """Return raw EXIF without SIZE_TAGS and thumbnail, None if invalid. Pillow would lose non-ASCII text."""
+    exif = bytearray(exif.removeprefix(b"Exif\0\0"))        # WebP and PNG lack this prefix
+    order = "<" if exif.startswith(b"II") else ">"
+    with contextlib.suppress(struct.error):
+        ifds = list(struct.unpack_from(order + "I", exif, 4))
+        for start in ifds:
+            count, = struct.unpack_from(order + "H", exif, start)
+            entries = struct.iter_unpack(order + "HHII", exif[start + 2:start + 2 + 12 * count])
+            entries = [entry for entry in entries if entry[0] not in SIZE_TAGS]
+            ifds += [value for tag, _, _, value in entries if tag == EXIF_IFD and len(ifds) == 1]
+            table = struct.pack(order + "H" + "HHII" * len(entries) + "4x", len(entries), *sum(entries, ()))
+            exif[start:start + len(table)] = table      # "4x": no next IFD, which would hold the thumbnail
+        return b"Exif\0\0" + bytes(exif)
+
+
+def read_samples(im, data, png_layout):
     """Convert a decoded image to (H, W, C) uint8 or uint16. C: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
     if png_layout in ("RGB;16B", "RGBA;16B"):
-        # Pillow keeps the high bytes only. Decoded as little-endian, it keeps the low bytes.
-        with Image.open(file) as low:
+        # Pillow keeps the high byte of each sample. Decode as little-endian to get the low byte.
+        with Image.open(io.BytesIO(data)) as low:
             low.tile = [(*low.tile[0][:3], png_layout.replace("16B", "16L"))]
             load_upright(low)
             return np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
@@ -224,9 +264,8 @@ def picture_size(path):
     """Return (height, width) of a picture, orientation applied, from its header; (0, 0) if not readable."""
     try:
         with Image.open(path, formats=READ_FORMATS) as im:
-            # PngImageFile.getexif() decodes the whole picture; the one of the base class does not.
-            orientation = Image.Image.getexif(im).get(ORIENTATION, 1)
-            swapped = orientation in (5, 6, 7, 8) and im.format != "TIFF"   # Pillow already rotates TIFF
+            # PngImageFile.getexif() would decode the picture. Pillow rotates TIFF when it opens the file.
+            swapped = Image.Image.getexif(im).get(ORIENTATION, 1) in (5, 6, 7, 8) and im.format != "TIFF"
             return im.size if swapped else im.size[::-1]
     except Exception:       # read_picture() reports the reason
         return 0, 0
@@ -248,7 +287,7 @@ def convert_to_srgb(im, pixels, icc):
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         name = ImageCms.getProfileDescription(profile)
-        # "Linear sRGB" and "sRGB-elle-V2-g10" are other curves.
+        # "Linear sRGB" and "sRGB-elle-V2-g10" have the primaries of sRGB but another transfer curve.
         if "sRGB" in name and "inear" not in name and "elle" not in name:
             return pixels, ""
         colors = Image.fromarray(np.uint8(pixels[..., 0] >> bits_removed)) if channels == 1 else im
@@ -279,10 +318,9 @@ def save_strips(path, strips, size, picture, quality=95):
     """Save strips (3 or, with alpha, 4, h, W), top to bottom, as one picture of size (H, W).
 
     The file is written completely or not at all. The suffix selects the format (WRITE_FORMATS). `picture`
-    gives everything but the pixels; left_behind() lists the data that the format cannot hold. PNG is written
-    strip by strip. JPEG has no alpha, so the picture is blended over white. quality: 1..100 for JPEG (always
-    4:4:4, for thin colored lines), WebP, and AVIF. Raises PictureError if the format is unknown or cannot
-    hold the picture, and OSError if the file cannot be written.
+    gives all other data; left_behind() lists what the format cannot hold. PNG is written strip by strip.
+    quality: 1..100 for JPEG (colors in full resolution, 4:4:4), WebP, and AVIF. Raises PictureError if the
+    format is unknown or cannot hold the picture, and OSError if the file cannot be written.
     """
     path = Path(path)
     format = WRITE_FORMATS.get(path.suffix.lower())
@@ -295,9 +333,9 @@ def save_strips(path, strips, size, picture, quality=95):
     metadata, _ = split_metadata(picture, format)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         if format == "PNG":
-            write_png(file, rows, size, (1 if gray else 3) + alpha, depth, metadata, picture.text)
+            write_png(file, rows, size, (1 if gray else 3) + alpha, depth, metadata, picture)
             return
-        memory = io.BytesIO()       # when Pillow writes to a full disk itself, the reason is lost
+        memory = io.BytesIO()       # Pillow would hide the reason if the disk is full
         try:
             pixels = np.concatenate(list(rows))
             im = Image.fromarray(pixels[..., 0] if gray else pixels)
@@ -314,18 +352,14 @@ def left_behind(picture, path):
 
 def split_metadata(picture, format):
     """Return ({Pillow's name: metadata that this format can hold}, [phrase about other data])."""
-    phrases = []
-    if format == "JPEG" and picture.alpha is not None:
-        phrases.append("transparency blended over white")
-    if format != "PNG" and picture.depth == 16:
-        phrases.append("16 bit reduced to 8")
-    if format != "PNG" and picture.text:
-        phrases.append(f"PNG text left behind: {printable(', '.join(picture.text))}")
-    metadata = {}
-    if color_space(picture.icc) == (b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "):
-        metadata["icc_profile"] = picture.icc
-    elif picture.icc:
-        phrases.append("ICC profile left behind")
+    has_icc = color_space(picture.icc) == (b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB ")
+    losses = {"transparency blended over white": format == "JPEG" and picture.alpha is not None,
+              "16 bit reduced to 8": format != "PNG" and picture.depth == 16,
+              f"color description left behind: {', '.join(picture.color)}": format != "PNG" and picture.color,
+              f"PNG text left behind: {printable(', '.join(picture.text))}": format != "PNG" and picture.text,
+              "ICC profile left behind": picture.icc and not has_icc}
+    phrases = [phrase for phrase, lost in losses.items() if lost]
+    metadata = {"icc_profile": picture.icc} if has_icc else {}
     for name, data in (("exif", picture.exif), ("xmp", picture.xmp)):
         if data and format == "JPEG" and len(data) > MAX_JPEG_SEGMENT:
             phrases.append(f"{name.upper()} left behind")
@@ -358,19 +392,21 @@ def to_uint8(x):
     return quantize(x, 8)
 
 
-def write_png(file, rows, size, channels, depth, metadata, text):
+def write_png(file, rows, size, channels, depth, metadata, picture):
     """Write arrays (h, W, C) of uint8 or uint16 as PNG, a few rows at a time.
 
-    Pillow needs the whole picture at once and writes 16 bit for gray only.
+    picture: gives color and text. Pillow needs the whole picture at once and writes 16 bit for gray only.
     """
     info = PngImagePlugin.PngInfo()
+    for name, contents in picture.color.items():
+        info.add(name.encode(), contents)
     if "icc_profile" in metadata:
         info.add(b"iCCP", b"ICC\0\0" + zlib.compress(metadata["icc_profile"]))
     if "exif" in metadata:
         info.add(b"eXIf", metadata["exif"].removeprefix(b"Exif\0\0"))
     if "xmp" in metadata:
         info.add_itxt(PNG_XMP, metadata["xmp"].decode("utf-8", "replace"))
-    for keyword, value in text.items():
+    for keyword, value in picture.text.items():
         info.add_text(keyword, value)
 
     height, width = size

@@ -103,7 +103,7 @@ def pad_heads(parameter, heads, dim=0):
 def attention(q, k, v, bias, scale):
     """softmax(scale * q k^T + bias) v for q (N, n, heads, d), k and v (N, m, heads, d) and bias
     (windows, heads, n, m), where windows is 1 or a divisor of N. Returns (N, n, heads * d)."""
-    bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
+    bias = bias.expand(q.shape[0] // bias.shape[0], *bias.shape).flatten(0, 1)     # len() has no ONNX form
     if q.is_cuda:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2).flatten(2)

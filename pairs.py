@@ -10,8 +10,15 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 import degrade
 import images
+
+# Of the 8x8 gray copies of two pictures. Pairs have about 1; 4 of 15,051 unrelated pairs exceed 0.8.
+MIN_CORRELATION = 0.8
+MIN_CONTRAST = 0.08     # standard deviation; the correlation of flatter pictures is not meaningful
 
 
 class PairError(images.UserError):
@@ -32,8 +39,9 @@ def list_pictures(paths):
 def match_pairs(sides):
     """Match pictures by relative name without suffix -> (jobs, notes).
 
-    sides: {side: file or folder}. A side is "HR", "LR", or the label of another program. An LR picture may
-    be named as in DIV2K: 0001x2.png for 0001.png. If every side is a single file, the names are ignored.
+    sides: {side: file or folder}. A side is "HR", "LR", or the label of another program. The name of an LR
+    picture may end in x and its scale, as in DIV2K: 0001x2.png belongs to 0001.png. If every side is a single
+    file, the names are ignored.
     jobs: [(name of the first side's picture, {side: path})]. notes: messages about pictures without a match.
     Every HR picture needs an LR picture and vice versa; results may be incomplete. Raises PairError.
     """
@@ -63,10 +71,13 @@ def match_pairs(sides):
 
 
 def index_by_stem(pictures, hr_stems=()):
-    """Return {name without suffix: (name, path)}. Drop a trailing x2 if the rest is one of hr_stems."""
+    """Return {name without suffix: (name, path)}.
+
+    A scale at the end of a name, such as x2 or x4, is removed if that gives one of hr_stems.
+    """
     index = {}
     for name, path in pictures:
-        # In Unicode, é is one character or two.
+        # Unicode can encode é as one code point, or as e and an accent. NFC converts both to one code point.
         stem = unicodedata.normalize("NFC", Path(name).with_suffix("").as_posix())
         without_scale = re.sub(r"x\d+$", "", stem)
         if stem not in hr_stems and without_scale in hr_stems:
@@ -79,44 +90,59 @@ def index_by_stem(pictures, hr_stems=()):
 
 # ---- reading
 
-def crop_to_match(pictures, scale, crop=False):
+def check_content(pictures):
+    """Raise PairError if the pictures of one name, {side: (3, H, W)}, show different content.
+
+    This happens if the numbers in the names of one folder are shifted by one.
+    """
+    thumbnails = {side: F.adaptive_avg_pool2d(x.mean(0, keepdim=True), 8).flatten()
+                  for side, x in pictures.items()}
+    first, *others = thumbnails
+    for side in others:
+        pair = torch.stack([thumbnails[first], thumbnails[side]])
+        correlation = torch.corrcoef(pair)[0, 1]
+        if pair.std(1).min() > MIN_CONTRAST and correlation < MIN_CORRELATION:
+            raise PairError(f"its {side} picture shows different content than {first} "
+                            f"(correlation {correlation:.2f}); check the numbers in the names")
+
+
+def crop_to_match(pictures, scale):
     """Crop the pictures of one name to matching sizes: LR (3, h, w), the others (3, h * scale, w * scale).
 
     pictures: {side: (3, H, W)}. The first one is cropped at the right and bottom to a multiple of scale. The
-    others must have its original or its cropped size. crop=True crops all to their common upper left part,
-    removing at most a fifth of a side. Raises PairError.
+    others must have its original or its cropped size. Raises PairError.
     """
     factors = {side: scale if side == "LR" else 1 for side in pictures}
     sizes = {side: [n * factors[side] for n in x.shape[-2:]] for side, x in pictures.items()}
     first = next(iter(sizes.values()))          # all sizes are in HR pixels
-    h, w = map(min, zip(*sizes.values())) if crop else first
-    h, w = h // scale * scale, w // scale * scale
+    h, w = (n // scale * scale for n in first)
     cropped = {}
     for side, x in pictures.items():
         factor, size = factors[side], sizes[side]
-        fits = max(size[0] / h, size[1] / w) <= 1.25 if crop else size in (first, [h, w])
-        if not fits:
+        if size not in (first, [h, w]):
             raise PairError(f"its {side} picture is {x.shape[-1]}x{x.shape[-2]} instead of "
-                            f"{w // factor}x{h // factor}; --crop crops all to one size")
+                            f"{w // factor}x{h // factor}")
         cropped[side] = x[:, :h // factor, :w // factor].contiguous()
     return cropped
 
 
-def read_pairs(jobs, scale, recipe=None, seed=0, limit=None, crop=False, skipped=None):
+def read_pairs(jobs, scale, recipe=None, seed=0, limit=None, skipped=None):
     """Read the jobs of match_pairs() -> iterator of (name, lr, hr, {label: sr}).
 
-    Pictures are (3, H, W) float32 in [0, 1], transparent parts white, cropped by crop_to_match(); lr and hr
-    may be None. With a recipe, lr is made from hr, equal to the output of degrade.py for the same folder and
-    seed. Bad pictures are reported, appended to the list `skipped`, and do not count for `limit`.
+    Pictures are (3, H, W) float32 in [0, 1] on white, cropped by crop_to_match(). lr and hr may be None. With
+    a recipe, lr is made from hr and equals the output of degrade.py for the same folder and seed. The colors
+    of several pictures become sRGB. Bad pictures and pairs of different content are reported and appended to
+    the list `skipped`. They do not count for `limit`.
     """
     count = 0
     for name, paths in jobs:
         if count == limit:
             return
         try:
-            pictures = {side: images.read_picture(path) for side, path in paths.items()}
+            pictures = {side: images.read_picture(path, srgb=len(paths) > 1) for side, path in paths.items()}
             pictures = {side: images.composite(picture, 1.0) for side, picture in pictures.items()}
-            pictures = crop_to_match(pictures, scale if recipe or "LR" in pictures else 1, crop)
+            pictures = crop_to_match(pictures, scale if recipe or "LR" in pictures else 1)
+            check_content(pictures)
         except images.UserError as error:
             report_skipped(name, error, skipped)
             continue

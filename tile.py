@@ -425,7 +425,8 @@ def plan_jobs(inputs, out, suffix, tag):
     for given in images.as_paths(inputs):
         for source in images.find_pictures(given):
             is_result = out and given in out.parents and out in source.parents      # from an earlier run
-            if is_result or source.suffix.lower() not in images.READ_SUFFIXES:
+            listed = source.suffix.lower() in images.READ_SUFFIXES
+            if is_result or not (listed or any(images.picture_size(source))):
                 continue
             if out and out.suffix.lower() in images.READ_SUFFIXES:
                 target = out
@@ -519,11 +520,21 @@ def upscale_file_with_retries(args, models, tiler, source, target, progress):
         print(f"out of memory; continuing with tiles of {tiler.tile_size}", file=sys.stderr, flush=True)
 
 
+def is_complete(path):
+    """Whether a picture exists and can be decoded to its end."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 def upscale_files(args, models, tiler, jobs, show_progress):
     """Upscale all jobs; name and skip a picture that fails -> (done, skipped, failed)."""
     done, skipped, failed = 0, 0, 0
     for number, (source, target) in enumerate(jobs, 1):
-        if os.path.exists(target) and os.path.getsize(target) and not args.overwrite:
+        if not args.overwrite and is_complete(target):
             skipped += 1
             continue
         name = images.printable(source)

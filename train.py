@@ -56,7 +56,6 @@ DEMO_STEPS = 300                # upper limit on demo pictures, where more steps
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
-DROP_PATH = 0.0                 # stochastic depth of the last block; HAT's authors use 0.1
 CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop candidates: more flat areas
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
@@ -72,8 +71,7 @@ PATCHES = Path("patches")       # packed patch files
 # flags
 
 
-def sides(text):
-    """"256,384,512" -> [256, 384, 512]"""
+def sides(text):        # "256,384" -> [256, 384]
     return [int(side) for side in text.split(",")]
 
 
@@ -85,7 +83,8 @@ def parse(argv=None):
     a = p.add_argument_group("data").add_argument
     a("--data", nargs="+", action="extend", metavar="DIR", help="folders of HR pictures, or patch files of "
       "data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
-    a("--val", metavar="DIR", help="validation pictures (default: hold out a tenth of --data)")
+    a("--val", metavar="DIR", help="validation pictures, or a folder with hr/ and lr/ (default: a tenth of "
+      "--data is held out)")
     a("--val-count", type=int, default=8, metavar="N", help="use at most N of them, 0: all (default: 8)")
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as "
       "web:0.7,bicubic:0.3 (default: bicubic)")
@@ -143,7 +142,7 @@ def parse(argv=None):
 def fill_defaults(args):
     """Set the defaults that depend on stage and device. Raises UserError."""
     if args.minutes and args.steps:
-        raise UserError("--minutes and --steps exclude each other")
+        raise UserError("give --minutes or --steps, not both")
     device, _ = pick_device(args.device, args.amp)
     on_gpu = device.type != "cpu"
     defaults = {**STAGES[args.stage], **(GPU[args.stage] if on_gpu else {})}
@@ -230,13 +229,12 @@ def set_use_refiner(model):
 
 class Learner:
     """All objects that a training step changes: networks, averaged weights, optimizers, loss scaler.
-
     lr_shapes: the shapes of the LR batches. Raises UserError, WeightsError, LossError."""
 
     def __init__(self, args, device, amp, ranks, lr_shapes, say):
         self.args, self.device, self.amp, self.ranks = args, device, amp, ranks
         torch.manual_seed(args.seed)
-        self.model = HATRefiner.from_preset(args.preset, args.scale, drop_path=DROP_PATH)
+        self.model = HATRefiner.from_preset(args.preset, args.scale)
         if args.weights:
             state = read_weights(args.weights)[0]
             misfits = fit_weights(self.model, state, args.weights, strict=False)
@@ -298,8 +296,8 @@ class Learner:
         return parts
 
     def state_dict(self):
-        states = {name: part.state_dict() for name, part in self.parts().items()}
-        return {**states, "rng": torch.get_rng_state()}
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return {**state, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
         for name, part in self.parts().items():
@@ -369,8 +367,6 @@ def set_up(args, device, amp, rank, ranks, say):
         f"{validation.count} validation pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB", flush=True)
     if state:
         say(f"resumed at step {progress.step}", flush=True)
-    else:       # the first row of the log, the first candidate for best, and a state to roll back to
-        say(f"step 0  {report(args, run, learner, validation, progress, {}, 0.0, 0.0, rank)}", flush=True)
     return run, validation, stream, learner, progress
 
 
@@ -432,7 +428,6 @@ def update(learner, step, adversarial, finite):
 
 def mean_over_ranks(scalars, device, ranks):
     """{name: number or tensor} -> {name: float}, the mean over all ranks.
-
     Reading a value synchronizes the GPU, so all scalars of a step are read here, once."""
     if ranks > 1:
         values = torch.tensor([float(value) for value in scalars.values()], device=device) / ranks
@@ -451,10 +446,13 @@ class Validation:
 
     def __init__(self, args, rank, ranks):
         self.scale, self.ranks, self.pictures, scores = args.scale, ranks, [], []
+        folders = {"HR": Path(args.val, "hr"), "LR": Path(args.val, "lr")}
+        self.recipe = None if all(folder.is_dir() for folder in folders.values()) else args.recipe
         jobs = [(name, {"HR": path}) for name, path in pairs.list_pictures(args.val)]
+        jobs = jobs if self.recipe else pairs.match_pairs(folders)[0]
         if args.val_count and len(jobs) > args.val_count:       # spread over the folder
             jobs = [jobs[i * len(jobs) // args.val_count] for i in range(args.val_count)]
-        for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, args.recipe):
+        for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, self.recipe):
             bicubic = degrade.resize(lr[None], hr.shape[-2:])[0]
             if min(hr.shape[1:]) < 11 + 2 * self.scale or torch.equal(bicubic, hr):     # SSIM's window is 11
                 pairs.report_skipped(name, "too small or without detail: nothing to measure")
@@ -568,6 +566,8 @@ def train(args):
     say = print if rank == 0 else (lambda *_, **__: None)
     run, validation, stream, learner, progress = set_up(args, device, amp, rank, ranks, say)
     signals, line, bad_steps, patches, stop = catch_signals(), ProgressLine(), 0, 0, False
+    if not progress.rows:       # the first row of the log, and a state to roll back to
+        say(f"step 0  {report(args, run, learner, validation, progress, {}, 0.0, 0.0, rank)}", flush=True)
     began = step_began = saved = time.time()
     fraction = finished_fraction(args, progress)
     while fraction < 1 and not stop:
@@ -626,13 +626,13 @@ def train(args):
 
 
 def print_result(args, run, progress, validation, say):
-    """Print the result and the commands that use it."""
-    best = run.folder / "best.safetensors"
-    file, folder, recipe = (shlex.quote(str(text)) for text in (best, args.val, args.recipe))
-    gain = progress.best_psnr - validation.bicubic["psnr_y"]
+    paths = run.folder / "best.safetensors", args.val, args.recipe
+    file, folder, recipe = (shlex.quote(str(path)) for path in paths)
+    pictures = f"{folder} --recipe {recipe}" if validation.recipe else f"{folder}/hr --lr-dir {folder}/lr"
     say(f"done in {clock(progress.seconds)}: {file}, validation {progress.best_psnr:.2f} dB PSNR-Y, "
-        f"{gain:+.2f} dB over bicubic\nnext:\n  python tile.py {folder} -o upscaled --weights {file}\n"
-        f"  python evaluate.py --data {folder} --recipe {recipe} --weights {file}")
+        f"{progress.best_psnr - validation.bicubic['psnr_y']:+.2f} dB over bicubic\n"
+        f"next:\n  python tile.py {folder} -o upscaled --weights {file}\n"
+        f"  python evaluate.py --data {pictures} --weights {file}")
 
 
 def main():

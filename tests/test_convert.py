@@ -49,6 +49,20 @@ def test_a_saved_model_with_an_untrained_refiner_opens_in_spandrel(tmp_path):
 
 # ------------------------------------------------------------------ blend
 
+def test_onnx_has_free_sides(tiny, tmp_path):                             # noqa: F811
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    convert.export_onnx(tiny, tmp_path / "tiny.onnx")
+    session = runtime.InferenceSession(tmp_path / "tiny.onnx")
+    for h, w in (29, 38), (16, 16), (4, 37):
+        lr = torch.rand(2, 3, h, w)
+        with torch.no_grad():
+            expected = tiny.hat_model(lr)
+        for k in range(2):
+            sr, = session.run(None, {"lr": lr[k:k + 1].numpy()})
+            assert (torch.from_numpy(sr) - expected[k:k + 1]).abs().max() < 1e-4
+
+
 def test_blend_mixes_weights_and_headers(tiny, tmp_path):                  # noqa: F811
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     save(tiny, files[0], dict(licence="CC0", recipe="bicubic", step=70))

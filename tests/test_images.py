@@ -329,16 +329,18 @@ def test_names(tmp_path, name):
     assert images.find_pictures(tmp_path) == [tmp_path / name] and (pixels(read_picture(tmp_path / name)) == 51).all()
 
 
-def test_find_pictures(tmp_path):
-    for name in ("b/2.PNG", "b/10.jpg", "a.webp", "note.txt", ".hidden.png", "b/c/d.tiff"):
+def test_find_pictures(tmp_path, capsys):
+    for name in ("b/2.PNG", "b/10.jpg", "a.webp", "note.txt", ".hidden.png", "b/c/d.tiff", "b/e.jfif", ".thumbnails/a.png",
+                 "Thumbs.db", "b/desktop.ini", "__MACOSX/a.png", "x\ny.psd"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b/c/loop").symlink_to(tmp_path)
-    (tmp_path / ".thumbnails").mkdir()
-    (tmp_path / ".thumbnails/a.png").touch()
-    (tmp_path / "b/e.jfif").touch()
-    expected = [tmp_path / n for n in ("a.webp", "b/10.jpg", "b/2.PNG", "b/c/d.tiff", "b/e.jfif")]
-    assert images.find_pictures(tmp_path) == expected
+    for name, kind in (("b/photo", "JPEG"), ("c.jpg_large", "PNG")):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, kind)
+    expected = [tmp_path / n for n in ("a.webp", "b/10.jpg", "b/2.PNG", "b/c/d.tiff", "b/e.jfif", "b/photo", "c.jpg_large")]
+    for _ in range(2):
+        assert images.find_pictures(tmp_path) == expected
+    assert capsys.readouterr().err == f"2 left out, not pictures that can be read: {tmp_path}/note.txt, {tmp_path}/x\\ny.psd\n"
     assert images.find_pictures([str(tmp_path / "note.txt"), tmp_path]) == sorted([*expected, tmp_path / "note.txt"])
     with pytest.raises(PictureError, match="no such file"):
         images.find_pictures([tmp_path / "missing"])
@@ -404,6 +406,93 @@ def test_damaged_metadata_does_not_hide_the_pixels(tmp_path, damage, deep):
     (tmp_path / "a.png").write_bytes(data[:at] + broken + data[at:])
     picture = read_picture(tmp_path / "a.png")
     assert (pixels(picture) == expected).all() and "metadata" in picture.note
+
+
+# ------------------------------------------------------------------ color without ICC, old sizes
+
+GAMA = struct.pack(">I", 45455)
+P3_CHRM = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+SRGB_CHRM = struct.pack(">8I", 31269, 32899, 63999, 33001, 30000, 60000, 15000, 5999)      # as Photoshop rounds it
+
+
+@pytest.mark.parametrize("chunks, kept", [
+    ({"gAMA": GAMA, "cHRM": P3_CHRM}, True), ({"gAMA": struct.pack(">I", 100000)}, True), ({"cICP": b"\x09\x10\0\1"}, True),
+    ({"gAMA": GAMA, "cHRM": SRGB_CHRM}, False), ({"sRGB": b"\0", "cHRM": P3_CHRM}, False), ({"cICP": b"\1\x0d\0\1"}, False)])
+def test_color_of_png_is_kept_or_named(tmp_path, chunks, kept):
+    data = b"".join(chunk(name.encode(), contents) for name, contents in chunks.items())
+    (tmp_path / "a.png").write_bytes(png16(DEEP[..., :3], data))
+    picture = read_picture(tmp_path / "a.png")
+    assert picture.color == (chunks if kept else {}) and picture.note == ""
+    save_picture(tmp_path / "b.png", picture)
+    assert (data in (tmp_path / "b.png").read_bytes()) == kept and read_picture(tmp_path / "b.png").color == picture.color
+    names = ", ".join(chunks)
+    assert (f"color description left behind: {names}" in images.left_behind(picture, "b.jpg")) == kept
+    assert read_picture(tmp_path / "a.png", srgb=True).note == (f"color treated as sRGB, but described by {names}" if kept else "")
+
+
+def test_clean_tells_pictures_of_different_color_apart(tmp_path):
+    import clean
+    for name, data in (("p3", chunk(b"cHRM", P3_CHRM)), ("srgb", chunk(b"cHRM", SRGB_CHRM)), ("plain", b"")):
+        (tmp_path / name).write_bytes(png16(DEEP[..., :3], data))
+    p3, srgb, plain = (clean.examine((tmp_path / name, name)).content for name in ("p3", "srgb", "plain"))
+    assert p3 != plain and srgb == plain
+
+
+def test_color_of_avif_is_kept(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "srgb.avif")
+    data = (tmp_path / "srgb.avif").read_bytes()
+    assert data.count(b"colrnclx\0\x01\0\x0d") == 1 and read_picture(tmp_path / "srgb.avif").color == {}
+    (tmp_path / "p3.avif").write_bytes(data.replace(b"colrnclx\0\x01", b"colrnclx\0\x0c"))
+    save_picture(tmp_path / "b.png", read_picture(tmp_path / "p3.avif"))
+    assert chunk(b"cICP", b"\x0c\x0d\0\1") in (tmp_path / "b.png").read_bytes()
+
+
+def exif_with_sizes(order):
+    """EXIF with sizes, orientation 6, a name in Japanese, a comment, and a thumbnail."""
+    def ifd(start, entries, following):
+        """entries: {tag: number or bytes}. The IFD and its data as bytes."""
+        table, data = struct.pack(order + "H", len(entries)), b""
+        for tag, value in sorted(entries.items()):
+            if isinstance(value, int):
+                table += struct.pack(order + "HHII", tag, 4, 1, value)
+                continue
+            table += struct.pack(order + "HHII", tag, 7, len(value), start + 6 + 12 * len(entries) + len(data))
+            data += value
+        return table + struct.pack(order + "I", following) + data
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    first = ifd(8, {0x100: 7, 0x101: 5, images.ORIENTATION: 6, 0x13B: "\u521d\u97f3".encode(), 0x8769: 200}, 300)
+    exif = ifd(200, {0x9286: b"ASCII\0\0\0Seed: 7", 0xA002: 7, 0xA003: 5}, 0)
+    thumbnail = ifd(300, {0x201: 350, 0x202: 4}, 0)
+    return b"Exif\0\0" + ((head + first).ljust(200, b"\0") + exif).ljust(300, b"\0") + thumbnail.ljust(50, b"\0") + b"\xff\xd8\xff\xd9"
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif"])
+def test_metadata_for_the_old_size_is_removed(tmp_path, order, suffix):
+    xmp = b'<x:xmpmeta><rdf:Description dc:creator="A" tiff:ImageWidth="7" exif:PixelXDimension = \'7\'><tiff:Orientation>6' \
+          b"</tiff:Orientation><xmp:Thumbnails>\n<rdf:li/></xmp:Thumbnails></rdf:Description></x:xmpmeta>"
+    Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.jpg", exif=exif_with_sizes(order), xmp=xmp)
+    picture = read_picture(tmp_path / "a.jpg")
+    assert picture.rgb.shape == (3, 7, 5) and picture.note == ""
+    picture.rgb = torch.rand(3, 14, 10)
+    save_picture(tmp_path / f"b.{suffix}", picture)
+    again = read_picture(tmp_path / f"b.{suffix}")
+    assert again.xmp == b'<x:xmpmeta><rdf:Description dc:creator="A"  ></rdf:Description></x:xmpmeta>'
+    with Image.open(tmp_path / f"b.{suffix}") as im:
+        exif = im.getexif()
+        assert set(exif) == {0x13B, 0x8769} and set(exif.get_ifd(0x8769)) == {0x9286} and not exif.get_ifd(1)
+    assert "\u521d\u97f3".encode() in again.exif and b"Seed: 7" in again.exif and again.rgb.shape == (3, 14, 10)
+
+
+def test_exif_in_png_text(tmp_path):
+    """Older files hold EXIF as hexadecimal text. The orientation is applied once."""
+    data = exif_with_sizes(">")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n")
+    Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", pnginfo=info)
+    save_picture(tmp_path / "b.png", read_picture(tmp_path / "a.png"))
+    again = read_picture(tmp_path / "b.png")
+    assert again.rgb.shape == (3, 7, 5) and b"Seed: 7" in again.exif and again.text == {}
 
 
 # ------------------------------------------------------------------ writing

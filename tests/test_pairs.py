@@ -2,8 +2,12 @@
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from test_clean import linear_profile
 
 import degrade
 import images
@@ -110,10 +114,36 @@ def test_sizes(tmp_path, capsys):
     skipped = []
     assert read(jobs, skipped=skipped) == [] and "30x22" in skipped[0] and "32x24" in skipped[0]
     assert "a.png" in capsys.readouterr().err
-    (_, lr, cropped, results), = read(jobs, crop=True)
-    assert lr.shape == (3, 11, 15) and cropped.shape == results["other"].shape == (3, 22, 30)
-    save(tmp_path / "other.png", 8, 8)
-    assert read(jobs, crop=True, skipped=skipped) == [] and len(skipped) == 2
+
+
+def test_a_pair_of_different_content_is_named(tmp_path, capsys):
+    """The LR folder begins one frame later: a.png, b.png, c.png show frames 1, 2, 3 instead of 0, 1, 2."""
+    grids = torch.rand(4, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    frames = [degrade.to_8_bit(F.interpolate(grid[None], (48, 64), mode="nearest")[0]) for grid in grids]
+    for name, hr, lr in zip("abc", frames, frames[1:]):
+        for folder, rgb in (("hr", hr), ("lr", hr[:, ::2, ::2]), ("shifted", lr[:, ::2, ::2])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            images.save_picture(tmp_path / folder / f"{name}.png", images.Picture(rgb=rgb.contiguous()))
+    jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+    assert len(read(jobs)) == 3
+    jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "shifted"})
+    skipped = []
+    assert read(jobs, skipped=skipped) == [] and len(skipped) == 3
+    assert "b.png" in skipped[1] and "different content" in skipped[1] and "b.png" in capsys.readouterr().err
+
+
+def test_both_sides_of_a_pair_have_the_same_colors_and_orientation(tmp_path):
+    """The HR picture has a profile with swapped curves and is stored rotated; the LR picture is plain sRGB."""
+    ramp = np.linspace(0, 255, 64)[None, :, None] * np.ones((48, 1, 3))
+    linear = np.uint8(255 * (ramp / 255) ** 2.2 + 0.5)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6                 # the stored picture has to be rotated by 90 degrees clockwise
+    stored = Image.fromarray(np.rot90(linear).copy())
+    stored.save(tmp_path / "hr.png", icc_profile=linear_profile(), exif=rotated)
+    Image.fromarray(np.uint8(ramp[::2, ::2] + 0.5)).save(tmp_path / "lr.png")
+    jobs = [("a.png", {"HR": tmp_path / "hr.png", "LR": tmp_path / "lr.png"})]
+    (_, lr, hr, _), = read(jobs)
+    assert hr.shape == (3, 48, 64) and (hr[:, ::2, ::2] - lr)[..., 4:].abs().max() < 0.03
 
 
 def test_recipe_gives_the_pictures_of_degrade(tmp_path, monkeypatch, capsys):

@@ -443,6 +443,21 @@ def test_seed_does_not_change_validation(drawings, tmp_path, run_here):
     assert abs(psnr[0] - psnr[1]) < 0.01        # the warm start interpolates, whatever the seed
 
 
+def test_pairs_validate_on_their_own_lr(drawings, tmp_path, run_here):
+    """The LR pictures are gray, so the bicubic score of validation differs from that of any recipe."""
+    for path in (drawings / "val").iterdir():
+        for side in ("hr", "lr"):
+            (tmp_path / "val" / side).mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as picture:
+            picture.save(tmp_path / "val/hr" / path.name)
+            Image.new("RGB", (picture.width // 2, picture.height // 2), "gray").save(tmp_path / "val/lr" / path.name)
+    scores = {}
+    for val in (drawings / "val", tmp_path / "val"):
+        out = run_here(flags(drawings, tmp_path / f"run{len(scores)}", steps=1, val=val))[1]
+        scores[val] = float(out.partition("bicubic ")[2].split()[0])
+    assert scores[tmp_path / "val"] < scores[drawings / "val"] - 1 and "--lr-dir" in out
+
+
 def test_shares_and_patch_files(drawings, tmp_path, run_here):
     (tmp_path / "more").mkdir()
     draw(tmp_path / "more" / "a.png", 20)
