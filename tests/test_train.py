@@ -397,7 +397,7 @@ def test_run_that_fails_at_every_rate_ends(drawings, tmp_path, run_here, monkeyp
     monkeypatch.setattr(train, "backward", backward)
     monkeypatch.setattr(train, "ROLLBACK_AFTER", 1)
     code, _, err = run_here(flags(drawings, tmp_path / "run"))
-    assert code == 2 and "every learning rate" in err
+    assert code == 2 and "not finite at any learning rate" in err
 
 
 def test_editors_mistake_shows_its_traceback(drawings, tmp_path):
