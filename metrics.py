@@ -190,9 +190,9 @@ def load_feature_stages(device):
 def feature_distance(sr, hr):
     """Perceptual distance by the features of EfficientNet-Lite0, in thousandths: 0 for equal pictures.
 
-    The features of each stage are scaled to unit length over the channels. Their squared difference is
-    summed over the channels, averaged over the positions, and summed over the stages, as in LPIPS (Zhang et
-    al. 2018) without its learned weights. The loss term `perc` of losses.py is the same distance in units.
+    The features of each stage are scaled to unit length over the channels. Their squared difference is summed
+    over the channels, averaged over the positions, and summed over the stages, as in LPIPS (Zhang et al.
+    2018) without its learned weights. The loss term `perc` of losses.py is this distance times a constant.
     """
     stages = load_feature_stages(sr.device)
     a, b = prepare_pair(sr, hr, 0, False)

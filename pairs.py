@@ -90,20 +90,16 @@ def index_by_stem(pictures, hr_stems=()):
 
 # ---- reading
 
-def check_content(pictures):
-    """Raise PairError if the pictures of one name, {side: (3, H, W)}, show different content.
+def check_content(hr, lr):
+    """Raise PairError if hr (3, H, W) and lr (3, h, w) show different content.
 
     This happens if the numbers in the names of one folder are shifted by one.
     """
-    thumbnails = {side: F.adaptive_avg_pool2d(x.mean(0, keepdim=True), 8).flatten()
-                  for side, x in pictures.items()}
-    first, *others = thumbnails
-    for side in others:
-        pair = torch.stack([thumbnails[first], thumbnails[side]])
-        correlation = torch.corrcoef(pair)[0, 1]
-        if pair.std(1).min() > MIN_CONTRAST and correlation < MIN_CORRELATION:
-            raise PairError(f"its {side} picture shows different content than {first} "
-                            f"(correlation {correlation:.2f}); check the numbers in the names")
+    pair = torch.stack([F.adaptive_avg_pool2d(x.mean(0, keepdim=True), 8).flatten() for x in (hr, lr)])
+    correlation = torch.corrcoef(pair)[0, 1]
+    if pair.std(1).min() > MIN_CONTRAST and correlation < MIN_CORRELATION:
+        raise PairError(f"the LR picture shows different content (correlation {correlation:.2f}); check the "
+                        "numbers in the names")
 
 
 def crop_to_match(pictures, scale):
@@ -142,7 +138,8 @@ def read_pairs(jobs, scale, recipe=None, seed=0, limit=None, skipped=None):
             pictures = {side: images.read_picture(path, srgb=len(paths) > 1) for side, path in paths.items()}
             pictures = {side: images.composite(picture, 1.0) for side, picture in pictures.items()}
             pictures = crop_to_match(pictures, scale if recipe or "LR" in pictures else 1)
-            check_content(pictures)
+            if {"HR", "LR"} <= pictures.keys():
+                check_content(pictures["HR"], pictures["LR"])
         except images.UserError as error:
             report_skipped(name, error, skipped)
             continue

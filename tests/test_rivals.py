@@ -55,10 +55,10 @@ def forward(net, x):
 
 
 def gray_picture(h, w, seed=0):
-    """A soft picture (3, h, w) of colors near middle gray."""
+    """A soft picture (3, h, w) of colors near middle gray, with noise: tile.py would keep flat areas."""
     g = torch.Generator().manual_seed(seed)
     x = F.interpolate(torch.rand(1, 3, 4, 5, generator=g), (h, w), mode="bicubic")[0]
-    return (0.45 + 0.1 * x).clamp(0, 1).mul(255).round() / 255
+    return (0.45 + 0.1 * x + 0.01 * torch.rand(3, h, w, generator=g)).clamp(0, 1).mul(255).round() / 255
 
 
 def save(path, x):

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import choose
 import convert
 import images
 import model
@@ -259,36 +258,25 @@ def test_all_kinds_of_pictures(tmp_path, command):
     assert "transparency blended over white" in shown and "16 bit reduced to 8" in shown
 
 
-def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeypatch):
-    """But not with --weights."""
-    dark, bright = picture_file(tmp_path / "in/dark.png"), tmp_path / "in/bright.png"
-    Image.fromarray(RNG.integers(225, 246, (14, 20, 3), dtype=np.uint8)).save(bright)
-    shipped = {name: tmp_path / f"weights/{name}-tiny.safetensors" for name in ("web", "clean")}
-    for seed, path in enumerate(shipped.values()):
-        torch.manual_seed(seed)
-        network = model.HATRefiner.from_preset("tiny", scale=2)
-        network.hat_model.conv_last.weight.data += 0.003 * torch.randn(network.hat_model.conv_last.weight.shape)
-        path.parent.mkdir(exist_ok=True)
-        model.save(network, path, {})
-    monkeypatch.setattr(choose, "default_weights", lambda: shipped["web"])
-    monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, plain_model, rgb: rgb.mean() > 0.9)
-    assert command(tmp_path / "in", "-o", tmp_path / "out", weights=None)[0] == 0
-    for name, path in shipped.items():
-        command(tmp_path / "in", "-o", tmp_path / name, weights=path)
-
-    def result(folder, path):
-        return (tmp_path / folder / path.name).read_bytes()
-    assert result("out", dark) == result("web", dark) != result("clean", dark)
-    assert result("out", bright) == result("clean", bright) != result("web", bright)
-
-
-def test_empty_result_is_made_again(tmp_path, command):
+def test_empty_or_truncated_result_is_made_again(tmp_path, command):
     picture_file(tmp_path / "in/a.png")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").write_bytes(b"")
     assert command(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
-    assert Image.open(tmp_path / "out/a.png").size == (40, 28)
+    result = (tmp_path / "out/a.png").read_bytes()
+    (tmp_path / "out/a.png").write_bytes(result[:len(result) // 2])
+    assert "1 done" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
+    assert (tmp_path / "out/a.png").read_bytes() == result
     assert "1 skipped" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
+
+
+def test_pictures_of_any_suffix_are_found(tmp_path, command):
+    picture_file(tmp_path / "a.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "in/a.download")
+    (tmp_path / "in/notes.txt").write_text("notes")
+    code, out, err = command(tmp_path / "in", "-o", tmp_path / "out")
+    assert code == 0 and "1 done" in out and (tmp_path / "out/a.png").exists() and "notes.txt" in err
 
 
 def test_sizes_and_formats(tmp_path, command):
