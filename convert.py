@@ -21,16 +21,6 @@ from safetensors.torch import save as to_safetensors
 from model import WeightsError, fit_weights, load, read_weights, refiner_is_trained, save, write_atomic
 
 
-SHIPPED = Path(__file__).parent / "weights" / "kabegami-low.safetensors"
-
-
-def default_weights():
-    """Return the path of the shipped model. Without it, return best.safetensors of the newest run in
-    runs/."""
-    runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
-    return runs[-1] if runs and not SHIPPED.exists() else SHIPPED
-
-
 # ------------------------------------------------------------------ other architectures
 
 class SpandrelModel:

@@ -24,7 +24,7 @@ import degrade
 import images
 import metrics
 import tile
-from convert import default_weights, load_any
+from convert import load_any
 from metrics import Metric
 from model import WeightsError
 from pairs import match_pairs, read_pairs, report_skipped
@@ -85,7 +85,7 @@ def prepare(args):
     sides = {"HR": args.data, "LR": args.lr_dir, **results}
     jobs, notes = match_pairs({side: path for side, path in sides.items() if path})
 
-    models = load_models(args.weights or ([] if args.sr else [default_weights()]), device, results)
+    models = load_models(args.weights or ([] if args.sr else default_weights()), device, results)
     scales = {model.scale for model in models.values()} | ({args.scale} if args.scale else set())
     if len(scales) > 1:
         raise images.UserError(f"models and --scale need one common scale, not {sorted(scales)}")
@@ -120,6 +120,13 @@ def parse_results(texts):
             raise images.UserError(f"--sr {text}: the name {label} is already used; choose another one")
         results[label] = Path(folder)
     return results
+
+
+def default_weights():
+    """Return the shipped weights between which tile.py chooses, or the newest run."""
+    import choose
+    file = choose.default_weights()
+    return [path for path in (file, choose.companion_weights(file)) if path]
 
 
 def load_models(files, device, results):
@@ -253,8 +260,8 @@ def csv_text(names, rows, columns):
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", nargs="+", metavar="FILE",
-                   help="model files; the package spandrel adds other architectures (default: the "
-                        "model of tile.py; no model if --sr is given)")
+                   help="model files; the package spandrel adds other architectures (default: the weights "
+                        "between which tile.py chooses; no model if --sr is given)")
     g = p.add_argument_group("pictures")
     g.add_argument("--data", type=Path, help="folder of HR pictures, or one picture")
     g.add_argument("--recipe", help="make LR pictures from --data: "

@@ -8,7 +8,7 @@
     sr = Tiler(tile_size=64, tile_pad=32)(forward, lr, 2)   # forward: (b, 3, h, w) -> (b, 3, 2 * h, 2 * w)
 
 Needs torch, numpy, and Pillow. Works when copied alone, except for the command, which needs images.py,
-model.py and convert.py beside it. fast.py makes it faster.
+model.py, convert.py, and choose.py beside it. fast.py makes it faster.
 """
 import argparse
 import contextlib
@@ -401,8 +401,8 @@ def parse():
         epilog="Exit code: 0 all done, 1 some pictures failed (they are named), 2 nothing was done.")
     p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of pictures")
     p.add_argument("-o", "--out", type=Path, help="file, or folder of the results (default: beside IN)")
-    p.add_argument("--weights", help="model file (default: weights/kabegami-low.safetensors, or the newest "
-                                     "runs/*/best.safetensors)")
+    p.add_argument("--weights", help="model file (default: weights/kabegami-low, weights/clean-low for "
+                                     "undamaged pictures, or the newest runs/*/best.safetensors)")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size, by cropping")
     size.add_argument("--scale", type=float, help="factor, such as 1.5 or 4 (default: that of the model)")
@@ -450,22 +450,27 @@ def plan_jobs(inputs, out, suffix, tag):
     return [(source, target) for target, source in jobs.items()], list(map(images.printable, problems))
 
 
-def load_model(args, rank):
-    """Load the model of --weights, or the default model. Raises UserError."""
+def load_models(args, rank):
+    """Return (model, model for undamaged pictures or None). Raises UserError."""
+    import choose
     import convert
     from model import WeightsError
-    path = args.weights or convert.default_weights()
+    path = Path(args.weights or choose.default_weights())
+    plain_path = None if args.weights else choose.companion_weights(path)
     try:
         network = convert.load_any(path, args.device)
+        plain_network = convert.load_any(plain_path, args.device) if plain_path else None
     except WeightsError as error:
         raise images.UserError(images.printable(error)) from None
     with contextlib.suppress(ModuleNotFoundError):      # fast.py is optional
         import fast
         fast.keep_freed_memory()
         fast.prepare(network)
+        fast.prepare(plain_network)
     if rank == 0:
-        print(f"{images.printable(path)}: {network.scale}x on {args.device}", flush=True)
-    return network
+        plain = f"; {plain_path.stem} for undamaged pictures" if plain_path else ""
+        print(f"{images.printable(path)}: {network.scale}x on {args.device}{plain}", flush=True)
+    return network, plain_network
 
 
 def tile_progress(label):
@@ -479,10 +484,16 @@ def tile_progress(label):
     return show
 
 
-def upscale_file(args, network, tiler, source, target, progress):
-    """Read, upscale, and save one picture -> a line about it."""
+def upscale_file(args, models, tiler, source, target, progress):
+    """Read, upscale, and save one picture -> a line about it. models: see load_models()."""
     start, picture = time.time(), images.read_picture(source)
     height, width = picture.rgb.shape[1:]
+    (network, plain_network), notes = models, [picture.note]
+    if plain_network:
+        import choose
+        if choose.is_undamaged(network, plain_network, picture.rgb):
+            network = plain_network
+            notes.append("undamaged")
     scale = args.scale or network.scale
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     if args.fit:
@@ -491,16 +502,16 @@ def upscale_file(args, network, tiler, source, target, progress):
                              device=args.device, amp=args.amp)
     target.parent.mkdir(parents=True, exist_ok=True)
     images.save_strips(target, strips, size, picture)
-    notes = "; ".join(filter(None, [picture.note, *images.left_behind(picture, target)]))
+    notes = "; ".join(filter(None, notes + images.left_behind(picture, target)))
     line = f"{images.printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - start:.1f} s"
     return line + (f"  ({notes})" if notes else "")
 
 
-def upscale_file_with_retries(args, network, tiler, source, target, progress):
+def upscale_file_with_retries(args, models, tiler, source, target, progress):
     """Call upscale_file(); after an out-of-memory error, halve the tiles and call it again."""
     while True:
         try:
-            return upscale_file(args, network, tiler, source, target, progress)
+            return upscale_file(args, models, tiler, source, target, progress)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -521,7 +532,7 @@ def is_complete(path):
     return True
 
 
-def upscale_files(args, network, tiler, jobs, show_progress):
+def upscale_files(args, models, tiler, jobs, show_progress):
     """Upscale all jobs; name and skip a picture that fails -> (done, skipped, failed)."""
     done, skipped, failed = 0, 0, 0
     for number, (source, target) in enumerate(jobs, 1):
@@ -531,7 +542,7 @@ def upscale_files(args, network, tiler, jobs, show_progress):
         name = images.printable(source)
         progress = tile_progress(f"{number}/{len(jobs)} {name}") if show_progress else None
         try:
-            line = upscale_file_with_retries(args, network, tiler, source, target, progress)
+            line = upscale_file_with_retries(args, models, tiler, source, target, progress)
         except (images.PictureError, FloatingPointError, OSError) as error:
             images.ProgressLine.clear()
             print(error if name in str(error) else f"{name}: {error}", file=sys.stderr, flush=True)
@@ -547,15 +558,15 @@ def run(args):
     """Run the command -> exit code."""
     rank, ranks, start = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), time.time()
     args.device, args.amp = pick_device(args.device, args.amp)
-    network = load_model(args, rank)
-    tag = f"{args.fit[1]}x{args.fit[0]}" if args.fit else f"{args.scale or network.scale:g}x"
+    models = load_models(args, rank)
+    tag = f"{args.fit[1]}x{args.fit[0]}" if args.fit else f"{args.scale or models[0].scale:g}x"
     jobs, problems = plan_jobs(args.inputs, args.out, f".{args.format}", tag)
-    align = network.hat_model.window if hasattr(network, "hat_model") else 16
+    align = models[0].hat_model.window if hasattr(models[0], "hat_model") else 16
     tile_size = args.tile_size or TILE_SIZE[args.device.type] // align * align
     tiler = Tiler(tile_size, 2 * align if args.tile_pad is None else args.tile_pad, align=align)
     if ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
-    counts = torch.tensor(upscale_files(args, network, tiler, jobs[rank::ranks], show_progress=rank == 0))
+    counts = torch.tensor(upscale_files(args, models, tiler, jobs[rank::ranks], show_progress=rank == 0))
     if ranks > 1:
         torch.distributed.all_reduce(counts)
         torch.distributed.destroy_process_group()

@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import convert                                                          # noqa: E402
+import choose                                                           # noqa: E402
 import fast                                                             # noqa: E402
 import images                                                           # noqa: E402
 import metrics                                                          # noqa: E402
@@ -225,7 +225,7 @@ def main():
     p.add_argument("--limit-gib", type=float, help="big: memory limit (ulimit -d)")
     args = p.parse_args()
     fast.keep_freed_memory()
-    paths = args.weights or [convert.default_weights()]
+    paths = args.weights or [choose.default_weights()]
     networks = {Path(path).parent.name + "/" + Path(path).stem: model.load(path, args.device) for path in paths}
     if args.part == "refiner":
         return refiner(args, networks)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+import choose
 import convert
 import tile
 from measure_textures import draw, gain
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model():
-    return convert.load_any(convert.SHIPPED)
+    return convert.load_any(choose.default_weights())
 
 
 def test_textures_are_not_worse_than_lanczos(model):
@@ -47,7 +48,7 @@ def test_ground_of_line_art_stays_exact(model, amp, tile_size):
 
 def test_other_programs_open_the_file(model):
     spandrel = pytest.importorskip("spandrel")
-    theirs = spandrel.ModelLoader().load_from_file(convert.SHIPPED).model.eval()
+    theirs = spandrel.ModelLoader().load_from_file(choose.default_weights()).model.eval()
     x = torch.rand(1, 3, 40, 48)
     with torch.no_grad():
         assert (theirs(x) - model(x)).abs().max() < 1e-5

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import convert
+import choose
 import degrade
 import evaluate
 import images
@@ -240,13 +240,20 @@ def test_large_pictures_run_in_tiles(hr_folder, tmp_path, monkeypatch, capsys):
 
 
 def test_no_weights_anywhere(hr_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "SHIPPED", tmp_path / "kabegami-low.safetensors")
+    monkeypatch.setattr(choose, "__file__", str(tmp_path / "choose.py"))
     monkeypatch.chdir(tmp_path)
     code, _, err = command(monkeypatch, capsys, "--data", hr_folder)
     assert code == 2 and err.startswith("error: ")
     weights(tmp_path / "runs" / "newest" / "best.safetensors")
     code, out, _ = command(monkeypatch, capsys, "--data", hr_folder)
     assert code == 0 and re.search("^newest ", out, re.M)
+
+
+def test_default_weights_are_those_of_tile(hr_folder, tmp_path, monkeypatch, capsys):
+    web, _ = weights(tmp_path / "web-low.safetensors"), weights(tmp_path / "clean-low.safetensors")
+    monkeypatch.setattr(choose, "default_weights", lambda: web)
+    code, out, err = command(monkeypatch, capsys, "--data", hr_folder)
+    assert code == 0 and re.search("^web-low .*\nclean-low ", out, re.M), err
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 LEAF = ()
 MAY_IMPORT = {      # at the top of a file; imports inside main() or a command's functions are free
     "images": LEAF, "model": LEAF, "losses": LEAF, "degrade": LEAF, "metrics": LEAF, "demo": LEAF, "optim": LEAF,
-    "scrape": LEAF, "fast": ("model",), "tile": ("images",), "report": ("images",),
+    "choose": LEAF, "scrape": LEAF, "fast": ("model",), "tile": ("images",), "report": ("images",),
     "convert": ("model",), "runs": ("images",), "pairs": ("images", "degrade"),
     "data": ("images", "degrade", "pairs"), "clean": ("images", "data"),
     "detect": ("losses", "degrade", "data", "images"),
@@ -132,6 +132,7 @@ LEAF_JOBS = {
         p.weight.grad = torch.rand(20, 20)
         Muon([p.weight]).step()
     """,
+    "choose": "",
     "scrape": "",
     "tile": """
         up = Tiler(16, 8)(torch.nn.Upsample(scale_factor=2), torch.rand(1, 3, 30, 40), 2)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import convert
+import choose
 import images
 import model
 import tile
@@ -256,6 +257,29 @@ def test_all_kinds_of_pictures(tmp_path, command):
         assert (result.alpha is None) == (source.alpha is None), path
     shown = command(tmp_path / "in/deep.png", "-o", tmp_path / "deep.jpg")[1]
     assert "transparency blended over white" in shown and "16 bit reduced to 8" in shown
+
+
+def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeypatch):
+    """But not with --weights."""
+    dark, bright = picture_file(tmp_path / "in/dark.png"), tmp_path / "in/bright.png"
+    Image.fromarray(RNG.integers(225, 246, (14, 20, 3), dtype=np.uint8)).save(bright)
+    shipped = {name: tmp_path / f"weights/{name}-tiny.safetensors" for name in ("web", "clean")}
+    for seed, path in enumerate(shipped.values()):
+        torch.manual_seed(seed)
+        network = model.HATRefiner.from_preset("tiny", scale=2)
+        network.hat_model.conv_last.weight.data += 0.003 * torch.randn(network.hat_model.conv_last.weight.shape)
+        path.parent.mkdir(exist_ok=True)
+        model.save(network, path, {})
+    monkeypatch.setattr(choose, "default_weights", lambda: shipped["web"])
+    monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, plain_model, rgb: rgb.mean() > 0.9)
+    assert command(tmp_path / "in", "-o", tmp_path / "out", weights=None)[0] == 0
+    for name, path in shipped.items():
+        command(tmp_path / "in", "-o", tmp_path / name, weights=path)
+
+    def result(folder, path):
+        return (tmp_path / folder / path.name).read_bytes()
+    assert result("out", dark) == result("web", dark) != result("clean", dark)
+    assert result("out", bright) == result("clean", bright) != result("web", bright)
 
 
 def test_empty_or_truncated_result_is_made_again(tmp_path, command):
