@@ -20,7 +20,7 @@ SHIPPED = ("kabegami-low", "clean-low")     # names in weights/, the default fir
 #   first score: 61.5 to 80.9 for 32 drawings after bicubic downscaling, 63.0 to 77.9 after Lanczos. One soft
 #       painting has 50.0 and 55.8. After JPEG of quality 85 to 95 it is at most 57.0.
 #   second score: at most 1.3; two drawings have 3.6 and 1.6.
-# With kabegami-low as repair_model, of 24 other drawings: 23 undamaged ones pass, and none with blur and JPEG
+# With kabegami-low as repair_model, 23 of 24 other undamaged drawings pass; with blur and JPEG none does.
 MIN_FIDELITY_DB = 56.0
 MIN_FIDELITY_DB_JPEG = 62.0     # where has_jpeg_grid() finds JPEG blocks
 MAX_GAIN_DB = 1.5

@@ -42,7 +42,7 @@ MIN_QUALITY = 88        # of a JPEG file, from its quantization table
 # Two pictures are copies if both values are larger; see thumbnails() and similarity().
 MIN_LAYOUT, MIN_SIMILARITY = 0.85, 0.55
 MAX_TEXT = 0.005        # share of the area; see text_share()
-MIN_POWER = 0.64        # of a square with texture
+MIN_POWER = 0.64        # mean square of thumbnail pixels; a square with less has no texture
 
 # Settings of `mine`.
 MIN_DETAIL = 0.02       # patches with less detail are a single color and useless for training
@@ -137,8 +137,9 @@ def thumbnails(pixels):
 def similarity(texture, other):
     """Return the correlation of two textures: 1 for the same picture, near 0 for different pictures.
 
-    It is computed for 64 squares. Each may be shifted by up to 2 pixels, because a copy may be cropped. The
-    result is the lower of two quantiles: 25% of all squares with texture, and 10% of the strong ones.
+    Compute the correlation of 64 squares. Try shifts of up to 2 pixels for each, because a copy may be
+    cropped. The result is the lower of two quantiles: 25% of all squares with texture, 10% of those with
+    strong texture.
     """
     def squares(x):
         return x.astype(np.float32).reshape(8, 16, 8, 16).swapaxes(1, 2).reshape(64, 256)
@@ -186,7 +187,7 @@ def find_letters(components):
     """Return the bounding boxes (n, 4) of the components that are letters of a horizontal line.
 
     A letter has thin strokes and at least 5 neighbors of similar height and different widths on its line.
-    These must be most of what lies in the band of the line, unlike in foliage or hatching.
+    They must make up most of the band of this line. This excludes foliage and hatching.
     """
     heights = components[1] - components[0]
     components = components[:, (heights >= 3) & (heights <= 120)].astype(np.float32)
@@ -215,8 +216,9 @@ def find_letters(components):
 def text_share(pixels):
     """Return the share of the area of uint8 (H, W, 3) that is covered by letters in rows or columns.
 
-    MAX_TEXT finds, of 7 drawn examples each: 7 title cards, 5 comic and 6 manga pages, 3 repeated watermarks,
-    2 subtitles. It does not find rotated watermarks. It drops at most 3 of 192 real drawings without text.
+    Of 7 drawn examples of each kind, MAX_TEXT finds 7 title cards, 5 comic pages, 6 manga pages, 3 repeated
+    watermarks, and 2 subtitles. It finds no rotated watermarks. Of 192 real drawings without text, it drops
+    at most 3.
     """
     gray = Image.fromarray(pixels).convert("L")
     gray.thumbnail((1024, 1024), Image.Resampling.LANCZOS)

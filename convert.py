@@ -84,19 +84,17 @@ def export_hat(model, path):
 
 
 class AnySizeHAT(torch.nn.Module):
-    """HAT.forward in a form that ONNX can express: (B, 3, H, W) -> (B, 3, scale * H, scale * W) for sides of
-    at least one window."""
+    """HAT for sides of at least one window. It mirrors like pad_to(), but in a form that ONNX can express."""
     def __init__(self, hat):
         super().__init__()
         self.hat = hat
 
     def forward(self, lr):
         hat, (h, w) = self.hat, lr.shape[-2:]
-        for dim, n in (2, h), (3, w):       # mirror to whole windows, as pad_to()
+        for dim, n in (2, h), (3, w):
             i = torch.arange((n + hat.window - 1) // hat.window * hat.window, device=lr.device)
             lr = lr.index_select(dim, n - 1 - (n - 1 - i).abs())
-        x = hat.conv_before_upsample(hat.features(lr - hat.mean))
-        return (hat.enlarge(x) + hat.mean)[..., :h * hat.scale, :w * hat.scale]
+        return hat(lr)[..., :h * hat.scale, :w * hat.scale]
 
 
 def export_onnx(model, path):

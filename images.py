@@ -74,11 +74,15 @@ class Picture:
 
 # ------------------------------------------------------------------ paths
 
-print_once = functools.cache(lambda line: print(line, file=sys.stderr))     # the same line only once
-
 def printable(path):
     """Return a path as one line of text: line breaks and undecodable bytes are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+@functools.cache
+def print_once(line):
+    """Print a line on stderr. The same line is printed only once."""
+    print(line, file=sys.stderr)
 
 
 def as_paths(paths):

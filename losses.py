@@ -35,8 +35,8 @@ DANBOORU = (0.7137, 0.6628, 0.6519), (0.2970, 0.3017, 0.2979)
 VGG_LAYERS = {"2": 0.1, "7": 0.1, "16": 1.0, "25": 1.0, "34": 1.0}
 # APISR's: conv1, then conv3 of the last block of layer1 to layer4, each before its batch norm.
 ANIME_LAYERS = {"0": 0.1, "4.2.conv3": 20.0, "5.3.conv3": 25.0, "6.5.conv3": 1.0, "7.2.conv3": 1.0}
-# The last block at 1/2, 1/4, 1/8, and 1/16 of the size. 0.01: the gradient of perc=0.5 is about as large as
-# that of rmse,luma.
+# The last block at 1/2, 1/4, 1/8, and 1/16 of the size. With these weights, the gradient of perc=0.5 is about
+# as large as that of rmse,luma.
 LITE_LAYERS = {"3": 0.01, "5": 0.01, "7": 0.01, "13": 0.01}
 
 

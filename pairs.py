@@ -16,9 +16,10 @@ import torch.nn.functional as F
 import degrade
 import images
 
-# Of the 8x8 gray copies of two pictures. Pairs have about 1; 4 of 15,051 unrelated pairs exceed 0.8.
+# Limits of check_content(). The correlation of true pairs is about 1. Of 15,051 pairs of different pictures,
+# 4 are above 0.8.
 MIN_CORRELATION = 0.8
-MIN_CONTRAST = 0.08     # standard deviation; the correlation of flatter pictures is not meaningful
+MIN_CONTRAST = 0.08     # standard deviation; below it, the correlation is not meaningful
 
 
 class PairError(images.UserError):

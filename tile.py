@@ -32,8 +32,8 @@ except ModuleNotFoundError:     # copied alone
     images = None
 
 TILE_SIZE = {"cpu": 384, "cuda": 512, "mps": 384}      # --tile-size; larger tiles are hardly faster
-FLAT_REACH = 4              # keep_flat_colors(): input pixels on each side
-FLAT_DRIFT = 3 / 255        # and the largest change that it takes for an error of the model
+FLAT_REACH = 4              # of keep_flat_colors(): input pixels on each side
+FLAT_DRIFT = 3 / 255        # of keep_flat_colors(): larger changes of a color are kept
 EXTRA_PASS = 1.05           # the model runs again if its output has to grow by more than this
 
 
@@ -246,8 +246,8 @@ def keep_flat_colors(sr, rgb, scale, top):
     """Set sr (3, h * scale, W * scale) to the input level where a channel of the input rgb (3, H, W) has one
     level in all pixels within FLAT_REACH. sr begins at row `top` of the output.
 
-    A model changes such areas by a level or two, and a background of 254 is visible on a white page. A change
-    above FLAT_DRIFT stays, because some models change colors on purpose.
+    A model changes such areas by one or two levels, and a background of 254 is visible on a white page. A
+    change of FLAT_DRIFT or more is kept, because some models change colors by design.
     """
     top, rows = top // scale, sr.shape[1] // scale
     first = max(top - FLAT_REACH, 0)
@@ -523,10 +523,12 @@ def upscale_file_with_retries(args, models, tiler, source, target, progress):
 
 
 def is_complete(path):
-    """Whether a picture exists and can be decoded to its end."""
+    """Whether a picture exists and can be decoded to its end. One above Pillow's limit is not decoded."""
     try:
         with Image.open(path) as picture:
             picture.load()
+    except Image.DecompressionBombError:
+        return True
     except (OSError, SyntaxError, ValueError):
         return False
     return True

@@ -56,7 +56,7 @@ DEMO_STEPS = 300                # upper limit on demo pictures, where more steps
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
-CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop candidates: more flat areas
+CALM_FRACTION = 2 / 3           # the rest of the run has half as many crop candidates: more flat areas
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 ROLLBACK_AFTER = 10             # bad steps in a row
@@ -222,7 +222,7 @@ def freeze(model, names):
 
 
 def set_use_refiner(model):
-    """Use the refiner only if it is trained, now or before."""
+    """Use the refiner only if this run trains it or its weights are already trained."""
     out = model.out_conv
     model.use_refiner = bool(out.weight.requires_grad or out.weight.any() or out.bias.any())
 
@@ -441,15 +441,13 @@ def mean_over_ranks(scalars, device, ranks):
 
 
 class Validation:
-    """Validation pictures, degraded once with a fixed seed, and their bicubic scores. Each rank has a
-    part."""
+    """Validation pictures and their bicubic scores. The LR pictures are made once, with a fixed seed."""
 
     def __init__(self, args, rank, ranks):
         self.scale, self.ranks, self.pictures, scores = args.scale, ranks, [], []
         folders = {"HR": Path(args.val, "hr"), "LR": Path(args.val, "lr")}
         self.recipe = None if all(folder.is_dir() for folder in folders.values()) else args.recipe
-        jobs = [(name, {"HR": path}) for name, path in pairs.list_pictures(args.val)]
-        jobs = jobs if self.recipe else pairs.match_pairs(folders)[0]
+        jobs, _ = pairs.match_pairs({"HR": args.val} if self.recipe else folders)
         if args.val_count and len(jobs) > args.val_count:       # spread over the folder
             jobs = [jobs[i * len(jobs) // args.val_count] for i in range(args.val_count)]
         for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, self.recipe):
@@ -544,7 +542,7 @@ def finished_fraction(args, progress):
 
 
 def rollback(run, learner, progress, ranks, say):
-    """Load the last saved state -> its Progress with half the learning rate; UserError after 20 times."""
+    """Load the last saved state, and halve the learning rate. Returns Progress. Raises UserError."""
     state = run.load_state()
     if ranks > 1:
         dist.barrier()          # all ranks have read it before rank 0 writes the next one
