@@ -46,13 +46,13 @@ except ImportError:
 
 # the defaults of each stage; on CUDA and MPS those of GPU replace some of them
 STAGES = {
-    1: dict(patch=[64], batch=4, steps=300, use_tiling=False, freeze="residual_block,out_conv", lr=2e-3),
+    1: dict(patch=[64], batch=2, steps=560, use_tiling=False, freeze="residual_block,out_conv", lr=2e-3),
     2: dict(patch=[128], batch=1, steps=200, use_tiling=True, freeze="", lr=2e-5),
     3: dict(patch=[256], batch=1, steps=200, use_tiling=True, freeze="hat_model", lr=1e-5),
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-DEMO_STEPS = 300                # upper limit on demo pictures, where more steps bring little
+DEMO_STEPS = 560                # upper limit on demo pictures, where more steps bring little
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
@@ -104,11 +104,11 @@ def parse(argv=None):
     a("--stage", type=int, choices=STAGES, default=1, help="1 foundation, 2 tiling, 3 refiner (default: 1)")
     a("--patch", type=sides, metavar="N", help="side of the LR patches; of a list such as 256,384,512 each "
       "step draws one (default by stage: 64, 128, 256)")
-    a("--steps", type=int, help="optimizer steps (default by stage: 300, 200, 200; on a GPU with --data: "
+    a("--steps", type=int, help="optimizer steps (default by stage: 560, 200, 200; on a GPU with --data: "
       "50000, 10000, 5000)")
     a("--minutes", type=float, help="train for this long, instead of --steps")
     a("--batch", type=int, help="patches per step and process; fewer of the larger patches (default by "
-      "stage: 4, 1, 1; GPU: 16, 8, 4)")
+      "stage: 2, 1, 1; GPU: 16, 8, 4)")
     a("--grad-accum", type=int, default=1, metavar="N", help="batches per step (default: 1)")
     a("--lr", type=float, help="peak learning rate (default by stage: 2e-3, with adam 1e-3; 2e-5; 1e-5)")
     a("--optimizer", choices=("muon", "adam"), default="muon", help="muon: Muon for the matrices of "

@@ -349,12 +349,12 @@ def test_stage_3_keeps_no_graph_through_hat(drawings, tmp_path):
 def test_defaults_follow_stage_and_device(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = train.parse(["--device", "cpu"])
-    assert (args.stage, args.patch, args.steps, args.use_tiling, args.lr) == (1, [64], 300, False, 2e-3)
+    assert (args.stage, args.patch, args.steps, args.use_tiling, args.lr) == (1, [64], 560, False, 2e-3)
     assert train.parse(["--device", "cpu", "--stage", "3"]).use_tiling
     assert not train.parse(["--device", "cpu", "--stage", "3", "--no-use-tiling"]).use_tiling
     assert train.parse(["--device", "cpu", "--optimiser", "adam"]).lr == 1e-3
     monkeypatch.setattr(train, "pick_device", lambda *_: (torch.device("cuda"), None))
-    assert train.parse(["--data", "x"]).steps == 50000 and train.parse([]).steps == 300
+    assert train.parse(["--data", "x"]).steps == 50000 and train.parse([]).steps == 560
 
 
 # ---- steps that fail
