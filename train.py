@@ -32,7 +32,7 @@ import degrade
 import demo
 import pairs
 from images import ProgressLine, UserError, fail, find_pictures, to_uint8
-from losses import LossError, MultiScaleDiscriminator, SRLoss, discriminator_loss, enhance_lines, parse_loss
+from losses import LossError, MultiScaleDiscriminator, SRLoss, discriminator_loss, parse_loss
 from metrics import score
 from model import PRESETS, HATRefiner, WeightsError, fit_weights, read_weights, save
 from optim import build_optimizers, learning_rate, set_learning_rate
@@ -90,8 +90,6 @@ def parse(argv=None):
       "web:0.7,bicubic:0.3 (default: bicubic)")
     a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed of N "
       "random crops; half as many in the last third of the run (default: 4)")
-    a("--sharpen-until", type=float, default=0.0, metavar="PART", help="until this part of the run (0 to 1), "
-      "every second step has a line-enhanced target (default: 0)")
     a("--workers", type=int, metavar="N", help="processes that make batches (default: 1; GPU: up to 8)")
     a = p.add_argument_group("model").add_argument
     a("--preset", choices=PRESETS, default="low", help="network size (default: low)")
@@ -374,22 +372,21 @@ def set_up(args, device, amp, rank, ranks, say):
 # one training step
 
 
-def backward(learner, batches, adversarial, sharpen, measure_gradients):
+def backward(learner, batches, adversarial, measure_gradients):
     """Run forward and backward for the batches of one step. The parameters accumulate the gradients.
 
-    batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). sharpen: line-enhanced targets.
+    batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)).
     Returns ({loss: unweighted value}, {loss: norm of its weighted gradient at SR, if measured})."""
     loss, scaler, discriminator = learner.loss, learner.scaler, learner.discriminator
     loss.weights = {name: w for name, w in learner.loss_weights.items() if name != "adv" or adversarial}
     losses, gradients = {}, {}
     for lr, hr in batches:
         lr, hr = (x.to(learner.device, non_blocking=True) for x in (lr, hr))
-        target = enhance_lines(hr) if sharpen else hr
         with learner.autocast():
             sr = learner.graphs(lr) if learner.graphs else learner.ddp_model(lr, learner.tiler)
-            terms = loss.terms(sr, target, lr, discriminator, hr)
+            terms = loss.terms(sr, hr, lr, discriminator)
         if measure_gradients:
-            gradients = loss.gradient_norms(sr, target, lr, discriminator, hr)
+            gradients = loss.gradient_norms(sr, hr, lr, discriminator)
         total = sum(loss.weights[name] * value for name, value in terms.items())
         scaler.scale(total / len(batches)).backward()
         if adversarial:
@@ -580,8 +577,7 @@ def train(args):
         if args.minutes:
             report_due = len(progress.rows) <= REPORTS * fraction
         adversarial = learner.discriminator is not None and step >= args.gan_after
-        sharpen = fraction < args.sharpen_until and step % 2 == 0
-        losses, gradients = backward(learner, batches, adversarial, sharpen, report_due)
+        losses, gradients = backward(learner, batches, adversarial, report_due)
         grad_norm = clip_gradients(learner, adversarial)
 
         # ---- all ranks get the same numbers

@@ -181,7 +181,7 @@ def test_prepare_leaves_weights_and_random_state_alone(tiny):          # noqa: F
 def test_graphs_follow_the_weights():
     """The same pictures and gradients, for two shapes and after the weights have changed."""
     torch.manual_seed(0)
-    model = HATRefiner.from_preset("tiny", drop_path=0.0).cuda().train()
+    model = HATRefiner.from_preset("tiny").cuda().train()
     model.use_refiner = False
     shapes = [(2, 3, 16, 16), (1, 3, 24, 24)]
     graphs = fast.capture_training_graphs(model, shapes)

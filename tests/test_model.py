@@ -3,7 +3,6 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,22 +184,6 @@ def test_compile_blocks_compiles_each_attention_block(tiny, monkeypatch):
     assert torch.equal(tiny(x), expected) and set(tiny.state_dict()) == names
     blocks = [m for m in tiny.modules() if isinstance(m, (M.HAB, M.OCAB))]
     assert len(called) == len(blocks) > 1 and {*map(id, called)} == {*map(id, blocks)}
-
-
-def test_drop_path_drops_whole_branches_in_training():
-    torch.manual_seed(0)
-    x = torch.ones(1000, 2, 2, 3)
-    y = M.drop_path(x, 0.25, True)
-    kept = (y != 0).flatten(1)
-    assert torch.equal(kept.all(1), kept.any(1)) and 0.7 < kept.all(1).float().mean() < 0.8
-    assert abs(y.mean() - 1) < 0.05 and M.drop_path(x, 0.25, False) is x
-    deep = HATRefiner.from_preset("low", drop_path=0.11)
-    assert np.allclose([m.drop_path_p for m in deep.modules() if isinstance(m, M.HAB)], np.linspace(0, 0.11, 12))
-    block, x = shake(M.HAB(16, 4, 2, 4, 4, 0, 0.9999)).train(), torch.randn(2, 8, 8, 16)    # drops nearly always
-    index = M.position_index(4, 4)
-    conv_only = x + block.conv_block(block.norm1(x))        # the convolution branch is never dropped
-    assert torch.equal(block(x, index, None), conv_only)
-    assert not torch.allclose(block.eval()(x, index, None), conv_only, atol=0.01)
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))

@@ -479,21 +479,13 @@ def test_bad_pictures_are_named_and_skipped(drawings, tmp_path, run_here):
     assert code == 0 and "broken.png" in out + err
 
 
-# ---- the discriminator, sharpened targets, the clock
+# ---- the discriminator, the clock
 
 
 def test_discriminator_starts_late(drawings, tmp_path, run_here):
     run = tmp_path / "run"
     assert run_here(flags(drawings, run, loss="rmse,adv", gan_after=6))[0] == 0
     assert [bool(r["d"]) for r in rows(run)] == [False, False, False, True, True]
-
-
-def test_every_second_target_is_sharpened(drawings, tmp_path, run_here, monkeypatch):
-    seen, real = [], train.backward
-    monkeypatch.setattr(train, "backward", lambda learner, batches, adversarial, sharpen, *a: (
-        seen.append(sharpen), real(learner, batches, adversarial, sharpen, *a))[1])
-    run_here(flags(drawings, tmp_path / "run", sharpen_until=0.5, steps=8, val_every=8))
-    assert seen == [True, False, True, False, False, False, False, False]
 
 
 def test_minutes_end_the_run(drawings, tmp_path, run_here, monkeypatch):
