@@ -252,7 +252,7 @@ def test_a_file_with_an_untrained_refiner_is_plain_hat(tiny, tmp_path):
     assert same_picture(tiny, again)
 
 
-@pytest.mark.parametrize("name", ("clean-low", "web-low"))
+@pytest.mark.parametrize("name", ("kabegami-low", "clean-low", "web-low"))
 def test_shipped_weights_load(name):
     model = load(HERE.parent / "weights" / f"{name}.safetensors")
     x = torch.linspace(0.3, 0.7, 24).expand(1, 3, 24, 24)
