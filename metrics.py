@@ -269,29 +269,20 @@ def find_stairs(x, slope):
     return repeated
 
 
-def gradient_jumps(x, limit=math.inf):
-    """Yield the mean jump of the gradient for the rows of (H, W), then for the columns: two vectors.
-
-    Entry i belongs to the border between rows i + 1 and i + 2: the slope across it, minus the mean of the
-    two neighboring slopes. Each jump is clamped to `limit`.
-    """
-    for lines in (x, x.t()):
-        slope = lines.diff(dim=0)
-        jump = (slope[1:-1] - (slope[:-2] + slope[2:]) / 2).abs().clamp(max=limit)
-        yield jump.double().mean(1)
-
-
 def blocking(sr, border=0, period=8, offset=0):
     """JPEG blocks: jump of the gradient of Y across the block borders over the jump halfway between them.
 
-    About 1 without blocks. Jumps are clamped to 4 levels, so that the edges of the drawing have little
-    weight. period 16 finds the blocks of a JPEG that was enlarged by 2. offset: the first pixel of a block.
-    Source: after Wang, Sheikh, Bovik 2002.
+    About 1 without blocks. A jump is the slope between two rows or columns minus the mean of the two
+    neighboring slopes, at most 4 levels, so that the edges of the drawing have little weight. period 16 finds
+    the blocks of a JPEG that was enlarged by 2. offset: the first pixel of a block. Source: after Wang,
+    Sheikh, Bovik 2002.
     """
     values = []
     for y in prepare(sr, border, True)[:, 0]:
         on_border, halfway = [], []
-        for jump in gradient_jumps(y, 4 / 255):
+        for lines in (y, y.t()):
+            slope = lines.diff(dim=0)
+            jump = (slope[1:-1] - (slope[:-2] + slope[2:]) / 2).abs().clamp(max=4 / 255).double().mean(1)
             phase = (torch.arange(len(jump), device=jump.device) + 2 + border - offset) % period
             on_border.append(jump[phase == 0])
             halfway.append(jump[phase == period // 2])
