@@ -6,10 +6,11 @@
 
 The compared jobs run in turn in one process; the tables (Markdown) hold medians and their ratios.
 Parts: peak (matrix products), step (forward, L1, backward, Adam), infer, cunet (beside a network with the layers of
-waifu2x's CUNet), picture (1920x1080 to 3840x2160 with the tiler, beside plain tiles), memory (pictures of 1 to 32
+waifu2x's CUNet), command (the same for whole commands), picture (1920x1080 to 3840x2160 with the tiler, beside plain tiles), memory (pictures of 1 to 32
 megapixels), loader (training patches). Without spandrel only our own figures are printed.
 """
 import argparse
+import functools
 import platform
 import resource
 import subprocess
@@ -28,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import data
 import demo
 import fast
+import images
 import tile
 from model import PRESETS, HATRefiner
 
@@ -222,7 +224,43 @@ def compare_cunet(args):
         print(f"| {name} | {seconds / (4 * 256 ** 2 / 1e6):.2f} | {seconds / t['CUNet fp32']:.2f} |", flush=True)
 
 
-# ------------------------------------------------------------------ whole pictures
+# ------------------------------------------------------------------ whole commands and pictures
+
+def compare_command(args):
+    """Whole commands for five pictures of 512x512: start, reading, enlarging, saving. CUNet runs in fp32, because
+    its usual program, on ncnn, does so on a CPU."""
+    cunet = f"""
+import sys; sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+import bench, fast, images, torch
+fast.keep_freed_memory()
+net = bench.CUNet().eval().to({args.device!r}, memory_format=torch.channels_last)
+for path in images.find_pictures(sys.argv[1]):
+    picture = images.read_picture(path)
+    with torch.inference_mode():
+        sr = net(picture.rgb[None].to({args.device!r}))[0].cpu().clamp(0, 1)
+    images.save_picture(path.parent.parent / "cunet" / path.name, images.Picture(sr))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        demo.draw_demo(Path(folder) / "demo", train=5, val=1)
+        for name in "in", "cunet":
+            (Path(folder) / name).mkdir()
+        for path in images.find_pictures(Path(folder) / "demo" / "train"):
+            rgb = images.read_picture(path).rgb[:, :512, :512]
+            images.save_picture(Path(folder) / "in" / path.name, images.Picture(rgb))
+
+        def job(*command):
+            run = functools.partial(subprocess.run, capture_output=True, check=True, cwd=ROOT)
+            return lambda: run([sys.executable, *command, "--device", args.device, "--overwrite"])
+
+        jobs = {"CUNet's layers": job("-c", cunet, f"{folder}/in")}
+        for name in "clean-low", "kabegami-low", "default":
+            weights = [] if name == "default" else ["--weights", f"weights/{name}.safetensors"]
+            jobs[f"tile.py, {name}"] = job("tile.py", f"{folder}/in", "-o", f"{folder}/{name}", *weights)
+        t = time_in_turn(jobs, args.rounds, args.device)
+    print("\n| five pictures, 512x512 to 1024x1024 | seconds | relative to CUNet |\n|---|---|---|")
+    for name, seconds in t.items():
+        print(f"| {name} | {seconds:.1f} | {seconds / t[next(iter(t))]:.2f} |", flush=True)
+
 
 def hard_tiles(net, x, side=128, pad=32):
     """Tiles with a pad, cropped and put side by side, as in HAT's own code."""
@@ -303,7 +341,8 @@ def measure_loader(args):
 
 
 PARTS = {"peak": measure_peak, "step": lambda args: compare(args, True), "infer": lambda args: compare(args, False),
-         "cunet": compare_cunet, "picture": compare_picture, "memory": measure_memory, "loader": measure_loader}
+         "cunet": compare_cunet, "command": compare_command,
+         "picture": compare_picture, "memory": measure_memory, "loader": measure_loader}
 
 
 def main():
