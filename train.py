@@ -230,6 +230,7 @@ class Learner:
         self.averages = [a for a, p in zip(self.ema.parameters(), self.model.parameters()) if p.requires_grad]
         self.optimizers = build_optimizers(self.model, args.optimizer, CONV_LR_SCALE[args.stage])
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=amp == torch.float16)
+        self.parts = dict(model=self.model, ema=self.ema, scaler=self.scaler, **self.optimizers)
 
         # ---- loss, discriminator
         self.loss = SRLoss(args.loss, vgg_weights=args.vgg_weights, anime_weights=args.anime_weights,
@@ -240,6 +241,8 @@ class Learner:
             self.discriminator = MultiScaleDiscriminator(64 if device.type != "cpu" else 16).to(device)
             self.discriminator_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), lr=LR_DISCRIMINATOR, betas=(0.9, 0.99), fused=True)
+            self.parts.update(discriminator=self.discriminator,
+                              discriminator_optimizer=self.discriminator_optimizer)
 
         # ---- compiled code, several processes, CUDA graphs
         if fast:
@@ -263,20 +266,12 @@ class Learner:
     def active_optimizers(self, adversarial):
         return [*self.optimizers.values()] + [self.discriminator_optimizer] * adversarial
 
-    def parts(self):
-        """Return {name: object with state_dict() and load_state_dict()}."""
-        parts = dict(model=self.model, ema=self.ema, scaler=self.scaler, **self.optimizers)
-        if self.discriminator:
-            parts["discriminator"] = self.discriminator
-            parts["discriminator_optimizer"] = self.discriminator_optimizer
-        return parts
-
     def state_dict(self):
-        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
 
@@ -402,7 +397,8 @@ def mean_over_ranks(scalars, device, ranks):
     """{name: number or tensor} -> {name: float}, the mean over all ranks.
     Reading a value synchronizes the GPU, so all scalars of a step are read here, once."""
     if ranks > 1:
-        values = torch.tensor([float(value) for value in scalars.values()], device=device) / ranks
+        values = [float(value) / ranks for value in scalars.values()]
+        values = torch.tensor(values, dtype=torch.float64, device=device)       # seconds need more than fp32
         dist.all_reduce(values)
         return dict(zip(scalars, values.tolist()))
     return {name: float(value) for name, value in scalars.items()}
