@@ -3,7 +3,7 @@
     python train.py                                             # stage 1 on demo pictures that it draws
     python train.py --stage 1 --patch 64 --data wallpapers --out runs/mine
     python train.py --stage 2 --data wallpapers --weights runs/mine/best.safetensors
-    python train.py --data wallpapers --compile --minutes 30    # a schedule by the clock, on a GPU
+    python train.py --data wallpapers --compile --minutes 30    # half an hour on a GPU
     torchrun --nproc_per_node=2 train.py --data wallpapers      # one process for each GPU
 
     stage 1, foundation          HAT learns on patches
