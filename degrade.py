@@ -358,9 +358,9 @@ def parse_recipe(text):
         weights = {name.strip(): float(number or 1) for name, _, number in parts}
     except ValueError as error:
         raise RecipeError(f"recipe '{text}': {error}") from None
-    unknown = ", ".join(weights.keys() - RECIPES)
+    unknown = weights.keys() - RECIPES
     if unknown:
-        raise RecipeError(f"no recipe '{unknown}'; choose from {', '.join(RECIPES)}")
+        raise RecipeError(f"no recipe '{', '.join(unknown)}'; choose from {', '.join(RECIPES)}")
     total = sum(weights.values())
     if min(weights.values()) < 0 or not 0 < total < math.inf:
         raise RecipeError(f"recipe '{text}': the numbers must be positive")
