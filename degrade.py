@@ -7,8 +7,8 @@
     python degrade.py picture.png --sheet sheet.png     # one picture through every recipe
 
 Each picture has its own random seed, so its result does not depend on the batch or the number of workers.
-The arithmetic is element-wise, because library convolutions sum in an order that depends on the shape.
-Needs torch, numpy, and Pillow. Works when copied alone; the command needs images.py.
+Filters are sums of shifted pictures, because the rounding of library convolutions depends on the shape.
+Needs torch, numpy, and Pillow. Works when copied alone; only the command needs images.py.
 """
 import argparse
 import functools
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 # ---- recipes
-#   clean                  probability of plain bicubic downscaling instead of the chain
-#   chain                  the operations in their order
+#   clean                  probability of bicubic downscaling alone, without the chain
+#   chain                  list of entries: the operations in their order
 #   last_early             probability that the last operation is moved two places forward
-# In the chain:
+# In an entry:
 #   op                     a name of OPERATIONS; the other keys are arguments of its function
 #   p                      probability of the operation (default: always applied)
 #   (low, high)            uniform distribution; an integer range includes both ends
@@ -36,13 +36,13 @@ from PIL import Image, ImageDraw
 # Lengths are in pixels of the input of the operation: LR pixels after `downscale`.
 
 ANY_KERNEL = dict(bicubic=0.7, lanczos=0.1, bilinear=0.1, area=0.1)
-ANY_OFFSET = (0, 15)        # position of the codec's block grid: random, as in a cropped picture
+ANY_OFFSET = (0, 15)        # of the codec's block grid, in pixels; random, as in a cropped picture
 CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}       # for JPEG; the other codecs always use 4:2:0
 JPEG, JPEG_WEBP = dict(jpeg=1.0), dict(jpeg=0.85, webp=0.15)
 
 REAL_SHAPE = {"iso": 0.45, "aniso": 0.25, "generalized iso": 0.12, "generalized aniso": 0.03,
               "plateau iso": 0.12, "plateau aniso": 0.03}
-REAL_BETA = dict(generalized=(0.5, 4.0), plateau=(1.0, 2.0))    # below and above 1 with probability 0.5 each
+REAL_BETA = dict(generalized=(0.5, 4.0), plateau=(1.0, 2.0))    # half of the values are below 1
 REAL_CUTOFF = {0: (math.pi / 3, math.pi), 13: (math.pi / 5, math.pi)}   # {smallest kernel size: range}
 REAL_BLUR = dict(op="kernel_blur", size=(7, 21), sinc=0.1, cutoff=REAL_CUTOFF, shape=REAL_SHAPE,
                  beta=REAL_BETA)
@@ -51,7 +51,7 @@ REAL_JPEG = dict(op="compress", p=1.0, codec=JPEG, quality=dict(jpeg=(30, 95)), 
 
 
 def web(offset):
-    """A picture on an image board: downscaled, slightly blurred, compressed once."""
+    """Return the recipe of a picture on an image board: downscaled, slightly blurred, compressed once."""
     return dict(clean=0.1, chain=[
         dict(op="downscale", kernel=ANY_KERNEL),
         dict(op="blur", p=0.9, sigma=(0.2, 0.8)),
@@ -116,7 +116,7 @@ RECIPES = {
 
 
 class RecipeError(ValueError):
-    """An unknown recipe or a wrong entry in RECIPES. The message is one line."""
+    """An unknown recipe or a wrong mix. The message is one line."""
 
 
 # ---- resampling
@@ -142,9 +142,7 @@ def resampling_weights(n, out, kernel, antialias):
     """Return (index, weight), (taps, out): output pixel i is the sum of x[index[:, i]] * weight[:, i]."""
     function, radius = KERNELS[kernel]
     ratio = n / out                                 # input pixels per output pixel
-    stretch = max(ratio, 1.0) if antialias else 1.0
-    if kernel == "area":
-        stretch = ratio
+    stretch = ratio if kernel == "area" else max(ratio, 1.0) if antialias else 1.0
     center = (np.arange(out) + 0.5) * ratio - 0.5
     first = np.floor(center - radius * stretch).astype(np.int64)
     index = first[None] + np.arange(math.ceil(2 * radius * stretch) + 2)[:, None]
@@ -164,7 +162,7 @@ def resize(x, size, kernel="bicubic", antialias=True):
     """Resample (..., H, W) to size (h, w), with half-pixel centers and a symmetric border, like MATLAB.
 
     kernel: bicubic (a = -0.5), lanczos (3 lobes), bilinear, or area (mean over the output pixel).
-    antialias=False keeps the kernel width when downscaling, except for area. The result is not clamped.
+    antialias=False does not widen the kernel when downscaling, except for area. The result is not clamped.
     """
     rows_first = size[0] * x.shape[-1] <= size[1] * x.shape[-2]     # the stronger reduction first: less work
     for axis in (-2, -1) if rows_first else (-1, -2):
@@ -185,7 +183,7 @@ def to_8_bit(x):
 
 
 def convolve(x, kernel):
-    """Correlate (C, H, W) with a kernel (k, k), k odd; the border is replicated."""
+    """Correlate x (C, H, W) with a kernel (k, k), k odd; the border is replicated."""
     r, (h, w) = len(kernel) // 2, x.shape[-2:]
     kernel = kernel.astype(np.float32)
     symmetric = np.array_equal(kernel, kernel[::-1]) and np.array_equal(kernel, kernel[:, ::-1])
@@ -249,10 +247,10 @@ def unsharp(x, sigma, amount):
 
 
 def noise(x, rng, kind, strength, gray):
-    """Add noise, equal in all channels if gray.
+    """Add noise to x (3, H, W). gray: the same noise in all channels.
 
-    gaussian: strength is the standard deviation, 0 to 255. poisson: shot noise times strength, with as many
-    photons at full brightness as the picture has levels, rounded up to a power of two, as in Real-ESRGAN.
+    gaussian: strength is the standard deviation, 0 to 255. poisson: shot noise times strength. The number of
+    photons at full brightness is the number of levels in x, rounded up to a power of two (Real-ESRGAN).
     """
     rng = np.random.default_rng(rng.integers(2**63))
     base = 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:] if gray else x
@@ -355,15 +353,14 @@ OPERATIONS = {
 
 def parse_recipe(text):
     """Convert 'web:3,bicubic' to probabilities {'web': 0.75, 'bicubic': 0.25}. The default weight is 1."""
-    weights = {}
-    for part in text.split(","):
-        name, _, number = (word.strip() for word in part.partition(":"))
-        if name not in RECIPES:
-            raise RecipeError(f"no recipe '{name}'; choose from {', '.join(RECIPES)}")
-        try:
-            weights[name] = float(number or 1)
-        except ValueError:
-            raise RecipeError(f"recipe '{text}': '{number}' is not a number") from None
+    parts = [part.partition(":") for part in text.split(",")]
+    try:
+        weights = {name.strip(): float(number or 1) for name, _, number in parts}
+    except ValueError as error:
+        raise RecipeError(f"recipe '{text}': {error}") from None
+    unknown = weights.keys() - RECIPES
+    if unknown:
+        raise RecipeError(f"no recipe '{', '.join(unknown)}'; choose from {', '.join(RECIPES)}")
     total = sum(weights.values())
     if min(weights.values()) < 0 or not 0 < total < math.inf:
         raise RecipeError(f"recipe '{text}': the numbers must be positive")
@@ -371,7 +368,7 @@ def parse_recipe(text):
 
 
 def degrade_picture(x, probabilities, scale, seed):
-    """Degrade (3, H, W) by one recipe, sampled from {name: probability}. A ValueError names a wrong entry."""
+    """Degrade (3, H, W) by one recipe, sampled from {name: probability}. Returns (3, H/scale, W/scale)."""
     h, w = x.shape[-2:]
     sizes = dict(hr=(h, w), lr=(h // scale, w // scale))
     name = pick(np.random.default_rng((seed, 1)), probabilities)
@@ -382,12 +379,9 @@ def degrade_picture(x, probabilities, scale, seed):
     if "last_early" in recipe and rng.random() < recipe["last_early"]:
         chain.insert(-2, chain.pop())
     for entry in chain:
-        try:
-            if "p" not in entry or rng.random() < entry["p"]:
-                arguments = {key: value for key, value in entry.items() if key not in ("op", "p")}
-                x = OPERATIONS[entry["op"]](x, rng, sizes, **arguments).clamp(0, 1)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"recipe '{name}', wrong entry {entry}: {error!r}") from error
+        if "p" not in entry or rng.random() < entry["p"]:
+            arguments = {key: value for key, value in entry.items() if key not in ("op", "p")}
+            x = OPERATIONS[entry["op"]](x, rng, sizes, **arguments).clamp(0, 1)
     if x.shape[-2:] != sizes["lr"]:
         raise ValueError(f"recipe '{name}' does not end at the LR size; add an entry with op='downscale'")
     return to_8_bit(x)
@@ -416,7 +410,7 @@ def picture_seed(name, seed=0):
 # ---- artifacts of a given strength, to train a detector
 
 def add_blocking(x, rng, jpeg_quality, webp_quality, webp_probability, chroma_420_probability):
-    """Compress with a random block grid offset. WebP always reduces the chroma resolution (4:2:0)."""
+    """Compress with a random offset of the block grid. WebP always uses 4:2:0."""
     is_webp = rng.random() < webp_probability
     codec, quality = ("webp", webp_quality) if is_webp else ("jpeg", jpeg_quality)
     chroma = "4:2:0" if rng.random() < chroma_420_probability else "4:4:4"
@@ -435,7 +429,7 @@ def add_ringing(x, rng, cutoff, amount):
 
 
 def add_banding(x, rng, levels):
-    """Quantize each channel to a few levels with a random phase, in smooth areas only."""
+    """Quantize each channel to `levels` levels with a random phase, in smooth areas only."""
     base, phase = gaussian_blur(x, 1.0), torch.from_numpy(rng.random((3, 1, 1), np.float32))
     detail = gaussian_blur((x - base).abs().mean(0, keepdim=True), 1.5)
     smooth = (1.5 - detail / 0.008).clamp(0, 1)
@@ -452,7 +446,7 @@ def shift_picture(x, dy, dx):
 
 
 def add_seam(x, rng, color, sigma, shift):
-    """Change the color, sharpness, or position of one or two tiles, like upscaling without overlap."""
+    """Change the color, sharpness, or position of one or two tiles, as upscaling in tiles without overlap."""
     vertical = rng.random() < 0.5
     x = x.transpose(1, 2).contiguous() if vertical else x
     n = x.shape[1]
@@ -525,30 +519,32 @@ def draw_sheet(hr, scale, seed, columns=5):
 
 
 def write_folder(args):
-    """Write the LR picture of each HR picture. Bad pictures are named and skipped."""
+    """Write the LR picture of each HR picture. Print the names of bad pictures and skip them."""
     import images
     root = args.hr if args.hr.is_dir() else args.hr.parent
-    paths, progress, written = images.find_pictures([args.hr]), images.ProgressLine(), 0
+    paths, progress, written = images.find_pictures([args.hr]), images.ProgressLine(), set()
     for path in paths:
         name = path.relative_to(root)
         lr_path = (args.lr / name).with_suffix(".png")
-        if lr_path.exists() and not args.overwrite:
-            raise images.UserError(f"{lr_path} exists; choose another folder or give --overwrite")
         try:
+            if lr_path in written:
+                raise images.PictureError(f"{path}: {lr_path} is already the result of another picture")
             picture = images.read_picture(path)
         except images.PictureError as error:
             progress.clear()
             print(f"skipped: {error}", file=sys.stderr)
             continue
+        if lr_path.exists() and not args.overwrite:
+            raise images.UserError(f"{lr_path} exists; choose another folder or give --overwrite")
         hr = images.composite(picture, 1.0)
         h, w = (n // args.scale * args.scale for n in hr.shape[-2:])
         lr = degrade(hr[None, :, :h, :w], args.recipe, args.scale, [picture_seed(name.as_posix(), args.seed)])
         lr_path.parent.mkdir(parents=True, exist_ok=True)
         images.save_picture(lr_path, images.Picture(rgb=lr[0], icc=picture.icc, color=picture.color))
-        written += 1
-        progress(f"{written} of {len(paths)} pictures")
+        written.add(lr_path)
+        progress(f"{len(written)} of {len(paths)} pictures")
     progress.clear()
-    print(f"{written} pictures in {images.printable(args.lr)}, {len(paths) - written} skipped")
+    print(f"{len(written)} pictures in {images.printable(args.lr)}, {len(paths) - len(written)} skipped")
 
 
 def main():

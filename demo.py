@@ -3,9 +3,9 @@
     python demo.py runs/demo                        # 28 + 6 scenes in runs/demo/train and runs/demo/val
     python demo.py runs/textures --textures 35      # stars, screentone, hatching, grain, dithering, text, ...
 
-To add a scene, write a function (canvas, rng) like `meadow` and add it to SCENES. This changes the demo
-pictures of every seed. To add a texture, write a function (rng, height, width) like `hatching` that returns
-pixels (H, W) or (H, W, 3) from 0 to 255, and add it to TEXTURES. Needs numpy and Pillow.
+To add a scene, write a function (canvas, rng) such as `meadow` and add it to SCENES. This changes the demo
+pictures. To add a texture, write a function (rng, height, width) such as `hatching` that returns pixels
+(H, W) or (H, W, 3) from 0 to 255, and add it to TEXTURES. Needs numpy and Pillow.
 """
 import argparse
 import sys
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 # Coordinates are pixels (x, y) of the finished picture. Colors are (r, g, b) or (r, g, b, alpha), 0 to 255.
 
 SIZE = 768, 512         # width and height of a scene
-SUPER = 3               # supersampling factor: scenes are drawn larger and averaged down for antialiasing
+SUPER = 3               # supersampling factor: scenes are drawn SUPER times larger, then reduced
 WHITE = np.full(3, 255.0)
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 40)), np.sin(np.linspace(0, 2 * np.pi, 40))], 1)
 SKIES = {               # zenith, middle, horizon, light, land
@@ -43,14 +43,14 @@ def vivid(rng, n=1, strength=0.75):
 
 
 def curve(rng, start, end, bend=0.0):
-    """Return cubic Bezier curves (n, 4, 2). bend: random offset of the two middle points in pixels."""
+    """Return n cubic Bezier curves (n, 4, 2). bend: random offset of the two middle points in pixels."""
     start, end = np.broadcast_arrays(np.atleast_2d(start).astype(float), np.atleast_2d(end).astype(float))
     middle = [mix(start, end, t) + rng.normal(0, 1, start.shape) * bend for t in (1 / 3, 2 / 3)]
     return np.stack([start, *middle, end], 1)
 
 
 def cloud_noise(rng, height, width, cell):
-    """Return a sum of noise octaves (height, width) in about [0, 1]. cell: size of the largest spots."""
+    """Return noise (height, width), about 0 to 1: a sum of octaves. cell: side of the largest spots."""
     total, weight = np.zeros((height, width)), 0.5
     while cell >= 3:
         grid = rng.random((int(height / cell) + 3, int(width / cell) + 3), np.float32)
@@ -66,7 +66,8 @@ def ramp(rng, height, width):
 
 
 def screen(rng, height, width, pitch, shape, edge):
-    """Return the opacity (height, width) of printed dots, lines or crossed lines that grow along a ramp."""
+    """Return the opacity (height, width) of a print screen whose elements grow along a ramp.
+    pitch: distance of the elements in pixels. shape: dots, lines, crossed. edge: softness of the borders."""
     angle = np.deg2rad(15 * rng.integers(12))
     yy, xx = np.mgrid[0:height, 0:width] * (2 * np.pi / pitch)
     u, v = np.cos(xx * np.cos(angle) + yy * np.sin(angle)), np.cos(yy * np.cos(angle) - xx * np.sin(angle))
@@ -128,12 +129,12 @@ class Canvas:
         column = Image.fromarray(np.uint8(colors)[:, None])
         self.image.paste(column.resize(self.image.size, Image.BILINEAR))
 
-    def finish(self, rng, bloom=0.5):
+    def finish(self, rng):
         """Return the picture at its final size, with glow around light areas and faint paper grain."""
         small = self.image.reduce(SUPER)
         bright = Image.eval(small, lambda v: max(0, v - 170) * 3)
         glow = sum(np.asarray(bright.filter(ImageFilter.GaussianBlur(r)), np.float32) for r in (5, 22)) / 510
-        pixels = 1 - (1 - np.asarray(small, np.float32) / 255) * (1 - bloom * 0.5 * glow)
+        pixels = 1 - (1 - np.asarray(small, np.float32) / 255) * (1 - 0.25 * glow)
         pixels += 0.02 * (cloud_noise(rng, self.h, self.w, 6)[..., None] - 0.5)
         return Image.fromarray(np.uint8(pixels.clip(0, 1) * 255 + 0.5))
 
@@ -169,7 +170,7 @@ def draw_sky(canvas, rng, time):
 
 
 def draw_leaves(canvas, rng, at, spread, n, dark, light, size=7):
-    """Draw a clump of n leaves: the light ones on top and towards the upper left."""
+    """Draw n leaves around `at`, from dark to light: the light ones are at the upper left, in front."""
     offset = rng.normal(0, 1, (n, 2)).clip(-1.8, 1.8)
     lit = (0.5 - 0.25 * offset.sum(1) + rng.normal(0, 0.2, n)).clip(0, 1)
     start = offset[np.argsort(lit)] * spread + at
@@ -375,10 +376,10 @@ TEXTURES = (stars, screentone, hatching, grain, dithering, line_art, text)
 # ---- folders of pictures
 
 def save_pictures(folder, pictures):
-    """Save (name, image) pairs into a new folder, which is complete or absent."""
+    """Save (name, image) pairs into a new folder. If this fails, there is no folder. Raises OSError."""
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder} exists; use it, or remove it to draw again")
+        raise FileExistsError(f"{folder} exists; remove it to draw again")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary:
         part = Path(temporary, "part")
@@ -390,24 +391,23 @@ def save_pictures(folder, pictures):
 
 def draw_demo(folder, seed=0, train=28, val=6):
     """Draw scenes as PNG files into folder/train and folder/val. All pictures are different."""
-    def draw(k, name, i):
-        scene = SCENES[i % len(SCENES)]
-        image = scene(Canvas(*SIZE), np.random.default_rng((seed, k, i)))
-        return f"{name}/{i:03}_{scene.__name__}.png", image
-
-    jobs = [(0, "train", i) for i in range(train)] + [(1, "val", i) for i in range(val)]
-    save_pictures(folder, (draw(*job) for job in jobs))
+    def pictures():
+        for k, name, i in [(0, "train", i) for i in range(train)] + [(1, "val", i) for i in range(val)]:
+            scene = SCENES[i % len(SCENES)]
+            image = scene(Canvas(*SIZE), np.random.default_rng((seed, k, i)))
+            yield f"{name}/{i:03}_{scene.__name__}.png", image
+    save_pictures(folder, pictures())
 
 
 def draw_textures(folder, count, seed=0, height=384, width=512):
-    """Draw `count` textures as PNG files, cycling through TEXTURES. height and width: even numbers."""
-    def draw(i):
-        rng, texture = np.random.default_rng((seed, 2, i)), TEXTURES[i % len(TEXTURES)]
-        a, b, c, d = (texture(rng, height // 2, width // 2) for _ in range(4))      # four panels
-        pixels = np.vstack([np.hstack([a, b]), np.hstack([c, d])])
-        return f"{i:03}_{texture.__name__}.png", Image.fromarray(np.uint8(pixels.clip(0, 255) + 0.5))
-
-    save_pictures(folder, (draw(i) for i in range(count)))
+    """Draw `count` textures as PNG files, all kinds in turn. height and width: even numbers."""
+    def pictures():
+        for i in range(count):
+            rng, texture = np.random.default_rng((seed, 2, i)), TEXTURES[i % len(TEXTURES)]
+            a, b, c, d = (texture(rng, height // 2, width // 2) for _ in range(4))      # four panels
+            pixels = np.vstack([np.hstack([a, b]), np.hstack([c, d])])
+            yield f"{i:03}_{texture.__name__}.png", Image.fromarray(np.uint8(pixels.clip(0, 255) + 0.5))
+    save_pictures(folder, pictures())
 
 
 def main():

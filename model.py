@@ -324,10 +324,10 @@ class HAT(nn.Module):
                     conv.weight[c * r * r:(c + 1) * r * r, c + 3] = -kernel
 
     def compile_blocks(self):
-        """torch.compile each attention block. Blocks of the same shape share the compiled code."""
+        """torch.compile each attention block, for each size of its input. Equal blocks share the code."""
         for layer in self.layers:
             for block in (*layer.residual_group["blocks"], layer.residual_group["overlap_attn"]):
-                block.compile()
+                block.compile(dynamic=False)     # Inductor cannot order the strides of a dynamic shape
 
     def forward(self, x):
         h, w = x.shape[-2:]

@@ -7,9 +7,9 @@
               last.safetensors    weights of the last report  samples/    bicubic | SR | HR
               state.pt            everything needed to resume
 
-best.safetensors has the weights with the best validation PSNR-Y. While the loss term adv is used, it has the
-weights of the last report, because a GAN lowers PSNR.
-Every file is written completely or not at all: it gets a temporary name first and is then renamed.
+best.safetensors holds the weights with the best validation PSNR-Y. While the loss term adv is used, it holds
+the weights of the last report, because a GAN may lower PSNR.
+Every file is written completely or not at all: it is written under a temporary name and then renamed.
 """
 import argparse
 import csv
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 
 from images import UserError, fail, printable, write_atomic
 
-# settings that a resumed run may change: speed, precision, paths of files
+# settings that may change when a run resumes: speed, precision, paths of files
 FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers",
                  "vgg_weights", "anime_weights", "detector"}
 NOT_LOSSES = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y"}
@@ -66,25 +66,20 @@ class Run:
         self.folder, self.overwrite = Path(folder), overwrite
 
     def settings(self):
-        """Read args.json -> settings of the run that this command resumes, or {} for a new run."""
+        """Read args.json. Returns the settings of the run that is resumed, or {} for a new run."""
         if self.overwrite or not (self.folder / "state.pt").exists():
             return {}
-        try:
-            return dict(json.loads((self.folder / "args.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            path = self.folder / "args.json"
-            raise UserError(f"{path} cannot be read; choose another folder with --out") from None
+        return json.loads((self.folder / "args.json").read_text())
 
     def check_settings(self, settings):
-        """Raise UserError if `settings` differ from those the run was made with.
-
-        Settings that an older run does not know are not compared."""
+        """Raise UserError if `settings` differ from those in args.json, or if weights would be overwritten.
+        Settings that args.json lacks, such as a new flag, are not compared."""
         before = self.settings()
         changed = [name for name, value in settings.items()
                    if name in before and before[name] != value and name not in FREE_SETTINGS]
         if changed:
-            said = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
-            raise UserError(f"{self.folder} was made with other settings ({said}); choose another folder "
+            old = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in changed)
+            raise UserError(f"{self.folder} was made with other settings ({old}); choose another folder "
                             "with --out, or start again in this one with --overwrite")
         weights = [p.name for p in self.folder.glob("*.safetensors")]
         if not before and weights and not self.overwrite:
@@ -92,19 +87,15 @@ class Run:
                             "--out, or replace its files with --overwrite")
 
     def load_state(self):
-        """Read state.pt. Returns None for a new run. Raises UserError."""
+        """Read state.pt. Returns the saved dict with its Progress, or None for a new run."""
         if not self.settings():
             return None
-        try:
-            state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
-            state["progress"] = Progress(**state["progress"])
-            return state
-        except Exception as e:      # torch.load raises nearly anything for a file that is cut short
-            raise UserError(f"{self.folder / 'state.pt'} cannot be read ({type(e).__name__}); continue from "
-                           "best.safetensors with --weights and another --out") from None
+        state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+        return {**state, "progress": Progress(**state["progress"])}
 
     def start(self, settings, rank=0):
-        """Rank 0 makes the folder and writes args.json. A new run removes the files of an older one."""
+        """On rank 0, create the folder and write args.json. Remove the files of an older run, unless this
+        run resumes it."""
         if rank == 0:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             if not self.settings():
@@ -112,9 +103,10 @@ class Run:
                     for path in self.folder.glob(pattern):
                         path.unlink()
             write_atomic(self.folder / "args.json", json.dumps(settings, indent=1).encode())
-        self.overwrite = False      # the folder now holds this run, so that load_state() reads its state
+        self.overwrite = False      # from here on load_state() reads the state of this run
 
     def save_state(self, state, progress):
+        """Write state.pt. state: dict of state dicts. progress: Progress."""
         buffer = io.BytesIO()
         torch.save({**state, "progress": asdict(progress)}, buffer)
         write_atomic(self.folder / "state.pt", buffer.getvalue())
@@ -131,10 +123,10 @@ class Run:
 
     def save_samples(self, step, strips):
         """Save strips, a list of uint8 (h, w, 3), below each other in one PNG."""
-        if strips:
-            width = max(s.shape[1] for s in strips)
-            padding = [((0, 4), (0, width - s.shape[1]), (0, 0)) for s in strips]
-            rows = [np.pad(s, p, constant_values=255) for s, p in zip(strips, padding)]
+        width = max((s.shape[1] for s in strips), default=0)
+        padding = [((0, 4), (0, width - s.shape[1]), (0, 0)) for s in strips]
+        rows = [np.pad(s, p, constant_values=255) for s, p in zip(strips, padding)]
+        if rows:        # rank 0 has no picture if all its validation pictures are bad
             save_png(self.folder / "samples" / f"step_{step:06d}.png", Image.fromarray(np.concatenate(rows)))
 
 
@@ -145,7 +137,7 @@ def save_png(path, image):
 
 
 def newest_run(stage, preset, scale, folder="runs"):
-    """best.safetensors of the newest run of this stage, preset and scale. Raises UserError."""
+    """Return the path of best.safetensors in the newest run of this stage. Raises UserError."""
     found = []
     for path in Path(folder).glob("*/args.json"):
         settings, best = json.loads(path.read_text()), path.with_name("best.safetensors")
@@ -159,14 +151,14 @@ def newest_run(stage, preset, scale, folder="runs"):
 
 
 def clock(seconds):
+    """Format a duration: 65 -> "1m05s", 3700 -> "1h01m"."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
 def progress_text(progress, steps, fraction, patch_rate):
-    """One line: step, losses, speed, time left.
-
-    steps: number of steps of the run, or None. fraction: the finished part of the run."""
+    """Return one line: step, losses, speed, time left.
+    steps: number of steps of the run, or None. fraction: the finished part of the run, above 0."""
     losses = "  ".join(f"{name} {value:.5f}" for name, value in progress.mean_losses().items())
     left = clock(progress.seconds * max(0, 1 - fraction) / fraction)
     count = f"{progress.step}/{steps}" if steps else f"{progress.step}"
@@ -178,16 +170,13 @@ def progress_text(progress, steps, fraction, patch_rate):
 
 
 def read_log(folder):
-    """The rows of a run's log.csv as [{column: float}], without empty columns. Raises UserError."""
+    """Return the rows of log.csv as [{column: float}], without empty values. Raises UserError."""
     try:
         with open(Path(folder) / "log.csv", newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value}
+            return [{name: float(value) for name, value in row.items() if value}
                     for row in csv.DictReader(file)]
-    except (OSError, ValueError) as e:
-        raise UserError(f"{printable(folder)} has no readable log.csv ({e})") from None
-    if not rows or not {"step", "psnr_y", "seconds"} <= rows[-1].keys():
-        raise UserError(f"{printable(folder)}/log.csv has no report yet")
-    return rows
+    except OSError as e:
+        raise UserError(f"{printable(folder)} has no log.csv: {e.strerror}") from None
 
 
 def draw_curves(runs):
@@ -203,7 +192,7 @@ def draw_curves(runs):
 
 
 def draw_panel(draw, top, column, runs):
-    """One panel of draw_curves, from pixel row `top` on."""
+    """Draw one panel of draw_curves(), from pixel row `top` on."""
     curves = {name: [(row["step"], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
               for name, rows in runs.items()}
     values = [value for points in curves.values() for _, value in points]
@@ -228,18 +217,13 @@ def draw_panel(draw, top, column, runs):
         if points:
             draw.line([place(*p) for p in (points if len(points) > 1 else points * 2)], fill=color, width=2)
         if len(curves) > 1:
-            # Pillow's default font has Latin letters only
-            label = name.encode("latin-1", "replace").decode("latin-1")[-20:]
-            draw.text((LEFT + 190 + 130 * (j % 3), top + 4 + 11 * (j // 3)), label, fill=color)
+            draw.text((LEFT + 190 + 130 * (j % 3), top + 4 + 11 * (j // 3)), name[-20:], fill=color)
 
 
-def compare(folders, curves):
-    """Print one line per run: length, final and best validation, settings that differ. Draw their curves."""
-    logs = {str(folder): read_log(folder) for folder in folders}
-    settings = {}
-    for folder in logs:
-        path = Path(folder) / "args.json"
-        settings[folder] = json.loads(path.read_text()) if path.exists() else {}
+def compare(folders):
+    """Print one line per run: length, last and best validation, settings that differ. Draw curves.png."""
+    logs = {folder: read_log(folder) for folder in folders}
+    settings = {folder: json.loads(Path(folder, "args.json").read_text()) for folder in logs}
     names = sorted({name for own in settings.values() for name in own} - FREE_SETTINGS - {"held_out"})
     width = max(map(len, logs)) + 2
     print(f"{'':{width}}{'steps':>8}{'seconds':>9}{'PSNR-Y':>9}{'SSIM-Y':>9}{'best':>9}{'at step':>9}"
@@ -248,21 +232,18 @@ def compare(folders, curves):
         best, last = max(rows, key=lambda row: row["psnr_y"]), rows[-1]
         differences = [f"{name}={settings[folder].get(name)}" for name in names
                        if any(own.get(name) != settings[folder].get(name) for own in settings.values())]
-        ssim = last.get("ssim_y", math.nan)
         print(f"{printable(folder):{width}}{last['step']:8.0f}{last['seconds']:9.0f}{last['psnr_y']:9.2f}"
-              f"{ssim:9.4f}{best['psnr_y']:9.2f}{best['step']:9.0f}  {' '.join(differences)}")
-    save_png(curves, draw_curves(logs))
-    print(f"curves: {curves}")
+              f"{last['ssim_y']:9.4f}{best['psnr_y']:9.2f}{best['step']:9.0f}  {' '.join(differences)}")
+    save_png("curves.png", draw_curves(logs))
+    print("curves: curves.png")
 
 
 def main():
-    p = argparse.ArgumentParser(description="Compare training runs: a table, and a picture of their curves.",
-                                epilog="example: python runs.py runs/a runs/b --curves curves.png")
+    p = argparse.ArgumentParser(description="Compare training runs: a table, and their curves in curves.png.",
+                                epilog="example: python runs.py runs/a runs/b")
     p.add_argument("folders", nargs="+", metavar="RUN", help="run folders")
-    p.add_argument("--curves", default="curves.png", help="PNG file for the curves (default: curves.png)")
-    args = p.parse_args()
     try:
-        compare(args.folders, args.curves)
+        compare(p.parse_args().folders)
     except UserError as e:
         fail(e)
 

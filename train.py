@@ -3,7 +3,7 @@
     python train.py                                             # stage 1 on demo pictures that it draws
     python train.py --stage 1 --patch 64 --data wallpapers --out runs/mine
     python train.py --stage 2 --data wallpapers --weights runs/mine/best.safetensors
-    python train.py --data wallpapers --compile --minutes 30    # a schedule by the clock, on a GPU
+    python train.py --data wallpapers --compile --minutes 30    # half an hour on a GPU
     torchrun --nproc_per_node=2 train.py --data wallpapers      # one process for each GPU
 
     stage 1, foundation          HAT learns on patches
@@ -52,17 +52,18 @@ STAGES = {
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-DEMO_STEPS = 560                # upper limit on demo pictures, where more steps bring little
+DEMO_STEPS = 560                # at most this many on demo pictures, where more steps gain little
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
-CALM_FRACTION = 2 / 3           # the rest of the run has half as many crop candidates: more flat areas
+CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop candidates: more flat areas
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 ROLLBACK_AFTER = 10             # bad steps in a row
-STATE_SECONDS = 600             # state.pt is at most this old
-REPORTS = 10                    # validations per run by default; half as many with tiling, which is slow
-MANY_STEPS = 10 ** 8            # --steps of a run by the clock
+STATE_SECONDS = 600             # training time between saves of state.pt, at most
+REPORTS = 10                    # validations in a run by default; half as many with tiling, which is slow
+VAL_COUNT = 8                   # validation pictures, at most
+MANY_STEPS = 10 ** 8            # --steps if --minutes ends the run
 DEMO = Path("demo")
 PATCHES = Path("patches")       # packed patch files
 
@@ -76,16 +77,15 @@ def sides(text):        # "256,384" -> [256, 384]
 
 
 def parse(argv=None):
-    argv = ["--optimizer" if a == "--optimiser" else a for a in (sys.argv[1:] if argv is None else argv)]
     p = argparse.ArgumentParser(
         description="Train HAT and its refiner. Without --data it draws demo pictures and trains on those.",
         epilog="example: python train.py --stage 1 --patch 64 --data wallpapers --out runs/mine")
     a = p.add_argument_group("data").add_argument
-    a("--data", nargs="+", action="extend", metavar="DIR", help="folders of HR pictures, or patch files of "
-      "data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
-    a("--val", metavar="DIR", help="validation pictures, or a folder with hr/ and lr/ (default: a tenth of "
-      "--data is held out)")
-    a("--val-count", type=int, default=8, metavar="N", help="use at most N of them, 0: all (default: 8)")
+    path = os.path.normpath     # the same folder with and without a slash at the end
+    a("--data", nargs="+", action="extend", type=path, metavar="DIR", help="folders of HR pictures, or patch "
+      "files of data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
+    a("--val", type=path, metavar="DIR", help="validation pictures, or a folder with hr/ and lr/ (default: a "
+      "tenth of --data is held out)")
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as "
       "web:0.7,bicubic:0.3 (default: bicubic)")
     a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed of N "
@@ -105,13 +105,14 @@ def parse(argv=None):
     a("--steps", type=int, help="optimizer steps (default by stage: 560, 200, 200; on a GPU with --data: "
       "50000, 10000, 5000)")
     a("--minutes", type=float, help="train for this long, instead of --steps")
-    a("--batch", type=int, help="patches per step and process; fewer of the larger patches (default by "
-      "stage: 2, 1, 1; GPU: 16, 8, 4)")
+    a("--batch", type=int, help="patches per process and batch; fewer if --patch draws a larger side "
+      "(default by stage: 2, 1, 1; GPU: 16, 8, 4)")
     a("--grad-accum", type=int, default=1, metavar="N", help="batches per step (default: 1)")
     a("--lr", type=float, help="peak learning rate (default by stage: 2e-3, with adam 1e-3; 2e-5; 1e-5)")
     a("--optimizer", choices=("muon", "adam"), default="muon", help="muon: Muon for the matrices of "
       "attention and MLP, Adam for the rest (default: muon)")
-    a("--ema", type=float, default=0.999, help="decay of the averaged, saved weights (default: 0.999)")
+    a("--optimiser", dest="optimizer", choices=("muon", "adam"), help=argparse.SUPPRESS)
+    a("--ema", type=float, default=0.999, help="decay of the average that is saved (default: 0.999)")
     a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: 10 in a run)")
     a = p.add_argument_group("loss").add_argument
     a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; losses.py "
@@ -123,7 +124,7 @@ def parse(argv=None):
       "weights/detector.safetensors)")
     a = p.add_argument_group("tiling").add_argument
     a("--use-tiling", action=argparse.BooleanOptionalAction, help="run HAT in tiles (default: stages 2, 3)")
-    a("--tile-size", type=int, default=64, help="LR pixels from tile to tile (default: 64)")
+    a("--tile-size", type=int, default=64, help="distance of the tiles in LR pixels (default: 64)")
     a("--tile-pad", type=int, default=32, help="LR pixels that a tile adds on each side (default: 32)")
     a = p.add_argument_group("speed").add_argument
     a("--device", help="cuda, mps or cpu (default: the best available)")
@@ -133,16 +134,18 @@ def parse(argv=None):
     a = p.add_argument_group("run folder").add_argument
     a("--out", metavar="DIR", help="run folder (default: runs/stageN-PRESET-SCALEx)")
     a("--overwrite", action="store_true", help="start again in an existing run folder")
-    a("--seed", type=int, default=0, help="of weights, crops and degradations (default: 0)")
-    return fill_defaults(p.parse_args(argv))
+    a("--seed", type=int, default=0, help="seed of weights, crops and degradations (default: 0)")
+    return complete(p.parse_args(argv))
 
 
-def fill_defaults(args):
-    """Set the defaults that depend on stage and device. Raises UserError."""
+def complete(args):
+    """Check the flags before files are read, and set the defaults that depend on stage and device.
+    Raises UserError, LossError, RecipeError."""
+    degrade.parse_recipe(args.recipe)
+    data.split_shares(args.data or [])
     if args.minutes and args.steps:
         raise UserError("give --minutes or --steps, not both")
-    device, _ = pick_device(args.device, args.amp)
-    on_gpu = device.type != "cpu"
+    on_gpu = pick_device(args.device, args.amp)[0].type != "cpu"
     defaults = {**STAGES[args.stage], **(GPU[args.stage] if on_gpu else {})}
     if not args.data:
         defaults["steps"] = min(defaults["steps"], DEMO_STEPS)
@@ -150,32 +153,15 @@ def fill_defaults(args):
         defaults["lr"] = 1e-3
     defaults["workers"] = min(8, os.cpu_count() or 1) if on_gpu else 1
     defaults["out"] = f"runs/stage{args.stage}-{args.preset}-{args.scale}x"
-    for name in ("patch", "batch", "steps", "use_tiling", "freeze", "lr", "workers", "out"):
+    for name, value in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
+            setattr(args, name, value)
     args.val_every = args.val_every or max(1, args.steps // (REPORTS // 2 if args.use_tiling else REPORTS))
     if args.minutes:
         args.steps = args.val_every = MANY_STEPS
-    args.data = [os.path.normpath(folder) for folder in args.data] if args.data else None
-    args.val = os.path.normpath(args.val) if args.val else None
-    return args
-
-
-def check(args):
-    """Check the flags before any file is read. Raises UserError, LossError, RecipeError."""
-    window, terms = PRESETS[args.preset]["window"], parse_loss(args.loss)
-    degrade.parse_recipe(args.recipe)
-    data.split_shares(args.data or [])
-    for side in args.patch:
-        if side < window or side % window:
-            raise UserError(f"--patch {side} does not suit {args.preset}: use a multiple of {window}")
-    if "adv" in terms and args.gan_after >= args.steps:
+    if "adv" in parse_loss(args.loss) and args.gan_after >= args.steps:
         raise UserError(f"--gan-after {args.gan_after} is not below --steps {args.steps}: adv never begins")
-    for flag, users in (("gan_after", {"adv"}), ("vgg_weights", {"perc"}), ("anime_weights", {"perc"}),
-                        ("detector", {"art_cls", "art_feat"})):
-        if getattr(args, flag) and not users & set(terms):
-            flag = flag.replace("_", "-")
-            raise UserError(f"--{flag} has no effect: --loss lacks {' and '.join(sorted(users))}")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,17 +169,19 @@ def check(args):
 
 
 def init_distributed(device):
-    """(rank, number of ranks): those of torchrun, or (0, 1)."""
+    """Return (rank, number of ranks): those of torchrun, or (0, 1). Only rank 0 prints."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:       # a long timeout, because rank 0 packs the pictures while the others wait
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         if device.type == "cuda":
             torch.cuda.set_device(device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     return rank, ranks
 
 
-def choose_validation(args, say):
+def choose_validation(args):
     """Set args.val, and args.held_out: the pictures of --data that are never trained on. Raises UserError."""
     folders, args.held_out = [folder for folder, _ in data.split_shares(args.data or [])], []
     if not folders:
@@ -203,54 +191,49 @@ def choose_validation(args, say):
         inside = [p.resolve() for p in find_pictures([args.val]) if roots & set(p.resolve().parents)]
         args.held_out = [str(path) for path in inside]
         if inside:
-            say(f"{len(inside)} pictures of --val are also in --data; they are not trained on")
+            print(f"{len(inside)} pictures of --val are also in --data; they are not trained on")
     else:
-        folder, held_out = data.hold_out(folders, PATCHES)
+        folder, held_out = data.hold_out(folders, PATCHES, VAL_COUNT)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
-        say(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has parts of them")
-
-
-def freeze(model, names):
-    """Stop the named modules from learning. Raises UserError."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    for name in filter(None, (n.strip() for n in names.split(","))):
-        if name not in modules:
-            raise UserError(f"--freeze {name}: no such module; the modules are {', '.join(modules)}")
-        modules[name].requires_grad_(False)
-
-
-def set_use_refiner(model):
-    """Use the refiner only if this run trains it or its weights are already trained."""
-    out = model.out_conv
-    model.use_refiner = bool(out.weight.requires_grad or out.weight.any() or out.bias.any())
+        print(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has parts of them")
 
 
 class Learner:
     """All objects that a training step changes: networks, averaged weights, optimizers, loss scaler.
     lr_shapes: the shapes of the LR batches. Raises UserError, WeightsError, LossError."""
 
-    def __init__(self, args, device, amp, ranks, lr_shapes, say):
-        self.args, self.device, self.amp, self.ranks = args, device, amp, ranks
+    def __init__(self, args, device, amp, ranks, lr_shapes):
+        self.args, self.device, self.amp = args, device, amp
         torch.manual_seed(args.seed)
         self.model = HATRefiner.from_preset(args.preset, args.scale)
         if args.weights:
             state = read_weights(args.weights)[0]
             misfits = fit_weights(self.model, state, args.weights, strict=False)
             if misfits:
-                say(f"{args.weights}: {len(misfits)} tensors do not fit: {', '.join(misfits)}")
+                print(f"{args.weights}: {len(misfits)} tensors do not fit: {', '.join(misfits)}")
             if len(misfits) > len(state) / 2:
                 raise UserError(f"{args.weights} does not fit preset {args.preset}")
-        freeze(self.model, args.freeze)
-        set_use_refiner(self.model)
+        for name in filter(None, args.freeze.split(",")):
+            try:
+                self.model.get_submodule(name).requires_grad_(False)
+            except AttributeError as e:
+                raise UserError(f"--freeze {name}: {e}") from None
+        out = self.model.out_conv
+        self.model.use_refiner = bool(out.weight.requires_grad or out.weight.any() or out.bias.any())
         self.model.hat_model.grad_checkpoint = args.grad_checkpoint
         self.model.to(device, memory_format=torch.channels_last).train()
+        window = self.model.hat_model.window
+        self.tiler = Tiler(args.tile_size, args.tile_pad, align=window) if args.use_tiling else None
+
+        # ---- averaged weights, optimizers
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.learning = [p for p in self.model.parameters() if p.requires_grad]
         self.averages = [a for a, p in zip(self.ema.parameters(), self.model.parameters()) if p.requires_grad]
         self.optimizers = build_optimizers(self.model, args.optimizer, CONV_LR_SCALE[args.stage])
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 12, enabled=amp == torch.float16)
-        window = self.model.hat_model.window
-        self.tiler = Tiler(args.tile_size, args.tile_pad, align=window) if args.use_tiling else None
+        self.parts = dict(model=self.model, ema=self.ema, scaler=self.scaler, **self.optimizers)
+
+        # ---- loss, discriminator
         self.loss = SRLoss(args.loss, vgg_weights=args.vgg_weights, anime_weights=args.anime_weights,
                            detector=args.detector).to(device)
         self.loss_weights = dict(self.loss.weights)
@@ -259,24 +242,23 @@ class Learner:
             self.discriminator = MultiScaleDiscriminator(64 if device.type != "cpu" else 16).to(device)
             self.discriminator_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), lr=LR_DISCRIMINATOR, betas=(0.9, 0.99), fused=True)
-        self.set_up_forward(lr_shapes)
+            self.parts.update(discriminator=self.discriminator,
+                              discriminator_optimizer=self.discriminator_optimizer)
 
-    def set_up_forward(self, lr_shapes):
-        """Compile, wrap for several processes, record CUDA graphs."""
-        args, self.graphs = self.args, None
-        self.ddp_model, self.ddp_discriminator = self.model, self.discriminator
+        # ---- compiled code, several processes, CUDA graphs
         if fast:
             fast.prepare(self.ema)
         if args.compile:
             self.model.hat_model.compile_blocks()
-        if self.ranks > 1:
+        self.ddp_model, self.ddp_discriminator, self.graphs = self.model, self.discriminator, None
+        if ranks > 1:
             self.ddp_model = DistributedDataParallel(self.model, broadcast_buffers=False)
             if self.discriminator:
                 self.ddp_discriminator = DistributedDataParallel(self.discriminator, broadcast_buffers=False)
         # a recorded backward overwrites the gradients, so gradient accumulation cannot use it
-        plain = not (self.tiler or args.grad_checkpoint or args.grad_accum > 1 or self.ranks > 1)
-        if fast and plain and self.device.type == "cuda":
-            with torch.autocast("cuda", self.amp, enabled=self.amp is not None, cache_enabled=False):
+        plain = not (args.use_tiling or args.grad_checkpoint or args.grad_accum > 1 or ranks > 1)
+        if fast and plain and device.type == "cuda":
+            with torch.autocast("cuda", amp, enabled=amp is not None, cache_enabled=False):
                 self.graphs = fast.capture_training_graphs(self.model, lr_shapes)
 
     def autocast(self):
@@ -285,72 +267,60 @@ class Learner:
     def active_optimizers(self, adversarial):
         return [*self.optimizers.values()] + [self.discriminator_optimizer] * adversarial
 
-    def parts(self):
-        """{name: object with state_dict() and load_state_dict()}."""
-        parts = dict(model=self.model, ema=self.ema, scaler=self.scaler, **self.optimizers)
-        if self.discriminator:
-            parts["discriminator"] = self.discriminator
-            parts["discriminator_optimizer"] = self.discriminator_optimizer
-        return parts
-
     def state_dict(self):
-        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
-        set_use_refiner(self.model)
-        self.ema.use_refiner = self.model.use_refiner
 
 
 class BatchStream:
-    """The batches of a run, in order. restart() continues at any step."""
+    """The batches of a run, in the order of the steps."""
 
     def __init__(self, args, files, shares, rank, ranks):
-        def batches(crop_candidates):
-            steps = args.steps * args.grad_accum
-            return data.Batches(files, steps, args.batch, args.patch, args.scale, args.recipe, args.seed,
-                                crop_candidates, shares, rank, ranks)
-        self.args, self.calm = args, None
-        self.detailed = batches(args.crop_candidates)
-        self.calmer = batches(math.ceil(args.crop_candidates / 2))
-        self.lr_shapes = [(self.detailed.batch_size(side), 3, side, side) for side in self.detailed.patches]
+        self.args, self.position = args, None
+        self.batches = [
+            data.Batches(files, args.steps * args.grad_accum, args.batch, args.patch, args.scale, args.recipe,
+                         args.seed, crop_candidates, shares, rank, ranks)
+            for crop_candidates in (args.crop_candidates, math.ceil(args.crop_candidates / 2))]
+        size = self.batches[0].batch_size
+        self.lr_shapes = [(size(side), 3, side, side) for side in sorted(args.patch)]
 
-    def restart(self, step, calm):
-        """calm: use half as many crop candidates."""
-        self.calm = calm
-        batches = self.calmer if calm else self.detailed
-        self.loader = iter(data.make_loader(batches, step * self.args.grad_accum, self.args.workers))
-
-    def next_step(self):
-        """The batches of one step: a list of (lr, hr)."""
+    def next_step(self, step, fraction):
+        """Return the batches of a step, a list of (lr, hr). fraction: the finished part of the run."""
+        calm = fraction >= CALM_FRACTION
+        if self.position != (step, calm):       # the first step, a rollback, or the first calm step
+            start = step * self.args.grad_accum
+            self.loader = iter(data.make_loader(self.batches[calm], start, self.args.workers))
+        self.position = step + 1, calm
         return [next(self.loader) for _ in range(self.args.grad_accum)]
 
 
-def set_up(args, device, amp, rank, ranks, say):
+def set_up(args, device, amp, rank, ranks):
     """Find the data, build the networks, resume or start. -> (run, validation, stream, learner, progress)"""
     run = Run(args.out, args.overwrite)
-    before = run.settings()
     if args.stage > 1 and not args.weights:
-        args.weights = before.get("weights") or newest_run(args.stage - 1, args.preset, args.scale)
-        say(f"stage {args.stage} starts from {args.weights}")
+        before = run.settings().get("weights")
+        args.weights = before or newest_run(args.stage - 1, args.preset, args.scale)
+        print(f"stage {args.stage} starts from {args.weights}")
     if rank > 0:
         dist.barrier()          # rank 0 draws and packs first
-    choose_validation(args, say)
+    choose_validation(args)
     settings = {**vars(args), "ranks": ranks}
     run.check_settings(settings)
     if not args.data and not (DEMO / "val").is_dir():
-        say(f"no --data: drawing demo pictures into {DEMO}")
+        print(f"no --data: drawing demo pictures into {DEMO}")
         demo.draw_demo(DEMO)
     folders, sides = args.data or [str(DEMO / "train")], [side * args.scale for side in args.patch]
-    files, shares = data.pack_folders(folders, sides, args.held_out, PATCHES, log=say)
+    files, shares = data.pack_folders(folders, sides, args.held_out, PATCHES)
     if rank == 0 and ranks > 1:
         dist.barrier()
     validation = Validation(args, rank, ranks)
     stream = BatchStream(args, files, shares, rank, ranks)
-    learner = Learner(args, device, amp, ranks, stream.lr_shapes, say)
+    learner = Learner(args, device, amp, ranks, stream.lr_shapes)
 
     state, progress = run.load_state(), Progress()
     if state:
@@ -360,11 +330,11 @@ def set_up(args, device, amp, rank, ranks, say):
         dist.barrier()          # all ranks have read the state
     run.start(settings, rank)
     parameters = sum(p.numel() for p in learner.learning)
-    say(f"{args.preset} {args.scale}x, {parameters:,} parameters learn, stage {args.stage}, "
-        f"{f'{ranks} x ' if ranks > 1 else ''}{device} {str(amp or 'fp32').removeprefix('torch.')}, "
-        f"{validation.count} validation pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB", flush=True)
+    print(f"{args.preset} {args.scale}x, {parameters:,} parameters learn, stage {args.stage}, "
+          f"{f'{ranks} x ' if ranks > 1 else ''}{device} {str(amp or 'fp32').removeprefix('torch.')}, "
+          f"{validation.count} validation pictures, bicubic {validation.bicubic['psnr_y']:.2f} dB")
     if state:
-        say(f"resumed at step {progress.step}", flush=True)
+        print(f"resumed at step {progress.step}")
     return run, validation, stream, learner, progress
 
 
@@ -400,7 +370,7 @@ def backward(learner, batches, adversarial, measure_gradients):
 
 
 def clip_gradients(learner, adversarial):
-    """Undo the loss scaling and clip. Returns the gradient norm, a tensor."""
+    """Undo the loss scaling and clip the gradients. Returns their norm before clipping, a tensor."""
     for optimizer in learner.active_optimizers(adversarial):
         learner.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(learner.learning, MAX_GRAD_NORM)
@@ -411,7 +381,7 @@ def clip_gradients(learner, adversarial):
 
 
 def update(learner, step, adversarial, finite):
-    """Move the weights and their averages, unless a gradient is not finite. Clear the gradients."""
+    """Update the weights and their averages, unless a gradient is not finite. Clear the gradients."""
     for optimizer in learner.active_optimizers(adversarial):
         if finite:
             learner.scaler.step(optimizer)
@@ -427,7 +397,8 @@ def mean_over_ranks(scalars, device, ranks):
     """{name: number or tensor} -> {name: float}, the mean over all ranks.
     Reading a value synchronizes the GPU, so all scalars of a step are read here, once."""
     if ranks > 1:
-        values = torch.tensor([float(value) for value in scalars.values()], device=device) / ranks
+        values = [float(value) / ranks for value in scalars.values()]
+        values = torch.tensor(values, dtype=torch.float64, device=device)       # seconds need more than fp32
         dist.all_reduce(values)
         return dict(zip(scalars, values.tolist()))
     return {name: float(value) for name, value in scalars.items()}
@@ -445,8 +416,8 @@ class Validation:
         folders = {"HR": Path(args.val, "hr"), "LR": Path(args.val, "lr")}
         self.recipe = None if all(folder.is_dir() for folder in folders.values()) else args.recipe
         jobs, _ = pairs.match_pairs({"HR": args.val} if self.recipe else folders)
-        if args.val_count and len(jobs) > args.val_count:       # spread over the folder
-            jobs = [jobs[i * len(jobs) // args.val_count] for i in range(args.val_count)]
+        if len(jobs) > VAL_COUNT:       # from all parts of the list
+            jobs = [jobs[i * len(jobs) // VAL_COUNT] for i in range(VAL_COUNT)]
         for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, self.recipe):
             bicubic = degrade.resize(lr[None], hr.shape[-2:])[0]
             if min(hr.shape[1:]) < 11 + 2 * self.scale or torch.equal(bicubic, hr):     # SSIM's window is 11
@@ -482,7 +453,7 @@ class Validation:
 
 
 def sample_strip(lr, sr, hr, side=192):
-    """Bicubic | SR | HR of the square in the middle. Returns uint8 (side, 3 * side, 3)."""
+    """Return bicubic | SR | HR of the center, each at most side x side, as one uint8 array (h, 3 * w, 3)."""
     h, w = min(side, hr.shape[1]), min(side, hr.shape[2])
     y, x = (hr.shape[1] - h) // 2, (hr.shape[2] - w) // 2
     bicubic = degrade.resize(lr[None], hr.shape[-2:])[0].clamp(0, 1)
@@ -534,12 +505,12 @@ def catch_signals():
 
 
 def finished_fraction(args, progress):
-    """The finished part of the run, 0 to 1, by steps or by the clock."""
+    """Return the finished part of the run, 0 to 1, by steps or by the clock."""
     return progress.seconds / 60 / args.minutes if args.minutes else progress.step / args.steps
 
 
-def rollback(run, learner, progress, ranks, say):
-    """Load the last saved state, and halve the learning rate. Returns Progress. Raises UserError."""
+def roll_back(run, learner, progress, ranks):
+    """Load the last saved state and halve the learning rate. Returns Progress. Raises UserError."""
     state = run.load_state()
     if ranks > 1:
         dist.barrier()          # all ranks have read it before rank 0 writes the next one
@@ -549,8 +520,8 @@ def rollback(run, learner, progress, ranks, say):
     restored.seconds, restored.skipped_steps = progress.seconds, progress.skipped_steps
     if restored.lr_backoff < 2 ** -20:
         raise UserError(f"step {progress.step} is not finite at any learning rate; the last state is kept")
-    say(f"step {progress.step}: {ROLLBACK_AFTER} bad steps in a row; back to step {restored.step} with the "
-        f"learning rate times {restored.lr_backoff:g}", flush=True)
+    print(f"step {progress.step}: {ROLLBACK_AFTER} bad steps in a row; back to step {restored.step} with the "
+          f"learning rate times {restored.lr_backoff:g}")
     return restored
 
 
@@ -558,19 +529,16 @@ def train(args):
     """Train until the schedule ends. SIGINT and SIGTERM save the state and exit with code 130."""
     device, amp = pick_device(args.device, args.amp)
     rank, ranks = init_distributed(device)
-    say = print if rank == 0 else (lambda *_, **__: None)
-    run, validation, stream, learner, progress = set_up(args, device, amp, rank, ranks, say)
+    run, validation, stream, learner, progress = set_up(args, device, amp, rank, ranks)
     signals, line, bad_steps, patches, stop = catch_signals(), ProgressLine(), 0, 0, False
     if not progress.rows:       # the first row of the log, and a state to roll back to
-        say(f"step 0  {report(args, run, learner, validation, progress, {}, 0.0, 0.0, rank)}", flush=True)
-    began = step_began = saved = time.time()
-    fraction = finished_fraction(args, progress)
+        print(f"step 0  {report(args, run, learner, validation, progress, {}, 0.0, 0.0, rank)}")
+    began = saved = progress.seconds
+    step_began, fraction = time.time(), finished_fraction(args, progress)
     while fraction < 1 and not stop:
         # ---- batches, learning rate, gradients
-        step, calm = progress.step, fraction >= CALM_FRACTION
-        if stream.calm != calm:
-            stream.restart(step, calm)
-        batches = stream.next_step()
+        step = progress.step
+        batches = stream.next_step(step, fraction)
         rate = learning_rate(step, fraction, args.lr, WARMUP) * progress.lr_backoff
         set_learning_rate(learner.optimizers, rate)
         report_due = (step + 1) % args.val_every == 0
@@ -592,50 +560,45 @@ def train(args):
         progress.record({name: scalars[name] for name in losses}, finite)
         bad_steps = 0 if finite else bad_steps + 1
         if bad_steps == ROLLBACK_AFTER:
-            progress = rollback(run, learner, progress, ranks, say)
-            fraction, bad_steps, stream.calm = finished_fraction(args, progress), 0, None
+            progress, bad_steps = roll_back(run, learner, progress, ranks), 0
+            fraction = finished_fraction(args, progress)
             continue
         progress.step += 1
 
         # ---- report and save
         fraction = finished_fraction(args, progress)
         patches += sum(len(lr) for lr, _ in batches) * ranks
-        patch_rate = patches / (time.time() - began)
+        patch_rate = patches / (progress.seconds - began)
         text = progress_text(progress, None if args.minutes else args.steps, fraction, patch_rate)
         if rank == 0:
             line(text)
         if report_due or fraction >= 1:
             scores = report(args, run, learner, validation, progress, gradients, rate, patch_rate, rank)
             line.clear()
-            say(f"{text}  {scores}", flush=True)
-        if rank == 0 and (stop or time.time() - saved > STATE_SECONDS):
+            print(f"{text}  {scores}")
+        if rank == 0 and (stop or progress.seconds - saved > STATE_SECONDS):
             run.save_state(learner.state_dict(), progress)
-            saved = time.time()
+            saved = progress.seconds
 
     if fraction < 1:
-        say(f"stopped at step {progress.step}; the same command resumes"
-            + (" (leave out --overwrite)" if args.overwrite else ""))
+        print(f"stopped at step {progress.step}; the same command resumes"
+              + (" (leave out --overwrite)" if args.overwrite else ""))
         sys.exit(130)
-    print_result(args, run, progress, validation, say)
-
-
-def print_result(args, run, progress, validation, say):
     paths = run.folder / "best.safetensors", args.val, args.recipe
     file, folder, recipe = (shlex.quote(str(path)) for path in paths)
     pictures = f"{folder} --recipe {recipe}" if validation.recipe else f"{folder}/hr --lr-dir {folder}/lr"
-    say(f"done in {clock(progress.seconds)}: {file}, validation {progress.best_psnr:.2f} dB PSNR-Y, "
-        f"{progress.best_psnr - validation.bicubic['psnr_y']:+.2f} dB over bicubic\n"
-        f"next:\n  python tile.py {folder} -o upscaled --weights {file}\n"
-        f"  python evaluate.py --data {pictures} --weights {file}")
+    print(f"done in {clock(progress.seconds)}: {file}, validation {progress.best_psnr:.2f} dB PSNR-Y, "
+          f"{progress.best_psnr - validation.bicubic['psnr_y']:+.2f} dB over bicubic\n"
+          f"next:\n  python tile.py {folder} -o upscaled --weights {file}\n"
+          f"  python evaluate.py --data {pictures} --weights {file}")
 
 
 def main():
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")      # a console may lack a letter
     if fast:
         fast.keep_freed_memory()
     try:
-        args = parse()
-        check(args)
-        train(args)
+        train(parse())
     except (UserError, WeightsError, LossError, degrade.RecipeError) as e:
         fail(e)
 

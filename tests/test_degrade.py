@@ -3,7 +3,6 @@ same bits in any batch, thread, and process, artifacts, the command."""
 import hashlib
 import io
 import math
-import re
 import sys
 
 import numpy as np
@@ -321,24 +320,6 @@ def test_a_recipe_that_does_not_end_at_the_lr_size(monkeypatch):
         degrade.degrade(torch.zeros(1, 3, 8, 8), "mine", 2, [0])
 
 
-@pytest.mark.parametrize("entry, word", [
-    (dict(op="blurr", sigma=(1, 2)), "blurr"),
-    (dict(sigma=(1, 2)), "'op'"),
-    (dict(op="blur", sigma=1.0), "sigma"),
-    (dict(op="blur"), "sigma"),
-    (dict(op="blur", sigma=(1, 2), strength=(1, 2)), "strength"),
-    (dict(op="downscale", kernel=dict(bicubicc=1.0)), "bicubicc"),
-    (dict(op="compress", codec=dict(webp=1.0), quality=dict(jpeg=(80, 90))), "webp"),
-    (dict(op="rescale", base="lr", direction=dict(keep=1), factor=(1, 1), kernel=dict(area=1), aliased=1), "downscale"),
-])
-def test_a_wrong_entry_is_named(monkeypatch, entry, word):
-    chain = [entry] if word == "bicubicc" else [DOWN, entry, dict(op="rescale", base="hr", factor=(1, 1), aliased=0,
-                                                                 direction=dict(keep=1), kernel=dict(area=1))]
-    monkeypatch.setitem(degrade.RECIPES, "mine", dict(chain=chain))
-    with pytest.raises(ValueError, match=rf"mine.*{re.escape(word)}"):
-        degrade.degrade(torch.zeros(1, 3, 8, 8), "mine", 2, [0])
-
-
 def test_bicubic_equals_pillow_within_a_level():
     hr = smooth(1, 3, 64, 96)
     ours = degrade.degrade(hr, "bicubic", 2, [0])[0].mul(255).round().permute(1, 2, 0).numpy()
@@ -559,6 +540,16 @@ def test_adding_a_picture_changes_no_other(folder, tmp_path, monkeypatch, capsys
     assert command(monkeypatch, capsys, folder, tmp_path / "two")[0] == 0
     for path in (tmp_path / "one").rglob("*.png"):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_two_pictures_with_one_result(tmp_path, monkeypatch, capsys):
+    (tmp_path / "hr").mkdir()
+    for name, color in (("a.jpg", "red"), ("a.png", "blue"), ("b.png", "blue")):
+        Image.new("RGB", (20, 20), color).save(tmp_path / "hr" / name)
+    for more in ((), ("--overwrite",)):
+        code, out, err = command(monkeypatch, capsys, tmp_path / "hr", tmp_path / "lr", "--recipe", "clean", *more)
+        assert code == 0 and "2 pictures" in out and "1 skipped" in out and "a.png" in err
+    assert Image.open(tmp_path / "lr" / "a.png").getpixel((0, 0))[0] > 250
 
 
 def test_no_file_is_overwritten_without_the_flag(folder, tmp_path, monkeypatch, capsys):
