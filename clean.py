@@ -52,18 +52,15 @@ LOW_DETAIL_SHARE = 0.1  # share of patches with little detail; select_patches() 
 
 # ------------------------------------------------------------------ measurements of one picture
 
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BMP": ".bmp",
-            "TIFF": ".tif", "GIF": ".gif"}
-
-
-def file_format(path):
-    """Return (Pillow's format name, JPEG quality or None) of a readable picture file."""
+def jpeg_quality(path):
+    """Estimate the quality of a JPEG file, 1 to 100, from its quantization table. None for other formats."""
     with Image.open(path) as im:
-        if im.format not in ("JPEG", "MPO") or not im.quantization:
-            return im.format, None
-        # libjpeg scales the luma table of ITU-T T.81, annex K. The 64 numbers of that table add up to 3688.
-        percent = 100 * sum(im.quantization[min(im.quantization)]) / 3688
-        return im.format, round(100 - percent / 2 if percent <= 100 else 5000 / percent)
+        tables = getattr(im, "quantization", None)
+    if not tables:
+        return None
+    # libjpeg scales the luma table of ITU-T T.81, annex K. The 64 numbers of that table add up to 3688.
+    percent = 100 * sum(tables[min(tables)]) / 3688
+    return round(100 - percent / 2 if percent <= 100 else 5000 / percent)
 
 
 def detailed_squares(pixels, count=24, side=128):
@@ -237,14 +234,12 @@ class Measured:
     """Measurements of one picture file. A picture that cannot be read has only the first three fields.
 
     problem: why it cannot be read, or "". quality: of a JPEG file, or None. content: a hash of the sRGB
-    pixels. layout, texture: see thumbnails(). sharpness, blocks: in dB, or None without detailed squares.
-    text: see text_share().
+    pixels and the color description. layout, texture: see thumbnails(). sharpness, blocks: in dB, or None
+    without detailed squares. text: see text_share().
     """
     path: Path
     name: str
     problem: str = ""
-    note: str = ""
-    format: str = ""
     quality: int | None = None
     width: int = 0
     height: int = 0
@@ -263,32 +258,25 @@ def stack_planes(picture):
 
 
 def examine(job):
-    """Measure one picture. job: (path, name). Returns a Measured."""
+    """Measure one picture. job: (path, name). Returns (Measured, note)."""
     path, name = job
     try:
         picture = images.read_picture(path, srgb=True)
     except images.PictureError as error:
-        return Measured(path, name, str(error).removeprefix(f"{images.printable(path)}: "))
-    kind, quality = file_format(path)
-    pixels = stack_planes(picture)
+        problem = str(error).removeprefix(f"{images.printable(path)}: ")
+        return Measured(path, name, problem), f"{name}: {problem}"
+    quality, pixels = jpeg_quality(path), stack_planes(picture)
     height, width = pixels.shape[:2]
     content = hashlib.blake2b(b"".join([pixels, *picture.color.values()]), key=str(pixels.shape).encode(),
                               digest_size=8).hexdigest()
     pixels = np.ascontiguousarray(images.to_uint8(images.composite(picture, 0.5)))
     squares = detailed_squares(pixels)
-    return Measured(path, name, "", picture.note, kind, quality, width, height, content,
-                    *thumbnails(pixels), sharpness(squares), blockiness(squares, kind in ("JPEG", "MPO")),
-                    text_share(pixels))
+    row = Measured(path, name, "", quality, width, height, content, *thumbnails(pixels), sharpness(squares),
+                   blockiness(squares, jpeg=quality is not None), text_share(pixels))
+    return row, picture.note and f"{name}: {picture.note}"
 
 
 # ------------------------------------------------------------------ clean
-
-def find_original(row, kept, layouts):
-    """Return the first of the Measured `kept` that `row` is a copy of, or None. layouts: those of `kept`."""
-    near = np.flatnonzero(layouts @ row.layout > MIN_LAYOUT)
-    copies = (kept[i] for i in near if similarity(kept[i].texture, row.texture) > MIN_SIMILARITY)
-    return next(copies, None)
-
 
 def defect(row, min_side, keep_text):
     """Return (verdict, reason) if the picture itself is unsuitable, else None. row: a Measured."""
@@ -307,29 +295,27 @@ def defect(row, min_side, keep_text):
     return None
 
 
-def quality_key(row):
-    """Sort key: the largest picture first, then the one with the weakest JPEG blocks."""
-    return -row.width * row.height, row.blocks or 0, row.content, row.name
-
-
 def decide(rows, min_side=256, keep_text=False):
     """Choose a verdict for each Measured; their order does not matter. Returns {name: (verdict, reason)}.
 
-    verdict: kept, broken, small, jpeg, upscaled, text or duplicate. The largest of several duplicates is
-    kept. The reason of a kept picture is its new file name: the hash of its pixels.
+    verdict: kept, broken, small, jpeg, upscaled, text, or duplicate. The reason of a kept picture is its new
+    file name: the hash of its pixels. Of several duplicates, the largest is kept, or the one with the weakest
+    JPEG blocks. Pictures of equal samples but different PNG color chunks are duplicates, because training
+    treats both as sRGB.
     """
     verdicts = {row.name: defect(row, min_side, keep_text) for row in rows}
-    good = sorted((row for row in rows if not verdicts[row.name]), key=quality_key)
-    layouts, kept = np.zeros((len(good), 65), np.float32), []
-    for row in good:
-        original = find_original(row, kept, layouts[:len(kept)])
+    good = sorted((row for row in rows if not verdicts[row.name]),
+                  key=lambda row: (-row.width * row.height, row.blocks or 0, row.content, row.name))
+    layouts, kept = np.array([row.layout for row in good]), []
+    for i, row in enumerate(good):
+        near = [good[kept[j]] for j in np.flatnonzero(layouts[kept] @ row.layout > MIN_LAYOUT)]
+        original = next((other for other in near if other.content == row.content
+                         or similarity(other.texture, row.texture) > MIN_SIMILARITY), None)
         if original:
             verdicts[row.name] = "duplicate", f"nearly the same as {original.name}"
-            continue
-        layouts[len(kept)] = row.layout
-        kept.append(row)
-        suffix = SUFFIXES.get(row.format, row.path.suffix.lower())
-        verdicts[row.name] = "kept", f"pictures/{row.content}{suffix}"
+        else:
+            verdicts[row.name] = "kept", f"pictures/{row.content}{row.path.suffix.lower()}"
+            kept.append(i)
     return verdicts
 
 
@@ -348,15 +334,11 @@ def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_
     The new folder `out` gets pictures/ (links to the kept pictures, or copies) and report.csv (a line per
     file). Raises images.UserError for a wrong folder or if pictures/ exists, and OSError.
     """
-    out, rows = Path(out), []
+    out = Path(out)
     if (out / "pictures").exists():
         raise images.UserError(f"{images.printable(out / 'pictures')} exists; choose another --out")
     jobs = [(path, images.printable(name)) for path, name in data.list_inputs(folders).items()]
-    for _, row in data.run_parallel(examine, jobs, workers, "examining"):
-        rows.append(row)
-        if row.note or row.problem:
-            images.ProgressLine.clear()
-            log(f"{row.name}: {row.note or row.problem}")
+    rows = list(data.run_parallel(examine, jobs, workers, "examining", log))
     verdicts = decide(rows, min_side, keep_text)
 
     (out / "pictures").mkdir(parents=True)
@@ -381,13 +363,11 @@ def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_
 def copy_job(job, min_side):
     """Make the smaller copies of one picture. job: (path, target without suffix).
 
-    Returns the number of new copies, or the PictureError of an unreadable picture.
+    Returns (number of copies, note). Raises images.PictureError for an unreadable picture.
     """
     path, stem = job
-    try:
-        image = Image.fromarray(stack_planes(images.read_picture(path, srgb=True)))
-    except images.PictureError as error:
-        return error
+    picture = images.read_picture(path, srgb=True)
+    image = Image.fromarray(stack_planes(picture))
     short, count = min(image.size), 0
     for suffix, factor in {**data.COPY_SCALES, data.COPY_SHORT_SIDE: data.COPY_SHORT_SIDE / short}.items():
         if factor >= 1 or round(short * factor) < min_side:
@@ -398,7 +378,7 @@ def copy_job(job, min_side):
         with images.atomic_path(target) as part:
             copy.save(part, "PNG", compress_level=3)        # level 6 takes three times longer
         count += 1
-    return count
+    return count, picture.note and f"{images.printable(path)}: {picture.note}"
 
 
 def multiscale(folders, out, min_side=128, workers=None, log=print):
@@ -408,20 +388,12 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
     subfolder of `out`. No copy is larger than its picture or has a side below min_side. Of several pictures
     with one name but different suffixes, the copies of one are kept. Raises images.UserError and OSError.
     """
-    jobs = []
-    for path, name in data.list_inputs(folders, exclude=[out]).items():
-        _, name = name.split("/", 1)
-        jobs.append((path, str(Path(out) / name.removesuffix(path.suffix))))
-    count = unreadable = 0
+    jobs = [(path, str(Path(out) / name.split("/", 1)[1].removesuffix(path.suffix)))
+            for path, name in data.list_inputs(folders).items()]
     job = functools.partial(copy_job, min_side=min_side)
-    for _, result in data.run_parallel(job, jobs, workers, "resizing"):
-        if isinstance(result, images.PictureError):
-            images.ProgressLine.clear()
-            log(f"skipped: {result}")
-            unreadable += 1
-        else:
-            count += result
-    log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {unreadable} unreadable")
+    counts = list(data.run_parallel(job, jobs, workers, "resizing", log))
+    count = sum(filter(None, counts))
+    log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {counts.count(None)} unreadable")
     return count
 
 
@@ -446,64 +418,41 @@ def select_patches(details, count, rng):
 
 def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, seed=0, min_side=data.MIN_SIDE, log=print, lr_dir=None,
          workers=None):
-    """Write the patches with most detail, from folders of pictures or from patch files, to one patch file.
+    """Write the patches with most detail of folders of pictures, or of one patch file, to a patch file.
 
-    At most MAX_PER_PICTURE patches of each picture are candidates. Then the share `keep` of all candidates is
-    kept. Both steps use select_patches(). Folders are packed into a temporary file first. For the other
-    arguments see data.pack; a patch file has its own patch size. Returns Path(out), which is replaced. Raises
-    images.UserError, also for inputs that do not fit together, and OSError.
+    At most MAX_PER_PICTURE patches of each picture are candidates. Of all candidates, the share `keep` is
+    written. Both steps use select_patches(). Folders are packed into a temporary file first. For the other
+    arguments see data.pack. Returns Path(out), which is replaced. Raises images.UserError and OSError.
     """
     inputs, out = images.as_paths(inputs), Path(out)
-    files = [path for path in inputs if data.is_patch_file(path)]
-    folders = [path for path in inputs if not data.is_patch_file(path)]
-    packed = out.with_name(out.name + ".packed")
-    try:
-        if folders:
-            data.pack(folders, packed, size, seed, min_side, log, lr_dir=lr_dir, workers=workers)
-            files.append(packed)
-        write_mined(files, out, keep, seed, log)
-    finally:
-        packed.unlink(missing_ok=True)
+    if len(inputs) > 1 or not data.is_patch_file(inputs[0]):
+        packed = out.with_name(f"{out.name}.packed.safetensors")
+        try:
+            data.pack(inputs, packed, size, seed, min_side, log, lr_dir=lr_dir, workers=workers)
+            return mine(packed, out, keep=keep, seed=seed, log=log)
+        finally:
+            packed.unlink(missing_ok=True)
+
+    metadata, arrays = data.open_patch_file(inputs[0])
+    patches, lr_patches, picture = arrays["patches"], arrays.get("lr"), arrays["picture"]
+    detail, names = arrays["detail"], arrays["names"].tobytes().decode().split("\n")
+
+    candidates = []
+    for rows in np.split(np.arange(len(picture)), np.flatnonzero(np.diff(picture)) + 1):    # of one picture
+        rng = data.seeded_rng(f"{seed}/{names[picture[rows[0]]]}")
+        candidates.append(rows[select_patches(detail[rows], MAX_PER_PICTURE, rng)])
+    candidates = np.concatenate(candidates)
+    count = max(1, round(keep * len(candidates)))
+    chosen = candidates[select_patches(detail[candidates], count, np.random.default_rng(seed))]
+
+    def pictures():
+        for k in np.unique(picture[chosen]):
+            rows = chosen[picture[chosen] == k]
+            yield names[k], patches[rows], None if lr_patches is None else lr_patches[rows], detail[rows]
+    scale = int(metadata.get("scale", 0))
+    patch_count, picture_count = data.write_patch_file(out, patches.shape[1], scale, "mined", pictures())
+    log(f"{out}: {patch_count} of {len(patches)} patches, from {picture_count} pictures")
     return out
-
-
-def write_mined(files, out, keep, seed, log):
-    """Select the patches of patch files and write them to `out`. For the arguments see `mine`."""
-    headers = [data.read_header(file) for file in files]
-    kinds = {(size, int(metadata.get("scale", 0))) for metadata, _, size in headers}
-    if len(kinds) > 1:
-        raise images.UserError("the inputs need one patch size, and all or none must be pairs of one scale")
-    pictures, details = [], []      # per picture: (file number, name, patch numbers), details of patches
-    tensors = [(data.read_tensor(file, "patches"), data.read_tensor(file, "lr")) for file in files]
-    for k, file in enumerate(files):
-        picture, detail = data.read_tensor(file, "picture"), data.read_tensor(file, "detail")
-        names = data.read_tensor(file, "names").tobytes().decode().split("\n")
-        ends = np.searchsorted(picture, np.arange(picture[-1] + 2))
-        for name, begin, end in zip(names, ends[:-1], ends[1:]):
-            rng = data.seeded_rng(f"{seed}/{name}")
-            numbers = begin + select_patches(detail[begin:end], MAX_PER_PICTURE, rng)
-            pictures.append((k, name, numbers))
-            details.append(detail[numbers])
-    counts, details = [len(d) for d in details], np.concatenate(details)
-    count = max(1, round(keep * len(details)))
-    chosen = select_patches(details, count, np.random.default_rng(seed))
-    if not len(chosen):
-        raise images.UserError("all patches are of a single color; give other pictures")
-
-    size, scale = kinds.pop()
-    with data.PatchWriter(out, size, scale or None, "mined") as writer:
-        end = 0
-        for (k, name, numbers), count in zip(pictures, counts):
-            begin, end = end, end + count
-            own = chosen[(chosen >= begin) & (chosen < end)]
-            if len(own):
-                patches, lr_patches = tensors[k]
-                rows = numbers[own - begin]
-                lr_rows = None if lr_patches is None else lr_patches[rows]
-                writer.add(name, patches[rows], lr_rows, details[own])
-        writer.finish()
-    total = sum(len(patches) for patches, _ in tensors)
-    log(f"{out}: {len(chosen)} of {total} patches, from {len(writer.names)} pictures")
 
 
 # ------------------------------------------------------------------ command
@@ -513,26 +462,25 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add_command(name, text, inputs="folders of pictures"):
+    def add_command(name, text):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("data", nargs="+", metavar="IN", help=f"{inputs}, with their subfolders")
+        command.add_argument("data", nargs="+", metavar="IN",
+                             help="folders of pictures, with their subfolders")
         return command.add_argument
 
-    add = add_command("clean", "leave out broken, small, JPEG-damaged, upscaled, text and duplicate pictures")
+    add = add_command("clean", "drop broken, small, JPEG-damaged, upscaled, text, and duplicate pictures")
     add("--out", "-o", required=True, help="new folder for pictures/ and report.csv")
     add("--copy", action="store_true", help="copy pictures (default: link them)")
     add("--keep-text", action="store_true", help="keep pictures with much text (default: leave them out)")
-    add("--min-side", type=int, default=256, help="smallest allowed value of the shorter side (default: 256)")
+    add("--min-side", type=int, default=256, help="smallest allowed shorter side (default: 256)")
     add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3 and with shorter side 400")
+    add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3, and with shorter side 400")
     add("--out", "-o", required=True, help="folder for the copies")
-    add("--min-side", type=int, default=128,
-        help="make no copy whose shorter side is below this (default: 128)")
+    add("--min-side", type=int, default=128, help="smallest shorter side of a copy (default: 128)")
     add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    add = add_command("mine", "write the patches with most detail to a patch file",
-                      "folders of pictures, or patch files")
+    add = add_command("mine", "write the patches with most detail to a patch file; IN may be a patch file")
     data.add_pack_flags(add)
     add("--keep", type=float, default=0.5, help="share of the patches to keep (default: 0.5)")
     return parser.parse_args()

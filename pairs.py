@@ -28,13 +28,11 @@ class PairError(images.UserError):
 
 # ---- matching by name
 
-def list_pictures(paths):
-    """List files and folders -> [(name, path)]. A name is relative to its folder, or the name of a file."""
-    pictures = []
-    for place in images.as_paths(paths):
-        for path in images.find_pictures([place]):
-            pictures.append((path.relative_to(place).as_posix() if place.is_dir() else path.name, path))
-    return pictures
+def list_pictures(place):
+    """List a file or folder -> [(name, path)]. A name is relative to the folder, or the name of the file."""
+    place = Path(place)
+    return [(path.relative_to(place).as_posix() if place.is_dir() else path.name, path)
+            for path in images.find_pictures(place)]
 
 
 def match_pairs(sides):

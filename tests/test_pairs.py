@@ -29,7 +29,7 @@ def test_names_are_relative_to_their_folder(tmp_path):
     for name in ("b/c d.png", "a.png"):
         save(tmp_path / "hr" / name)
     save(tmp_path / "空.png")
-    found = pairs.list_pictures([tmp_path / "hr", tmp_path / "空.png"])
+    found = pairs.list_pictures(tmp_path / "hr") + pairs.list_pictures(tmp_path / "空.png")
     assert [name for name, _ in found] == ["a.png", "b/c d.png", "空.png"]
     assert all(path.is_file() for _, path in found)
 
