@@ -77,13 +77,11 @@ def detailed_squares(pixels, count=24, side=128):
 
 
 def sharpness(squares):
-    """Return the power at 0.3 to 0.5 cycles per pixel relative to 0.1 to 0.2, in dB; None without squares.
+    """Return the power at 0.3 to 0.5 cycles per pixel relative to 0.1 to 0.2, in dB.
 
     squares: luma (n, side, side). Drawings at their true resolution have -7 to -16 dB, pictures upscaled by 2
     have -20 to -30 dB. The result is the upper quartile, because most areas of a painting are soft.
     """
-    if not len(squares):
-        return None
     side = squares.shape[1]
     window = np.hanning(side + 1)[:side].astype(np.float32)
     squares = (squares - squares.mean((1, 2), keepdims=True)) * window * window[:, None]
@@ -95,15 +93,13 @@ def sharpness(squares):
 
 
 def blockiness(squares, jpeg=False):
-    """Return the strength of an 8-pixel JPEG grid in dB; None without squares.
+    """Return the strength of an 8-pixel JPEG grid in dB.
 
     squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each block.
     So the three highest frequencies of an 8-sample DCT are weak where the 8 samples coincide with a block.
     The result is the weakest of the 8 offsets relative to their median: about 0 without JPEG, 0.5 for quality
     95, 6 for 30. jpeg: True if the file is a JPEG; then offset 0 counts half.
     """
-    if not len(squares):
-        return None
     waves = np.cos(np.pi * np.outer(np.arange(5, 8), 2 * np.arange(8) + 1) / 16) / 2
     length, results = squares.shape[1] - 8, []
     for lines in (squares, squares.transpose(0, 2, 1)):
@@ -160,7 +156,8 @@ def connected_components(mask):
     """
     edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8))
     (y, left), right, width = np.nonzero(edges == 1), np.nonzero(edges == -1)[1], mask.shape[1] + 2
-    first = np.searchsorted(y * width + right, (y + 1) * width + left)      # the runs below that touch it
+    # Each run touches `count` runs of the row below, from number `first` on.
+    first = np.searchsorted(y * width + right, (y + 1) * width + left)
     count = np.maximum(np.searchsorted(y * width + left, (y + 1) * width + right, "right") - first, 0)
     above = np.repeat(np.arange(len(y)), count)
     below = np.arange(len(above)) + np.repeat(first - (count.cumsum() - count), count)
@@ -183,8 +180,8 @@ def connected_components(mask):
 def find_letters(components):
     """Return the bounding boxes (n, 4) of the components that are letters of a horizontal line.
 
-    A letter has thin strokes and at least 5 neighbors of similar height and different widths on its line.
-    They must make up most of the band of this line. This excludes foliage and hatching.
+    A letter has thin strokes and at least 5 mates: other letters of its line with similar height. The widths
+    of the mates differ, and they fill most of the line. This excludes foliage and hatching.
     """
     heights = components[1] - components[0]
     components = components[:, (heights >= 3) & (heights <= 120)].astype(np.float32)
@@ -234,8 +231,8 @@ class Measured:
     """Measurements of one picture file. A picture that cannot be read has only the first three fields.
 
     problem: why it cannot be read, or "". quality: of a JPEG file, or None. content: a hash of the sRGB
-    pixels and the color description. layout, texture: see thumbnails(). sharpness, blocks: in dB, or None
-    without detailed squares. text: see text_share().
+    pixels and the color description. layout, texture: see thumbnails(). sharpness, blocks: in dB, 0 without
+    detailed squares. text: see text_share().
     """
     path: Path
     name: str
@@ -246,8 +243,8 @@ class Measured:
     content: str = ""
     layout: np.ndarray | None = None
     texture: np.ndarray | None = None
-    sharpness: float | None = None
-    blocks: float | None = None
+    sharpness: float = 0.0
+    blocks: float = 0.0
     text: float = 0.0
 
 
@@ -271,8 +268,10 @@ def examine(job):
                               digest_size=8).hexdigest()
     pixels = np.ascontiguousarray(images.to_uint8(images.composite(picture, 0.5)))
     squares = detailed_squares(pixels)
-    row = Measured(path, name, "", quality, width, height, content, *thumbnails(pixels), sharpness(squares),
-                   blockiness(squares, jpeg=quality is not None), text_share(pixels))
+    row = Measured(path, name, "", quality, width, height, content, *thumbnails(pixels))
+    row.text = text_share(pixels)
+    if len(squares):
+        row.sharpness, row.blocks = sharpness(squares), blockiness(squares, jpeg=quality is not None)
     return row, picture.note and f"{name}: {picture.note}"
 
 
@@ -286,9 +285,9 @@ def defect(row, min_side, keep_text):
         return "small", f"{row.width}x{row.height}, a side is below {min_side}"
     if row.quality is not None and row.quality < MIN_QUALITY:
         return "jpeg", f"JPEG of quality {row.quality}, below {MIN_QUALITY}"
-    if row.blocks is not None and row.blocks > MAX_BLOCKS:
+    if row.blocks > MAX_BLOCKS:
         return "jpeg", f"traces of JPEG blocks: {row.blocks:.1f} dB, above {MAX_BLOCKS:g}"
-    if row.sharpness is not None and row.sharpness < MIN_SHARPNESS:
+    if row.sharpness < MIN_SHARPNESS:
         return "upscaled", f"sharpness {row.sharpness:.1f} dB, below {MIN_SHARPNESS:g}"
     if row.text > MAX_TEXT and not keep_text:
         return "text", f"text on {row.text:.1%} of the area, above {MAX_TEXT:.1%}"
@@ -305,7 +304,7 @@ def decide(rows, min_side=256, keep_text=False):
     """
     verdicts = {row.name: defect(row, min_side, keep_text) for row in rows}
     good = sorted((row for row in rows if not verdicts[row.name]),
-                  key=lambda row: (-row.width * row.height, row.blocks or 0, row.content, row.name))
+                  key=lambda row: (-row.width * row.height, row.blocks, row.content, row.name))
     layouts, kept = np.array([row.layout for row in good]), []
     for i, row in enumerate(good):
         near = [good[kept[j]] for j in np.flatnonzero(layouts[kept] @ row.layout > MIN_LAYOUT)]
@@ -320,7 +319,7 @@ def decide(rows, min_side=256, keep_text=False):
 
 
 def link_or_copy(source, target, copy):
-    """Make `target` a link to `source`, or a copy of it."""
+    """Make `target` a link to `source`, or a copy of it if `copy` is True or links are not possible."""
     if not copy:
         with contextlib.suppress(OSError):      # Windows may not allow links
             os.symlink(os.path.abspath(source), target)
@@ -418,11 +417,12 @@ def select_patches(details, count, rng):
 
 def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, seed=0, min_side=data.MIN_SIDE, log=print, lr_dir=None,
          workers=None):
-    """Write the patches with most detail of folders of pictures, or of one patch file, to a patch file.
+    """Write the patches with most detail to a new patch file. Returns Path(out), which is replaced.
 
-    At most MAX_PER_PICTURE patches of each picture are candidates. Of all candidates, the share `keep` is
-    written. Both steps use select_patches(). Folders are packed into a temporary file first. For the other
-    arguments see data.pack. Returns Path(out), which is replaced. Raises images.UserError and OSError.
+    inputs: folders of pictures, or one patch file. Folders are packed into a temporary file first. At most
+    MAX_PER_PICTURE patches of each picture are candidates. Of all candidates, the share `keep` is written.
+    Both steps use select_patches(). For the other arguments see data.pack(). Raises images.UserError and
+    OSError.
     """
     inputs, out = images.as_paths(inputs), Path(out)
     if len(inputs) > 1 or not data.is_patch_file(inputs[0]):
