@@ -12,7 +12,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import io
 import os
 import shutil
 import sys
@@ -345,15 +344,11 @@ def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_
         verdict, target = verdicts[row.name]
         if verdict == "kept":
             link_or_copy(row.path, out / target, copy)
-    memory = io.StringIO()
     lines = sorted((name, *verdict) for name, verdict in verdicts.items())
-    csv.writer(memory, lineterminator="\n").writerows([("name", "verdict", "reason"), *lines])
-    images.write_atomic(out / "report.csv", memory.getvalue().encode())
-
+    with images.atomic_path(out / "report.csv") as part, open(part, "w", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([("name", "verdict", "reason"), *lines])
     counts = Counter(verdict for verdict, _ in verdicts.values())
-    dropped = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()) if verdict != "kept")
-    log(f"{images.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; "
-        f"dropped: {dropped or 'none'}")
+    log(f"{images.printable(out / 'pictures')}: {', '.join(f'{n} {v}' for v, n in counts.most_common())}")
     return verdicts
 
 

@@ -44,10 +44,6 @@ COPY_SCALES = {"075": 3 / 4, "050": 1 / 2, "033": 1 / 3}
 COPY_SHORT_SIDE = 400   # the fourth copy has this shorter side, and this number as its suffix
 
 
-class DataError(images.UserError):
-    """A wrong folder, patch file or setting. The message is one line."""
-
-
 # ------------------------------------------------------------------ parallel work
 
 def init_worker(*_):
@@ -97,15 +93,15 @@ def run_parallel(function, jobs, workers, label, log):
 def list_inputs(folders):
     """Find the pictures in files and folders -> {path: name}.
 
-    A name is "K/RELATIVE/PATH" with the folder number K. Raises DataError if there is no picture, and
-    images.PictureError for a missing path.
+    A name is "K/RELATIVE/PATH" with the folder number K. Raises images.UserError for a missing path, and if
+    there is no picture.
     """
     folders, names = images.as_paths(folders), {}
     for k, folder in enumerate(folders):
         for name, path in pairs.list_pictures(folder):
             names.setdefault(path, f"{k}/{name}")
     if not names:
-        raise DataError(f"no picture in {', '.join(map(images.printable, folders))}")
+        raise images.UserError(f"no picture in {', '.join(map(images.printable, folders))}")
     return names
 
 
@@ -130,7 +126,7 @@ DTYPES = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 
 
 def open_patch_file(path):
-    """Return (metadata, {tensor name: memory-mapped array}) of a patch file. Raises DataError."""
+    """Return (metadata, {tensor name: memory-mapped array}) of a patch file. Raises images.UserError."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -141,10 +137,10 @@ def open_patch_file(path):
             arrays[name] = np.memmap(path, DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
         metadata["fingerprint"], arrays["patches"], arrays["detail"]
     except OSError as error:
-        raise DataError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
+        raise images.UserError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{images.printable(path)} is not a complete patch file; use --overwrite of "
-                        "`data.py pack` to replace it") from None
+        raise images.UserError(f"{images.printable(path)} is not a complete patch file; replace it with "
+                               "`data.py pack --overwrite`") from None
     return metadata, arrays
 
 
@@ -158,7 +154,7 @@ def write_patch_file(path, size, scale, fingerprint, pictures):
 
     size: side of a patch. scale: HR size / LR size, or 0 without LR patches. fingerprint: a text that
     identifies the contents. pictures: an iterable of (name, patches, LR patches or None, details).
-    Raises DataError if there are no patches, and OSError if the file cannot be written.
+    Raises images.UserError if there are no patches, and OSError if the file cannot be written.
     """
     part, names, counts, details = Path(f"{path}.part"), [], [], []
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +169,7 @@ def write_patch_file(path, size, scale, fingerprint, pictures):
                 counts.append(len(patches))
                 details.extend(patch_details)
             if not details:
-                raise DataError("no patches: all pictures are broken, too small or of a single color")
+                raise images.UserError("no patches: all pictures are broken, too small or of a single color")
 
             count = len(details)
             shapes = {"patches": ("U8", [count, size, size, 3])}
@@ -235,18 +231,18 @@ def cut_job(job, size, seed, min_side, scale):
     """Read one picture and its LR picture, if there is one, and cut them into patches.
 
     job: (path, name, LR path or None). Returns ((name, patches, LR patches or None, details), note). Raises
-    images.PictureError for an unreadable picture, and DataError for one with a wrong size.
+    images.UserError for an unreadable picture or a wrong size.
     """
     path, name, lr_path = job
     hr = images.read_picture(path, srgb=True)
     lr = images.read_picture(lr_path, srgb=True) if lr_path else None
     h, w = hr.rgb.shape[1:]
     if min(h, w) < min_side:
-        raise DataError(f"{images.printable(path)}: {w}x{h}, a side is below {min_side}")
+        raise images.UserError(f"{images.printable(path)}: {w}x{h}, a side is below {min_side}")
     if lr:
         lr_h, lr_w = lr.rgb.shape[1:]
         if (h // scale, w // scale) != (lr_h, lr_w):
-            raise DataError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} at scale 1/{scale}")
+            raise images.UserError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} / {scale}")
         h, w = lr_h * scale, lr_w * scale
 
     # degrade.py puts transparent pictures on white before it makes LR pictures, so do the same with the HR.
@@ -265,11 +261,11 @@ def cut_job(job, size, seed, min_side, scale):
 def match_lr(folders, lr_dir):
     """Match each HR folder with a folder of LR pictures. Returns ({HR path: LR path}, scale).
 
-    The sizes of the first readable pair give the scale. Raises pairs.PairError if pictures have no partner.
+    The sizes of the first readable pair give the scale. Raises images.UserError if pictures have no partner.
     """
     folders, lr_dir = images.as_paths(folders), images.as_paths(lr_dir)
     if len(folders) != len(lr_dir):
-        raise DataError(f"{len(folders)} HR folders but {len(lr_dir)} in --lr-dir; give one for each")
+        raise images.UserError(f"{len(folders)} HR folders but {len(lr_dir)} in --lr-dir; give one for each")
     partners = {}
     for hr_folder, lr_folder in zip(folders, lr_dir):
         jobs, _ = pairs.match_pairs({"HR": hr_folder, "LR": lr_folder})
@@ -278,7 +274,7 @@ def match_lr(folders, lr_dir):
         side, lr_side = max(images.picture_size(path)), max(images.picture_size(lr_path))
         if side and lr_side:
             return partners, max(1, round(side / lr_side))
-    raise DataError(f"no pair in {images.printable(folders[0])} can be read")
+    raise images.UserError(f"no pair in {images.printable(folders[0])} can be read")
 
 
 def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, overwrite=False, lr_dir=None,
@@ -291,14 +287,14 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
     without: paths to leave out.
 
     A file with the same pictures and settings is reused, another patch file is replaced. `overwrite`: replace
-    any file. Raises DataError, images.PictureError for a missing folder, and OSError if writing fails.
+    any file. Raises images.UserError, and OSError if the file cannot be written.
     """
     out, start = Path(out), time.time()
     without = {os.path.realpath(path) for path in without}
     names = list_inputs(folders)
     partners, scale = match_lr(folders, lr_dir) if lr_dir else (dict.fromkeys(names), 1)
     if size % scale:
-        raise DataError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
+        raise images.UserError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
     jobs = [(path, name, partners[path]) for path, name in names.items()
             if path in partners and os.path.realpath(path) not in without]
     stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
@@ -323,8 +319,8 @@ def hold_out(folders, folder, count=8, side=512):
 
     A hash of the names selects them, so every call selects the same pictures. The square of `side` pixels
     with most detail is cut from each one and saved as PNG in a new folder inside `folder`. Returns (the new
-    folder, paths of the pictures and of their smaller copies made by `clean.py multiscale`). Raises DataError
-    for fewer than 10 pictures.
+    folder, paths of the pictures and of their smaller copies made by `clean.py multiscale`). Raises
+    images.UserError for fewer than 10 pictures.
     """
     names = list_inputs(folders)
     copy_suffix = re.compile(rf"_({'|'.join(COPY_SCALES)}|{COPY_SHORT_SIDE})$")
@@ -350,7 +346,7 @@ def hold_out(folders, folder, count=8, side=512):
         squares.append(max(cut_patches(rgb, min(side, h, w)), key=detail))
         held_out += [path, *copies]
     if not squares:
-        raise DataError("too few pictures for validation; give at least 10, or a folder with --val")
+        raise images.UserError("too few pictures for validation; give at least 10, or a folder with --val")
 
     code = zlib.crc32(b"".join(square.tobytes() for square in squares))
     val = Path(folder) / f"val-{code:08x}"
@@ -364,7 +360,7 @@ def hold_out(folders, folder, count=8, side=512):
 # ------------------------------------------------------------------ the folders of a training run
 
 def split_shares(folders):
-    """Split folders and their shares: ["a", "b@0.3"] -> [("a", None), ("b", 0.3)]. Raises DataError."""
+    """Split folders and shares: ["a", "b@0.3"] -> [("a", None), ("b", 0.3)]. Raises images.UserError."""
     found = []
     for text in folders:
         folder, at, share = text.rpartition("@")
@@ -374,9 +370,9 @@ def split_shares(folders):
         try:
             found.append((os.path.normpath(folder), float(share)))
         except ValueError:
-            raise DataError(f"{text}: write a share after the @, such as 0.3") from None
+            raise images.UserError(f"{text}: write a share after the @, such as 0.3") from None
     if sum(share or 0 for _, share in found) > 1 + 1e-9:
-        raise DataError("the shares of the folders add up to more than 1")
+        raise images.UserError("the shares of the folders add up to more than 1")
     return found
 
 
@@ -384,7 +380,8 @@ def pack_folders(folders, sides, held_out, out, log=print):
     """Pack the folders of a training run into patch files inside the folder `out`.
 
     folders: folders or patch files, with shares as for split_shares. sides: sides of the HR crops of the
-    training. held_out: paths to leave out. Returns (patch files, their shares or None). Raises DataError.
+    training. held_out: paths to leave out. Returns (patch files, their shares or None). Raises
+    images.UserError.
     """
     size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger than a crop: random corners
 
@@ -421,8 +418,8 @@ class Batches(torch.utils.data.Dataset):
     each file, the candidates are drawn at random instead.
 
     A batch depends only on (seed, step). In distributed training, rank r of `ranks` gets the r-th part of the
-    batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises DataError for a
-    broken file or patches that are too small.
+    batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises
+    images.UserError for a broken file or patches that are too small.
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, crop_candidates=4, shares=None,
@@ -438,10 +435,10 @@ class Batches(torch.utils.data.Dataset):
             metadata, arrays = open_patch_file(file)
             count, size = arrays["patches"].shape[:2]
             if int(metadata.get("scale", scale)) != scale:
-                raise DataError(f"{file} holds pairs of scale {metadata['scale']}; train with that --scale")
+                raise images.UserError(f"{file} has pairs of scale {metadata['scale']}; use that --scale")
             if size < needed:
-                raise DataError(f"{file} holds patches of {size} pixels, but --patch {self.patches[-1]} at "
-                                f"scale {scale} needs {needed}; pack with a larger --size")
+                raise images.UserError(f"{file} has patches of {size} pixels, but --patch {self.patches[-1]} "
+                                       f"needs {needed}; pack with a larger --size")
             counts.append(count)
         self.ends = np.cumsum(counts)   # patch numbers run through all files; ends[k] is where file k ends
 

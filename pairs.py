@@ -14,10 +14,6 @@ import degrade
 import images
 
 
-class PairError(images.UserError):
-    """Pictures cannot be matched. The message is one line and names them."""
-
-
 # ---- matching by name
 
 def list_pictures(place):
@@ -34,12 +30,12 @@ def match_pairs(sides):
     picture may end in x and its scale, as in DIV2K: 0001x2.png belongs to 0001.png. If every side is a single
     file, the names are ignored.
     jobs: [(name of the first side's picture, {side: path})]. notes: messages about pictures without a match.
-    Every HR picture needs an LR picture and vice versa; results may be incomplete. Raises PairError.
+    Every HR picture needs an LR picture and vice versa; results may be incomplete. Raises images.UserError.
     """
     pictures = {side: list_pictures(place) for side, place in sides.items()}
     first, *others = sides
     if not all(pictures.values()):
-        raise PairError(f"no picture in one of {', '.join(map(str, sides.values()))}")
+        raise images.UserError(f"no picture in one of {', '.join(map(str, sides.values()))}")
     if all(Path(place).is_file() for place in sides.values()):
         return [(pictures[first][0][0], {side: found[0][1] for side, found in pictures.items()})], []
     if not others:
@@ -53,10 +49,10 @@ def match_pairs(sides):
             some = ", ".join(unmatched[:3])
             notes.append(f"{len(unmatched)} left out, only in {sides[first]} or {sides[side]}: {some}")
             if side == "LR":
-                raise PairError(f"the folders do not match: {notes[-1]}")
+                raise images.UserError(f"the folders do not match: {notes[-1]}")
     common = [stem for stem in indexes[first] if all(stem in index for index in indexes.values())]
     if not common:
-        raise PairError(f"no picture has a partner of the same name: {'; '.join(notes)}")
+        raise images.UserError(f"no picture has a partner of the same name: {'; '.join(notes)}")
     return [(indexes[first][stem][0], {side: index[stem][1] for side, index in indexes.items()})
             for stem in common], notes
 
@@ -74,7 +70,7 @@ def index_by_stem(pictures, hr_stems=()):
         if stem not in hr_stems and without_scale in hr_stems:
             stem = without_scale
         if stem in index:
-            raise PairError(f"{index[stem][1]} and {path} have the same name, so their partner is unclear")
+            raise images.UserError(f"{index[stem][1]} and {path} have the same name; rename one")
         index[stem] = (name, path)
     return index
 
@@ -85,7 +81,7 @@ def crop_to_match(pictures, scale):
     """Crop the pictures of one job to matching sizes: LR (3, h, w), the others (3, h * scale, w * scale).
 
     pictures: {side: (3, H, W)}. Crop the first one at the right and bottom to a multiple of `scale`. The
-    others must have its original or its cropped size. Raises PairError.
+    others must have its original or its cropped size. Raises images.UserError.
     """
     factors = {side: scale if side == "LR" else 1 for side in pictures}
     sizes = {side: [n * factors[side] for n in x.shape[-2:]] for side, x in pictures.items()}
@@ -95,8 +91,8 @@ def crop_to_match(pictures, scale):
     for side, x in pictures.items():
         factor, size = factors[side], sizes[side]
         if size not in (first, [h, w]):
-            raise PairError(f"its {side} picture is {x.shape[-1]}x{x.shape[-2]} instead of "
-                            f"{w // factor}x{h // factor}")
+            raise images.UserError(f"its {side} picture is {x.shape[-1]}x{x.shape[-2]} instead of "
+                                   f"{w // factor}x{h // factor}")
         cropped[side] = x[:, :h // factor, :w // factor].contiguous()
     return cropped
 

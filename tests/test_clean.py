@@ -354,7 +354,7 @@ def test_every_file_has_its_verdict_and_reason(collection, cleaned):
     assert "quality 60" in why["jpeg 60.jpg"] and "blocks" in why["was a jpeg.png"]
     assert '0/good/1000 壁紙, the "0".png' in why["copy, smaller.png"]
     assert "0/copy, the same.webp" in why['good/1001 壁紙, the "1".png']
-    assert "7 of" in lines[-1] and "5 broken" in lines[-1] and not any("\n" in line for line in lines)
+    assert "7 kept" in lines[-1] and "5 broken" in lines[-1] and not any("\n" in line for line in lines)
 
 
 def test_kept_pictures_are_linked(collection, cleaned):

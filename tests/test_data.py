@@ -18,7 +18,6 @@ import clean
 import data
 import degrade
 import images
-from pairs import PairError
 from test_clean import encode_srgb, linear_profile
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +199,7 @@ def test_another_kind_of_file_is_left_alone(tmp_path):
     save(tmp_path / "in" / "a.png", noise(64, 64))
     out = tmp_path / "thesis.txt"
     out.write_text("years of work")
-    with pytest.raises(data.DataError, match="thesis.txt"):
+    with pytest.raises(images.UserError, match="thesis.txt"):
         pack(tmp_path / "in", out)
     assert out.read_text() == "years of work"
     pack(tmp_path / "in", out, overwrite=True)
@@ -232,7 +231,7 @@ def test_hold_out_takes_the_most_detailed_square_of_the_same_pictures(tmp_path):
     out = pack([tmp_path / "in"], tmp_path / "p.safetensors", without=held)
     names = set(data.open_patch_file(out)[1]["names"].tobytes().decode().split())
     assert len(names) == 27 and not names & {f"0/{p.relative_to(tmp_path / 'in').as_posix()}" for p in held}
-    with pytest.raises(data.DataError, match="--val"):
+    with pytest.raises(images.UserError, match="--val"):
         data.hold_out([tmp_path / "in/1"], tmp_path / "p", count=0)
 
 
@@ -293,7 +292,7 @@ def test_pairs_stay_aligned(zoo, tmp_path, scale):
             difference = (torch.nn.functional.avg_pool2d(hr, scale) - lr).abs().flatten(1).max(1)[0]
             assert lr.shape == (8, 3, 32 // scale, 32 // scale)
             assert (difference < 0.51 / 255).sum() >= 4          # the others are transparent
-    with pytest.raises(data.DataError, match=f"scale {scale}"):
+    with pytest.raises(images.UserError, match=f"scale {scale}"):
         data.Batches(out, 6, 8, 8, 3, "bicubic", 0)
 
 
@@ -328,11 +327,11 @@ def test_lr_names(tmp_path):
     save(tmp_path / "lr/cafe\u0301.webp", noise(32, 32))    # another encoding of the same name
     assert len(load_file(pack(tmp_path / "hr", tmp_path / "p.safetensors", lr_dir=tmp_path / "lr"))["lr"]) == 2
     save(tmp_path / "hr/lonely.png", noise(64, 64))
-    with pytest.raises(PairError, match="lonely"):
+    with pytest.raises(images.UserError, match="lonely"):
         pack(tmp_path / "hr", tmp_path / "q.safetensors", lr_dir=tmp_path / "lr")
-    with pytest.raises(data.DataError, match="--lr-dir"):
+    with pytest.raises(images.UserError, match="--lr-dir"):
         pack([tmp_path / "hr", tmp_path / "lr"], tmp_path / "q.safetensors", lr_dir=tmp_path / "lr")
-    with pytest.raises(data.DataError, match="multiple"):
+    with pytest.raises(images.UserError, match="multiple"):
         (tmp_path / "hr/lonely.png").unlink()
         pack(tmp_path / "hr", tmp_path / "q.safetensors", size=63, lr_dir=tmp_path / "lr")
     assert not (tmp_path / "q.safetensors").exists()
@@ -436,12 +435,12 @@ def test_broken_patch_files(packed, tmp_path):
                 "list": (2).to_bytes(8, "little") + b"[]"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(data.DataError, match=name):
+        with pytest.raises(images.UserError, match=name):
             make_batches(tmp_path / name)
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(data.DataError, match="cannot read"):
+        with pytest.raises(images.UserError, match="cannot read"):
             data.open_patch_file(path)
-    with pytest.raises(data.DataError, match="larger --size"):
+    with pytest.raises(images.UserError, match="larger --size"):
         make_batches(packed[0], patch=48)
 
 

@@ -54,7 +54,7 @@ def test_names_of_div2k(tmp_path):
     assert [(name, paths["LR"].name) for name, paths in jobs] == [
         ("0001.png", "0001x2.png"), ("fox2.png", "fox2.png"), ("fox2x2.png", "fox2x2.png")]
     save(tmp_path / "lr/0001x4.png", 6, 8)
-    with pytest.raises(pairs.PairError, match="0001x2.*0001x4"):
+    with pytest.raises(images.UserError, match="0001x2.*0001x4"):
         pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
 
 
@@ -75,10 +75,10 @@ def test_results_may_be_incomplete_but_lr_may_not(tmp_path):
     assert results["other"].shape == other.shape
     (tmp_path / "lr/c.png").unlink()
     save(tmp_path / "lr/d.png", 12, 16)
-    with pytest.raises(pairs.PairError, match="c, d"):
+    with pytest.raises(images.UserError, match="c, d"):
         pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
     save(tmp_path / "stranger/z.png")
-    with pytest.raises(pairs.PairError, match="stranger"):
+    with pytest.raises(images.UserError, match="stranger"):
         pairs.match_pairs(dict(HR=tmp_path / "hr", stranger=tmp_path / "stranger"))
 
 
@@ -86,10 +86,10 @@ def test_what_cannot_match_is_named(tmp_path):
     save(tmp_path / "hr/a.png")
     save(tmp_path / "lr/a.png", 12, 16)
     save(tmp_path / "lr/a.jpg", 12, 16)
-    with pytest.raises(pairs.PairError, match=r"a\.jpg.*a\.png"):
+    with pytest.raises(images.UserError, match=r"a\.jpg.*a\.png"):
         pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(pairs.PairError, match="empty"):
+    with pytest.raises(images.UserError, match="empty"):
         pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "empty"})
     with pytest.raises(images.UserError, match="absent"):
         pairs.match_pairs({"HR": tmp_path / "absent"})
