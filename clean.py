@@ -149,31 +149,24 @@ def similarity(texture, other):
 
 
 def connected_components(mask):
-    """Return the 8-connected components of a mask (H, W): arrays top, bottom, left, right, area, runs.
-
-    A run is a maximal horizontal row of pixels. runs: the number of runs of each component.
-    """
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8))
-    (y, left), right, width = np.nonzero(edges == 1), np.nonzero(edges == -1)[1], mask.shape[1] + 2
-    # Each run touches `count` runs of the row below, from number `first` on.
-    first = np.searchsorted(y * width + right, (y + 1) * width + left)
-    count = np.maximum(np.searchsorted(y * width + left, (y + 1) * width + right, "right") - first, 0)
-    above = np.repeat(np.arange(len(y)), count)
-    below = np.arange(len(above)) + np.repeat(first - (count.cumsum() - count), count)
+    """Return the 8-connected components of a mask (H, W): int (5, n), top, bottom, left, right, area."""
+    y, x = np.nonzero(mask)
+    number = np.full((mask.shape[0] + 1, mask.shape[1] + 2), -1)        # of each pixel; -1 outside the mask
+    number[y, x + 1] = np.arange(len(y))
+    neighbors = np.stack([number[y, x], number[y + 1, x], number[y + 1, x + 1], number[y + 1, x + 2]])
+    a, b = np.nonzero(neighbors >= 0)[1], neighbors[neighbors >= 0]     # pairs of pixels that touch
     label, before = np.arange(len(y)), None
     while not np.array_equal(label, before):
-        before, lowest = label.copy(), np.minimum(label[above], label[below])
-        np.minimum.at(label, before[above], lowest)
-        np.minimum.at(label, before[below], lowest)
+        before, lowest = label.copy(), np.minimum(label[a], label[b])
+        np.minimum.at(label, before[a], lowest)
+        np.minimum.at(label, before[b], lowest)
         label = label[label]
-    order = np.argsort(label, kind="stable")
-    starts = np.flatnonzero(np.diff(label[order], prepend=-1))
-    y, left, right = y[order], left[order], right[order]
-    if not len(y):
-        return np.zeros((6, 0), int)
-    return np.stack([np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts) + 1,
-                     np.minimum.reduceat(left, starts), np.maximum.reduceat(right, starts),
-                     np.add.reduceat(right - left, starts), np.diff(starts, append=len(y))])
+    first, label, area = np.unique(label, return_inverse=True, return_counts=True)
+    bottom, left, right = np.zeros_like(first), np.full_like(first, mask.shape[1]), np.zeros_like(first)
+    np.maximum.at(bottom, label, y + 1)
+    np.minimum.at(left, label, x)
+    np.maximum.at(right, label, x + 1)
+    return np.stack([y[first], bottom, left, right, area])
 
 
 def find_letters(components):
@@ -184,9 +177,10 @@ def find_letters(components):
     """
     heights = components[1] - components[0]
     components = components[:, (heights >= 3) & (heights <= 120)].astype(np.float32)
-    top, bottom, left, right, area, runs = components
+    top, bottom, left, right, area = components
     height, width = bottom - top, right - left
-    letter = (height >= 6) & (height <= 90) & (width <= 2.5 * height) & (area / runs <= 0.45 * height + 1)
+    thin = area / height <= 0.75 * height + 1
+    letter = (height >= 6) & (height <= 90) & (width <= 2.5 * height) & thin
     letters = np.flatnonzero(letter)[:2500]
     t, b, l, r, h = (v[letters][:, None] for v in (top, bottom, left, right, height))
     gap = np.maximum(l, left) - np.minimum(r, right)
@@ -218,8 +212,9 @@ def text_share(pixels):
     contrast = np.asarray(gray, np.float32) - np.asarray(gray.filter(ImageFilter.BoxBlur(16)), np.float32)
     covered = np.zeros(contrast.shape, bool)
     for mask in (contrast > 32, contrast < -32):
-        for upright, area in ((mask, covered), (mask.T, covered.T)):
-            for top, bottom, left, right in find_letters(connected_components(upright)):
+        components = connected_components(mask)
+        for upright, area in ((components, covered), (components[[2, 3, 0, 1, 4]], covered.T)):
+            for top, bottom, left, right in find_letters(upright):
                 margin = (bottom - top) // 3        # the space between letters
                 area[top:bottom, max(0, left - margin):right + margin] = True
     return float(covered.mean())
