@@ -203,9 +203,9 @@ def find_letters(components):
 def text_share(pixels):
     """Return the share of the area of uint8 (H, W, 3) that is covered by letters in rows or columns.
 
-    Of 7 drawn examples of each kind, MAX_TEXT finds 7 title cards, 5 comic pages, 6 manga pages, 3 repeated
-    watermarks, and 2 subtitles. It finds no rotated watermarks. Of 192 real drawings without text, it drops
-    at most 3.
+    Of 7 drawn examples of each kind, a limit of MAX_TEXT finds 7 title cards, 5 comic pages, 6 manga pages, 3
+    repeated watermarks, 2 subtitles, and no rotated watermark. Of 192 real drawings without text, it drops at
+    most 3.
     """
     gray = Image.fromarray(pixels).convert("L")
     gray.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
@@ -292,9 +292,10 @@ def decide(rows, min_side=256, keep_text=False):
     """Choose a verdict for each Measured; their order does not matter. Returns {name: (verdict, reason)}.
 
     verdict: kept, broken, small, jpeg, upscaled, text, or duplicate. The reason of a kept picture is its new
-    file name: the hash of its pixels. Of several duplicates, the largest is kept, or the one with the weakest
-    JPEG blocks. Pictures of equal samples but different PNG color chunks are duplicates, because training
-    treats both as sRGB.
+    file name, a hash of its pixels. min_side: smallest allowed side. keep_text: do not drop pictures with
+    text. Of several duplicates, the largest is kept; of equal sizes, the one with the weakest JPEG blocks.
+    Pictures with equal samples but different PNG color chunks are duplicates, because training treats both
+    as sRGB.
     """
     verdicts = {row.name: defect(row, min_side, keep_text) for row in rows}
     good = sorted((row for row in rows if not verdicts[row.name]),
@@ -324,8 +325,9 @@ def link_or_copy(source, target, copy):
 def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_text=False):
     """Select the usable pictures in folders (with subfolders) and files. Returns {name: (verdict, reason)}.
 
-    The new folder `out` gets pictures/ (links to the kept pictures, or copies) and report.csv (a line per
-    file). Raises images.UserError for a wrong folder or if pictures/ exists, and OSError.
+    Write pictures/ (links to the kept pictures, or copies) and report.csv (one line per file) in the folder
+    `out`. For min_side and keep_text see decide(). Raises images.UserError for a wrong folder or if pictures/
+    exists, and OSError.
     """
     out = Path(out)
     if (out / "pictures").exists():

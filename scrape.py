@@ -265,9 +265,9 @@ def read_manifest(path):
 
 
 def fetch(client, row, folder):
-    """Download a picture into the folder, add its row to the manifest and return its size in bytes.
+    """Download a picture into the folder, add its row to the manifest, and return its size in bytes.
 
-    The file is written completely or not at all, and its row after it.
+    The file is written completely or not at all, and the row after the file.
     Raises RequestError if the picture cannot be downloaded, ScrapeError if it cannot be written.
     """
     body = client.get(row["url"])
