@@ -12,7 +12,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import io
 import os
 import shutil
 import sys
@@ -52,18 +51,15 @@ LOW_DETAIL_SHARE = 0.1  # share of patches with little detail; select_patches() 
 
 # ------------------------------------------------------------------ measurements of one picture
 
-SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BMP": ".bmp",
-            "TIFF": ".tif", "GIF": ".gif"}
-
-
-def file_format(path):
-    """Return (Pillow's format name, JPEG quality or None) of a readable picture file."""
+def jpeg_quality(path):
+    """Estimate the quality of a JPEG file, 1 to 100, from its quantization table. None for other formats."""
     with Image.open(path) as im:
-        if im.format not in ("JPEG", "MPO") or not im.quantization:
-            return im.format, None
-        # libjpeg scales the luma table of ITU-T T.81, annex K. The 64 numbers of that table add up to 3688.
-        percent = 100 * sum(im.quantization[min(im.quantization)]) / 3688
-        return im.format, round(100 - percent / 2 if percent <= 100 else 5000 / percent)
+        tables = getattr(im, "quantization", None)
+    if not tables:
+        return None
+    # libjpeg scales the luma table of ITU-T T.81, annex K. The 64 numbers of that table add up to 3688.
+    percent = 100 * sum(tables[min(tables)]) / 3688
+    return round(100 - percent / 2 if percent <= 100 else 5000 / percent)
 
 
 def detailed_squares(pixels, count=24, side=128):
@@ -80,13 +76,11 @@ def detailed_squares(pixels, count=24, side=128):
 
 
 def sharpness(squares):
-    """Return the power at 0.3 to 0.5 cycles per pixel relative to 0.1 to 0.2, in dB; None without squares.
+    """Return the power at 0.3 to 0.5 cycles per pixel relative to 0.1 to 0.2, in dB.
 
     squares: luma (n, side, side). Drawings at their true resolution have -7 to -16 dB, pictures upscaled by 2
     have -20 to -30 dB. The result is the upper quartile, because most areas of a painting are soft.
     """
-    if not len(squares):
-        return None
     side = squares.shape[1]
     window = np.hanning(side + 1)[:side].astype(np.float32)
     squares = (squares - squares.mean((1, 2), keepdims=True)) * window * window[:, None]
@@ -98,15 +92,13 @@ def sharpness(squares):
 
 
 def blockiness(squares, jpeg=False):
-    """Return the strength of an 8-pixel JPEG grid in dB; None without squares.
+    """Return the strength of an 8-pixel JPEG grid in dB.
 
     squares: luma (n, side, side), side a multiple of 8. JPEG removes the highest frequencies of each block.
     So the three highest frequencies of an 8-sample DCT are weak where the 8 samples coincide with a block.
     The result is the weakest of the 8 offsets relative to their median: about 0 without JPEG, 0.5 for quality
     95, 6 for 30. jpeg: True if the file is a JPEG; then offset 0 counts half.
     """
-    if not len(squares):
-        return None
     waves = np.cos(np.pi * np.outer(np.arange(5, 8), 2 * np.arange(8) + 1) / 16) / 2
     length, results = squares.shape[1] - 8, []
     for lines in (squares, squares.transpose(0, 2, 1)):
@@ -157,43 +149,38 @@ def similarity(texture, other):
 
 
 def connected_components(mask):
-    """Return the 8-connected components of a mask (H, W): arrays top, bottom, left, right, area, runs.
-
-    A run is a maximal horizontal row of pixels. runs: the number of runs of each component.
-    """
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8))
-    (y, left), right, width = np.nonzero(edges == 1), np.nonzero(edges == -1)[1], mask.shape[1] + 2
-    first = np.searchsorted(y * width + right, (y + 1) * width + left)      # the runs below that touch it
-    count = np.maximum(np.searchsorted(y * width + left, (y + 1) * width + right, "right") - first, 0)
-    above = np.repeat(np.arange(len(y)), count)
-    below = np.arange(len(above)) + np.repeat(first - (count.cumsum() - count), count)
+    """Return the 8-connected components of a mask (H, W): int (5, n), top, bottom, left, right, area."""
+    y, x = np.nonzero(mask)
+    number = np.full((mask.shape[0] + 1, mask.shape[1] + 2), -1)        # of each pixel; -1 outside the mask
+    number[y, x + 1] = np.arange(len(y))
+    neighbors = np.stack([number[y, x], number[y + 1, x], number[y + 1, x + 1], number[y + 1, x + 2]])
+    a, b = np.nonzero(neighbors >= 0)[1], neighbors[neighbors >= 0]     # pairs of pixels that touch
     label, before = np.arange(len(y)), None
     while not np.array_equal(label, before):
-        before, lowest = label.copy(), np.minimum(label[above], label[below])
-        np.minimum.at(label, before[above], lowest)
-        np.minimum.at(label, before[below], lowest)
+        before, lowest = label.copy(), np.minimum(label[a], label[b])
+        np.minimum.at(label, before[a], lowest)
+        np.minimum.at(label, before[b], lowest)
         label = label[label]
-    order = np.argsort(label, kind="stable")
-    starts = np.flatnonzero(np.diff(label[order], prepend=-1))
-    y, left, right = y[order], left[order], right[order]
-    if not len(y):
-        return np.zeros((6, 0), int)
-    return np.stack([np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts) + 1,
-                     np.minimum.reduceat(left, starts), np.maximum.reduceat(right, starts),
-                     np.add.reduceat(right - left, starts), np.diff(starts, append=len(y))])
+    first, label, area = np.unique(label, return_inverse=True, return_counts=True)
+    bottom, left, right = np.zeros_like(first), np.full_like(first, mask.shape[1]), np.zeros_like(first)
+    np.maximum.at(bottom, label, y + 1)
+    np.minimum.at(left, label, x)
+    np.maximum.at(right, label, x + 1)
+    return np.stack([y[first], bottom, left, right, area])
 
 
 def find_letters(components):
     """Return the bounding boxes (n, 4) of the components that are letters of a horizontal line.
 
-    A letter has thin strokes and at least 5 neighbors of similar height and different widths on its line.
-    They must make up most of the band of this line. This excludes foliage and hatching.
+    A letter has thin strokes and at least 5 mates: other letters of its line with similar height. The widths
+    of the mates differ, and they fill most of the line. This excludes foliage and hatching.
     """
     heights = components[1] - components[0]
     components = components[:, (heights >= 3) & (heights <= 120)].astype(np.float32)
-    top, bottom, left, right, area, runs = components
+    top, bottom, left, right, area = components
     height, width = bottom - top, right - left
-    letter = (height >= 6) & (height <= 90) & (width <= 2.5 * height) & (area / runs <= 0.45 * height + 1)
+    thin = area / height <= 0.75 * height + 1
+    letter = (height >= 6) & (height <= 90) & (width <= 2.5 * height) & thin
     letters = np.flatnonzero(letter)[:2500]
     t, b, l, r, h = (v[letters][:, None] for v in (top, bottom, left, right, height))
     gap = np.maximum(l, left) - np.minimum(r, right)
@@ -216,17 +203,18 @@ def find_letters(components):
 def text_share(pixels):
     """Return the share of the area of uint8 (H, W, 3) that is covered by letters in rows or columns.
 
-    Of 7 drawn examples of each kind, MAX_TEXT finds 7 title cards, 5 comic pages, 6 manga pages, 3 repeated
-    watermarks, and 2 subtitles. It finds no rotated watermarks. Of 192 real drawings without text, it drops
-    at most 3.
+    Of 7 drawn examples of each kind, a limit of MAX_TEXT finds 7 title cards, 5 comic pages, 6 manga pages, 3
+    repeated watermarks, 2 subtitles, and no rotated watermark. Of 192 real drawings without text, it drops at
+    most 3.
     """
     gray = Image.fromarray(pixels).convert("L")
     gray.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
     contrast = np.asarray(gray, np.float32) - np.asarray(gray.filter(ImageFilter.BoxBlur(16)), np.float32)
     covered = np.zeros(contrast.shape, bool)
     for mask in (contrast > 32, contrast < -32):
-        for upright, area in ((mask, covered), (mask.T, covered.T)):
-            for top, bottom, left, right in find_letters(connected_components(upright)):
+        components = connected_components(mask)
+        for upright, area in ((components, covered), (components[[2, 3, 0, 1, 4]], covered.T)):
+            for top, bottom, left, right in find_letters(upright):
                 margin = (bottom - top) // 3        # the space between letters
                 area[top:bottom, max(0, left - margin):right + margin] = True
     return float(covered.mean())
@@ -237,22 +225,20 @@ class Measured:
     """Measurements of one picture file. A picture that cannot be read has only the first three fields.
 
     problem: why it cannot be read, or "". quality: of a JPEG file, or None. content: a hash of the sRGB
-    pixels. layout, texture: see thumbnails(). sharpness, blocks: in dB, or None without detailed squares.
-    text: see text_share().
+    pixels and the color description. layout, texture: see thumbnails(). sharpness, blocks: in dB, 0 without
+    detailed squares. text: see text_share().
     """
     path: Path
     name: str
     problem: str = ""
-    note: str = ""
-    format: str = ""
     quality: int | None = None
     width: int = 0
     height: int = 0
     content: str = ""
     layout: np.ndarray | None = None
     texture: np.ndarray | None = None
-    sharpness: float | None = None
-    blocks: float | None = None
+    sharpness: float = 0.0
+    blocks: float = 0.0
     text: float = 0.0
 
 
@@ -263,32 +249,27 @@ def stack_planes(picture):
 
 
 def examine(job):
-    """Measure one picture. job: (path, name). Returns a Measured."""
+    """Measure one picture. job: (path, name). Returns (Measured, note)."""
     path, name = job
     try:
         picture = images.read_picture(path, srgb=True)
     except images.PictureError as error:
-        return Measured(path, name, str(error).removeprefix(f"{images.printable(path)}: "))
-    kind, quality = file_format(path)
-    pixels = stack_planes(picture)
+        problem = str(error).removeprefix(f"{images.printable(path)}: ")
+        return Measured(path, name, problem), f"{name}: {problem}"
+    quality, pixels = jpeg_quality(path), stack_planes(picture)
     height, width = pixels.shape[:2]
     content = hashlib.blake2b(b"".join([pixels, *picture.color.values()]), key=str(pixels.shape).encode(),
                               digest_size=8).hexdigest()
     pixels = np.ascontiguousarray(images.to_uint8(images.composite(picture, 0.5)))
     squares = detailed_squares(pixels)
-    return Measured(path, name, "", picture.note, kind, quality, width, height, content,
-                    *thumbnails(pixels), sharpness(squares), blockiness(squares, kind in ("JPEG", "MPO")),
-                    text_share(pixels))
+    row = Measured(path, name, "", quality, width, height, content, *thumbnails(pixels))
+    row.text = text_share(pixels)
+    if len(squares):
+        row.sharpness, row.blocks = sharpness(squares), blockiness(squares, jpeg=quality is not None)
+    return row, picture.note and f"{name}: {picture.note}"
 
 
 # ------------------------------------------------------------------ clean
-
-def find_original(row, kept, layouts):
-    """Return the first of the Measured `kept` that `row` is a copy of, or None. layouts: those of `kept`."""
-    near = np.flatnonzero(layouts @ row.layout > MIN_LAYOUT)
-    copies = (kept[i] for i in near if similarity(kept[i].texture, row.texture) > MIN_SIMILARITY)
-    return next(copies, None)
-
 
 def defect(row, min_side, keep_text):
     """Return (verdict, reason) if the picture itself is unsuitable, else None. row: a Measured."""
@@ -298,43 +279,42 @@ def defect(row, min_side, keep_text):
         return "small", f"{row.width}x{row.height}, a side is below {min_side}"
     if row.quality is not None and row.quality < MIN_QUALITY:
         return "jpeg", f"JPEG of quality {row.quality}, below {MIN_QUALITY}"
-    if row.blocks is not None and row.blocks > MAX_BLOCKS:
+    if row.blocks > MAX_BLOCKS:
         return "jpeg", f"traces of JPEG blocks: {row.blocks:.1f} dB, above {MAX_BLOCKS:g}"
-    if row.sharpness is not None and row.sharpness < MIN_SHARPNESS:
+    if row.sharpness < MIN_SHARPNESS:
         return "upscaled", f"sharpness {row.sharpness:.1f} dB, below {MIN_SHARPNESS:g}"
     if row.text > MAX_TEXT and not keep_text:
         return "text", f"text on {row.text:.1%} of the area, above {MAX_TEXT:.1%}"
     return None
 
 
-def quality_key(row):
-    """Sort key: the largest picture first, then the one with the weakest JPEG blocks."""
-    return -row.width * row.height, row.blocks or 0, row.content, row.name
-
-
 def decide(rows, min_side=256, keep_text=False):
     """Choose a verdict for each Measured; their order does not matter. Returns {name: (verdict, reason)}.
 
-    verdict: kept, broken, small, jpeg, upscaled, text or duplicate. The largest of several duplicates is
-    kept. The reason of a kept picture is its new file name: the hash of its pixels.
+    verdict: kept, broken, small, jpeg, upscaled, text, or duplicate. The reason of a kept picture is its new
+    file name, a hash of its pixels. min_side: smallest allowed side. keep_text: do not drop pictures with
+    text. Of several duplicates, the largest is kept; of equal sizes, the one with the weakest JPEG blocks.
+    Pictures with equal samples but different PNG color chunks are duplicates, because training treats both
+    as sRGB.
     """
     verdicts = {row.name: defect(row, min_side, keep_text) for row in rows}
-    good = sorted((row for row in rows if not verdicts[row.name]), key=quality_key)
-    layouts, kept = np.zeros((len(good), 65), np.float32), []
-    for row in good:
-        original = find_original(row, kept, layouts[:len(kept)])
+    good = sorted((row for row in rows if not verdicts[row.name]),
+                  key=lambda row: (-row.width * row.height, row.blocks, row.content, row.name))
+    layouts, kept = np.array([row.layout for row in good]), []
+    for i, row in enumerate(good):
+        near = [good[kept[j]] for j in np.flatnonzero(layouts[kept] @ row.layout > MIN_LAYOUT)]
+        original = next((other for other in near if other.content == row.content
+                         or similarity(other.texture, row.texture) > MIN_SIMILARITY), None)
         if original:
             verdicts[row.name] = "duplicate", f"nearly the same as {original.name}"
-            continue
-        layouts[len(kept)] = row.layout
-        kept.append(row)
-        suffix = SUFFIXES.get(row.format, row.path.suffix.lower())
-        verdicts[row.name] = "kept", f"pictures/{row.content}{suffix}"
+        else:
+            verdicts[row.name] = "kept", f"pictures/{row.content}{row.path.suffix.lower()}"
+            kept.append(i)
     return verdicts
 
 
 def link_or_copy(source, target, copy):
-    """Make `target` a link to `source`, or a copy of it."""
+    """Make `target` a link to `source`, or a copy of it if `copy` is True or links are not possible."""
     if not copy:
         with contextlib.suppress(OSError):      # Windows may not allow links
             os.symlink(os.path.abspath(source), target)
@@ -345,18 +325,15 @@ def link_or_copy(source, target, copy):
 def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_text=False):
     """Select the usable pictures in folders (with subfolders) and files. Returns {name: (verdict, reason)}.
 
-    The new folder `out` gets pictures/ (links to the kept pictures, or copies) and report.csv (a line per
-    file). Raises images.UserError for a wrong folder or if pictures/ exists, and OSError.
+    Write pictures/ (links to the kept pictures, or copies) and report.csv (one line per file) in the folder
+    `out`. For min_side and keep_text see decide(). Raises images.UserError for a wrong folder or if pictures/
+    exists, and OSError.
     """
-    out, rows = Path(out), []
+    out = Path(out)
     if (out / "pictures").exists():
         raise images.UserError(f"{images.printable(out / 'pictures')} exists; choose another --out")
     jobs = [(path, images.printable(name)) for path, name in data.list_inputs(folders).items()]
-    for _, row in data.run_parallel(examine, jobs, workers, "examining"):
-        rows.append(row)
-        if row.note or row.problem:
-            images.ProgressLine.clear()
-            log(f"{row.name}: {row.note or row.problem}")
+    rows = list(data.run_parallel(examine, jobs, workers, "examining", log))
     verdicts = decide(rows, min_side, keep_text)
 
     (out / "pictures").mkdir(parents=True)
@@ -364,15 +341,11 @@ def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_
         verdict, target = verdicts[row.name]
         if verdict == "kept":
             link_or_copy(row.path, out / target, copy)
-    memory = io.StringIO()
     lines = sorted((name, *verdict) for name, verdict in verdicts.items())
-    csv.writer(memory, lineterminator="\n").writerows([("name", "verdict", "reason"), *lines])
-    images.write_atomic(out / "report.csv", memory.getvalue().encode())
-
+    with images.atomic_path(out / "report.csv") as part, open(part, "w", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([("name", "verdict", "reason"), *lines])
     counts = Counter(verdict for verdict, _ in verdicts.values())
-    dropped = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()) if verdict != "kept")
-    log(f"{images.printable(out / 'pictures')}: {counts['kept']} of {len(rows)} pictures; "
-        f"dropped: {dropped or 'none'}")
+    log(f"{images.printable(out / 'pictures')}: {', '.join(f'{n} {v}' for v, n in counts.most_common())}")
     return verdicts
 
 
@@ -381,13 +354,11 @@ def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_
 def copy_job(job, min_side):
     """Make the smaller copies of one picture. job: (path, target without suffix).
 
-    Returns the number of new copies, or the PictureError of an unreadable picture.
+    Returns (number of copies, note). Raises images.PictureError for an unreadable picture.
     """
     path, stem = job
-    try:
-        image = Image.fromarray(stack_planes(images.read_picture(path, srgb=True)))
-    except images.PictureError as error:
-        return error
+    picture = images.read_picture(path, srgb=True)
+    image = Image.fromarray(stack_planes(picture))
     short, count = min(image.size), 0
     for suffix, factor in {**data.COPY_SCALES, data.COPY_SHORT_SIDE: data.COPY_SHORT_SIDE / short}.items():
         if factor >= 1 or round(short * factor) < min_side:
@@ -398,7 +369,7 @@ def copy_job(job, min_side):
         with images.atomic_path(target) as part:
             copy.save(part, "PNG", compress_level=3)        # level 6 takes three times longer
         count += 1
-    return count
+    return count, picture.note and f"{images.printable(path)}: {picture.note}"
 
 
 def multiscale(folders, out, min_side=128, workers=None, log=print):
@@ -408,20 +379,12 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
     subfolder of `out`. No copy is larger than its picture or has a side below min_side. Of several pictures
     with one name but different suffixes, the copies of one are kept. Raises images.UserError and OSError.
     """
-    jobs = []
-    for path, name in data.list_inputs(folders, exclude=[out]).items():
-        _, name = name.split("/", 1)
-        jobs.append((path, str(Path(out) / name.removesuffix(path.suffix))))
-    count = unreadable = 0
+    jobs = [(path, str(Path(out) / name.split("/", 1)[1].removesuffix(path.suffix)))
+            for path, name in data.list_inputs(folders).items()]
     job = functools.partial(copy_job, min_side=min_side)
-    for _, result in data.run_parallel(job, jobs, workers, "resizing"):
-        if isinstance(result, images.PictureError):
-            images.ProgressLine.clear()
-            log(f"skipped: {result}")
-            unreadable += 1
-        else:
-            count += result
-    log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {unreadable} unreadable")
+    counts = list(data.run_parallel(job, jobs, workers, "resizing", log))
+    count = sum(filter(None, counts))
+    log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {counts.count(None)} unreadable")
     return count
 
 
@@ -446,64 +409,42 @@ def select_patches(details, count, rng):
 
 def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, seed=0, min_side=data.MIN_SIDE, log=print, lr_dir=None,
          workers=None):
-    """Write the patches with most detail, from folders of pictures or from patch files, to one patch file.
+    """Write the patches with most detail to a new patch file. Returns Path(out), which is replaced.
 
-    At most MAX_PER_PICTURE patches of each picture are candidates. Then the share `keep` of all candidates is
-    kept. Both steps use select_patches(). Folders are packed into a temporary file first. For the other
-    arguments see data.pack; a patch file has its own patch size. Returns Path(out), which is replaced. Raises
-    images.UserError, also for inputs that do not fit together, and OSError.
+    inputs: folders of pictures, or one patch file. Folders are packed into a temporary file first. At most
+    MAX_PER_PICTURE patches of each picture are candidates. Of all candidates, the share `keep` is written.
+    Both steps use select_patches(). For the other arguments see data.pack(). Raises images.UserError and
+    OSError.
     """
     inputs, out = images.as_paths(inputs), Path(out)
-    files = [path for path in inputs if data.is_patch_file(path)]
-    folders = [path for path in inputs if not data.is_patch_file(path)]
-    packed = out.with_name(out.name + ".packed")
-    try:
-        if folders:
-            data.pack(folders, packed, size, seed, min_side, log, lr_dir=lr_dir, workers=workers)
-            files.append(packed)
-        write_mined(files, out, keep, seed, log)
-    finally:
-        packed.unlink(missing_ok=True)
+    if len(inputs) > 1 or not data.is_patch_file(inputs[0]):
+        packed = out.with_name(f"{out.name}.packed.safetensors")
+        try:
+            data.pack(inputs, packed, size, seed, min_side, log, lr_dir=lr_dir, workers=workers)
+            return mine(packed, out, keep=keep, seed=seed, log=log)
+        finally:
+            packed.unlink(missing_ok=True)
+
+    metadata, arrays = data.open_patch_file(inputs[0])
+    patches, lr_patches, picture = arrays["patches"], arrays.get("lr"), arrays["picture"]
+    detail, names = arrays["detail"], arrays["names"].tobytes().decode().split("\n")
+
+    candidates = []
+    for rows in np.split(np.arange(len(picture)), np.flatnonzero(np.diff(picture)) + 1):    # of one picture
+        rng = data.seeded_rng(f"{seed}/{names[picture[rows[0]]]}")
+        candidates.append(rows[select_patches(detail[rows], MAX_PER_PICTURE, rng)])
+    candidates = np.concatenate(candidates)
+    count = max(1, round(keep * len(candidates)))
+    chosen = candidates[select_patches(detail[candidates], count, np.random.default_rng(seed))]
+
+    def pictures():
+        for k in np.unique(picture[chosen]):
+            rows = chosen[picture[chosen] == k]
+            yield names[k], patches[rows], None if lr_patches is None else lr_patches[rows], detail[rows]
+    scale = int(metadata.get("scale", 0))
+    patch_count, picture_count = data.write_patch_file(out, patches.shape[1], scale, "mined", pictures())
+    log(f"{out}: {patch_count} of {len(patches)} patches, from {picture_count} pictures")
     return out
-
-
-def write_mined(files, out, keep, seed, log):
-    """Select the patches of patch files and write them to `out`. For the arguments see `mine`."""
-    headers = [data.read_header(file) for file in files]
-    kinds = {(size, int(metadata.get("scale", 0))) for metadata, _, size in headers}
-    if len(kinds) > 1:
-        raise images.UserError("the inputs need one patch size, and all or none must be pairs of one scale")
-    pictures, details = [], []      # per picture: (file number, name, patch numbers), details of patches
-    tensors = [(data.read_tensor(file, "patches"), data.read_tensor(file, "lr")) for file in files]
-    for k, file in enumerate(files):
-        picture, detail = data.read_tensor(file, "picture"), data.read_tensor(file, "detail")
-        names = data.read_tensor(file, "names").tobytes().decode().split("\n")
-        ends = np.searchsorted(picture, np.arange(picture[-1] + 2))
-        for name, begin, end in zip(names, ends[:-1], ends[1:]):
-            rng = data.seeded_rng(f"{seed}/{name}")
-            numbers = begin + select_patches(detail[begin:end], MAX_PER_PICTURE, rng)
-            pictures.append((k, name, numbers))
-            details.append(detail[numbers])
-    counts, details = [len(d) for d in details], np.concatenate(details)
-    count = max(1, round(keep * len(details)))
-    chosen = select_patches(details, count, np.random.default_rng(seed))
-    if not len(chosen):
-        raise images.UserError("all patches are of a single color; give other pictures")
-
-    size, scale = kinds.pop()
-    with data.PatchWriter(out, size, scale or None, "mined") as writer:
-        end = 0
-        for (k, name, numbers), count in zip(pictures, counts):
-            begin, end = end, end + count
-            own = chosen[(chosen >= begin) & (chosen < end)]
-            if len(own):
-                patches, lr_patches = tensors[k]
-                rows = numbers[own - begin]
-                lr_rows = None if lr_patches is None else lr_patches[rows]
-                writer.add(name, patches[rows], lr_rows, details[own])
-        writer.finish()
-    total = sum(len(patches) for patches, _ in tensors)
-    log(f"{out}: {len(chosen)} of {total} patches, from {len(writer.names)} pictures")
 
 
 # ------------------------------------------------------------------ command
@@ -513,26 +454,25 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add_command(name, text, inputs="folders of pictures"):
+    def add_command(name, text):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("data", nargs="+", metavar="IN", help=f"{inputs}, with their subfolders")
+        command.add_argument("data", nargs="+", metavar="IN",
+                             help="folders of pictures, with their subfolders")
         return command.add_argument
 
-    add = add_command("clean", "leave out broken, small, JPEG-damaged, upscaled, text and duplicate pictures")
+    add = add_command("clean", "drop broken, small, JPEG-damaged, upscaled, text, and duplicate pictures")
     add("--out", "-o", required=True, help="new folder for pictures/ and report.csv")
     add("--copy", action="store_true", help="copy pictures (default: link them)")
     add("--keep-text", action="store_true", help="keep pictures with much text (default: leave them out)")
-    add("--min-side", type=int, default=256, help="smallest allowed value of the shorter side (default: 256)")
+    add("--min-side", type=int, default=256, help="smallest allowed shorter side (default: 256)")
     add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3 and with shorter side 400")
+    add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3, and with shorter side 400")
     add("--out", "-o", required=True, help="folder for the copies")
-    add("--min-side", type=int, default=128,
-        help="make no copy whose shorter side is below this (default: 128)")
+    add("--min-side", type=int, default=128, help="smallest shorter side of a copy (default: 128)")
     add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    add = add_command("mine", "write the patches with most detail to a patch file",
-                      "folders of pictures, or patch files")
+    add = add_command("mine", "write the patches with most detail to a patch file; IN may be a patch file")
     data.add_pack_flags(add)
     add("--keep", type=float, default=0.5, help="share of the patches to keep (default: 0.5)")
     return parser.parse_args()

@@ -7,8 +7,8 @@
     lr, hr = batches[0]                                         # (8, 3, 64, 64) and (8, 3, 128, 128)
 
 Decoding a whole picture to cut one crop is slow. So `pack` decodes each picture once, cuts it into square
-patches and stores all patches in one file. A batch depends only on (seed, step), so resuming is exact.
-Needs torch, numpy, Pillow, and images.py, degrade.py and pairs.py beside it.
+patches, and stores all patches in one file. A batch depends only on (seed, step), so resuming is exact.
+Needs torch, numpy, Pillow, and images.py, degrade.py, and pairs.py in the same folder.
 """
 import argparse
 import functools
@@ -21,11 +21,10 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +44,10 @@ COPY_SCALES = {"075": 3 / 4, "050": 1 / 2, "033": 1 / 3}
 COPY_SHORT_SIDE = 400   # the fourth copy has this shorter side, and this number as its suffix
 
 
-class DataError(images.UserError):
-    """A wrong folder, patch file or setting. The message is one line."""
-
-
 # ------------------------------------------------------------------ parallel work
 
 def init_worker(*_):
-    """Prepare a worker process: use one thread, and exit together with the main process."""
+    """Prepare a worker process: use one thread, ignore Ctrl-C, and exit together with the main process."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # only the main process handles Ctrl-C
 
@@ -62,30 +57,32 @@ def init_worker(*_):
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def map_in_processes(function, jobs, workers):
-    """Yield function(job) for each job, in order. At most two jobs per worker are submitted ahead."""
-    with ProcessPoolExecutor(workers, initializer=init_worker) as pool:
-        pending = deque()
-        for job in jobs:
-            pending.append(pool.submit(function, job))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+def run_job(function, job):
+    """Return function(job), or (None, reason) if it raises a UserError."""
+    try:
+        return function(job)
+    except images.UserError as error:
+        return None, f"skipped: {error}"
 
 
-def run_parallel(function, jobs, workers, label):
-    """Yield (job, function(job)) for a list of jobs, in order, and show the progress on stderr.
+def run_parallel(function, jobs, workers, label, log):
+    """Yield function(job) for a list of jobs, in order. Show the progress on stderr.
 
+    function: returns (result, note). The result is yielded, and a note that is not empty is logged. If the
+    function raises a UserError, the result is None and the note is the reason.
     workers: number of processes; None: one per CPU core, at most MAX_WORKERS; 0: this process does the work.
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    workers = min(workers, len(jobs))
-    results = map_in_processes(function, jobs, workers) if workers else map(function, jobs)
+    results = torch.utils.data.DataLoader(      # reads at most two jobs per worker ahead
+        jobs, batch_size=None, num_workers=min(workers, len(jobs)), worker_init_fn=init_worker,
+        collate_fn=functools.partial(run_job, function), generator=torch.Generator())
     progress, start = images.ProgressLine(), time.time()
-    for done, (job, result) in enumerate(zip(jobs, results), 1):
-        yield job, result
+    for done, (result, note) in enumerate(results, 1):
+        if note:
+            images.ProgressLine.clear()
+            log(note)
+        yield result
         rate = done / (time.time() - start + 1e-9)
         progress(f"{label} {done}/{len(jobs)}  {rate:.1f} pictures/s  {(len(jobs) - done) / rate:.0f} s left")
     images.ProgressLine.clear()
@@ -93,22 +90,18 @@ def run_parallel(function, jobs, workers, label):
 
 # ------------------------------------------------------------------ pictures
 
-def list_inputs(folders, exclude=()):
-    """Find the pictures in files and folders.
+def list_inputs(folders):
+    """Find the pictures in files and folders -> {path: name}.
 
-    Returns {path: name}. A name is "K/RELATIVE/PATH" with the folder number K. exclude: folders to leave out.
-    Raises DataError if there is no picture, and images.PictureError for a missing path.
+    A name is "K/RELATIVE/PATH" with the folder number K. Raises images.UserError for a missing path, and if
+    there is no picture.
     """
     folders, names = images.as_paths(folders), {}
-    exclude = [Path(folder).resolve() for folder in exclude]
     for k, folder in enumerate(folders):
-        for path in images.find_pictures([folder]):
-            if exclude and any(path.parent.resolve().is_relative_to(other) for other in exclude):
-                continue
-            name = path.relative_to(folder).as_posix() if folder.is_dir() else path.name
+        for name, path in pairs.list_pictures(folder):
             names.setdefault(path, f"{k}/{name}")
     if not names:
-        raise DataError(f"no picture in {', '.join(map(images.printable, folders))}")
+        raise images.UserError(f"no picture in {', '.join(map(images.printable, folders))}")
     return names
 
 
@@ -133,95 +126,75 @@ DTYPES = {"U8": np.uint8, "I32": np.int32, "F32": np.float32}
 
 
 def open_patch_file(path):
-    """Return (metadata, {tensor name: memory-mapped array}) of a patch file. Raises DataError."""
+    """Return (metadata, {tensor name: memory-mapped array}) of a patch file. Raises images.UserError."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length) if length <= HEADER_BYTES else b"")
+            header = json.loads(file.read(min(length, HEADER_BYTES)))
         metadata, arrays = header.pop("__metadata__"), {}
         for name, entry in header.items():
             offset = 8 + length + entry["data_offsets"][0]
-            arrays[name] = DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"])
-        end = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
+            arrays[name] = np.memmap(path, DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
         metadata["fingerprint"], arrays["patches"], arrays["detail"]
     except OSError as error:
-        raise DataError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
+        raise images.UserError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{images.printable(path)} is not a patch file of `data.py pack`") from None
-    if os.path.getsize(path) != end:
-        raise DataError(f"{images.printable(path)} is truncated; pack again with --overwrite")
-    return metadata, {name: np.memmap(path, *array) for name, array in arrays.items()}
-
-
-def read_header(path):
-    """Return (metadata, number of patches, side of a patch) of a patch file. Raises DataError."""
-    metadata, tensors = open_patch_file(path)
-    return metadata, *tensors["patches"].shape[:2]
-
-
-def read_tensor(path, name):
-    """Return a memory-mapped tensor of a patch file, or None if it has no tensor of that name."""
-    return open_patch_file(path)[1].get(name)
+        raise images.UserError(f"{images.printable(path)} is not a complete patch file; replace it with "
+                               "`data.py pack --overwrite`") from None
+    return metadata, arrays
 
 
 def is_patch_file(path):
-    """True for the path of a patch file, judged by its suffix."""
+    """Return True for the path of a patch file. The suffix decides."""
     return Path(path).suffix == ".safetensors"
 
 
-class PatchWriter:
-    """Write a patch file picture by picture. scale: HR size / LR size, or None without LR pictures."""
+def write_patch_file(path, size, scale, fingerprint, pictures):
+    """Write a patch file, completely or not at all. Returns (number of patches, number of pictures).
 
-    def __init__(self, path, size, scale, fingerprint):
-        self.path, self.size, self.scale, self.fingerprint = Path(path), size, scale, fingerprint
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.names, self.counts, self.details = [], [], []      # per picture, per picture, per patch
-        self.part_paths = [Path(f"{path}.part"), *([Path(f"{path}.lr.part")] if scale else [])]
-        self.files = [open(part, "w+b") for part in self.part_paths]
-        self.files[0].seek(8 + HEADER_BYTES)
+    size: side of a patch. scale: HR size / LR size, or 0 without LR patches. fingerprint: a text that
+    identifies the contents. pictures: an iterable of (name, patches, LR patches or None, details).
+    Raises images.UserError if there are no patches, and OSError if the file cannot be written.
+    """
+    part, names, counts, details = Path(f"{path}.part"), [], [], []
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file, tempfile.TemporaryFile(dir=part.parent) as lr_file:
+            file.seek(8 + HEADER_BYTES)
+            for name, patches, lr_patches, patch_details in pictures:
+                file.write(patches)
+                if scale:
+                    lr_file.write(lr_patches)
+                names.append(images.printable(name))
+                counts.append(len(patches))
+                details.extend(patch_details)
+            if not details:
+                raise images.UserError("no patches: all pictures are broken, too small or of a single color")
 
-    def __enter__(self):
-        return self
+            count = len(details)
+            shapes = {"patches": ("U8", [count, size, size, 3])}
+            if scale:
+                shapes["lr"] = "U8", [count, size // scale, size // scale, 3]
+                lr_file.seek(0)
+                shutil.copyfileobj(lr_file, file, 2**24)
+            text = "\n".join(names).encode()
+            text += b"\n" * (-(file.tell() + len(text)) % 4)        # align the next tensor
+            picture = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+            for content in (text, picture, np.array(details, np.float32)):
+                file.write(content)
+            shapes |= {"names": ("U8", [len(text)]), "picture": ("I32", [count]), "detail": ("F32", [count])}
 
-    def __exit__(self, *_):
-        for file, part in zip(self.files, self.part_paths):
-            file.close()
-            part.unlink(missing_ok=True)
-
-    def add(self, name, patches, lr_patches, details):
-        """Append the patches of one picture."""
-        for file, array in zip(self.files, (patches, lr_patches)):
-            file.write(array)
-        self.names.append(images.printable(name))
-        self.counts.append(len(details))
-        self.details += list(details)
-
-    def finish(self):
-        """Write the LR patches, the small tensors and the header, and rename the file."""
-        file, count = self.files[0], len(self.details)
-        shapes = {"patches": ("U8", [count, self.size, self.size, 3])}
-        if self.scale:
-            self.files[1].seek(0)
-            shutil.copyfileobj(self.files[1], file, 2**24)
-            shapes["lr"] = "U8", [count, self.size // self.scale, self.size // self.scale, 3]
-        names = "\n".join(self.names).encode()
-        names += b"\n" * (-(file.tell() - 8 - HEADER_BYTES + len(names)) % 4)       # align the next tensor
-        picture = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)
-        for content in (names, picture, np.array(self.details, np.float32)):
-            file.write(content)
-        shapes |= {"names": ("U8", [len(names)]), "picture": ("I32", [count]), "detail": ("F32", [count])}
-
-        metadata = {"fingerprint": self.fingerprint, "pictures": len(self.names)}
-        if self.scale:
-            metadata["scale"] = self.scale
-        header, end = {"__metadata__": {key: str(value) for key, value in metadata.items()}}, 0
-        for name, (dtype, shape) in shapes.items():
-            begin, end = end, end + int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        file.seek(0)
-        file.write(HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES))
-        file.close()
-        os.replace(self.part_paths[0], self.path)
+            metadata = {"fingerprint": fingerprint} | ({"scale": str(scale)} if scale else {})
+            header, end = {"__metadata__": metadata}, 0
+            for name, (dtype, shape) in shapes.items():
+                begin, end = end, end + int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+            file.seek(0)
+            file.write(HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return len(details), len(names)
 
 
 # ------------------------------------------------------------------ pictures to patches
@@ -232,10 +205,7 @@ def seeded_rng(name):
 
 
 def draw_background(name, height, width):
-    """Draw a background for a transparent picture: (3, H, W) in [0, 1].
-
-    It is a plain color, a gradient, or soft spots.
-    """
+    """Draw a plain color, a gradient, or soft spots behind a transparent picture: (3, H, W) in [0, 1]."""
     rng = seeded_rng(name)
     cells = rng.choice([1, 2, int(rng.integers(4, 12))])
     grid = rng.integers(0, 256, 3) + rng.normal(0, 45 if cells > 1 else 0, (cells, cells, 3))
@@ -260,22 +230,19 @@ def cut_patches(rgb, size, step=1):
 def cut_job(job, size, seed, min_side, scale):
     """Read one picture and its LR picture, if there is one, and cut them into patches.
 
-    job: (path, name, LR path or None). Returns (patches, LR patches or None, details, note). Returns a
-    PictureError for an unreadable picture, and a DataError for one with a wrong size.
+    job: (path, name, LR path or None). Returns ((name, patches, LR patches or None, details), note). Raises
+    images.UserError for an unreadable picture or a wrong size.
     """
     path, name, lr_path = job
-    try:
-        hr = images.read_picture(path, srgb=True)
-        lr = images.read_picture(lr_path, srgb=True) if lr_path else None
-    except images.PictureError as error:
-        return error
+    hr = images.read_picture(path, srgb=True)
+    lr = images.read_picture(lr_path, srgb=True) if lr_path else None
     h, w = hr.rgb.shape[1:]
     if min(h, w) < min_side:
-        return DataError(f"{images.printable(path)}: {w}x{h}, a side is below {min_side}")
+        raise images.UserError(f"{images.printable(path)}: {w}x{h}, a side is below {min_side}")
     if lr:
         lr_h, lr_w = lr.rgb.shape[1:]
         if (h // scale, w // scale) != (lr_h, lr_w):
-            return DataError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} at scale 1/{scale}")
+            raise images.UserError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} / {scale}")
         h, w = lr_h * scale, lr_w * scale
 
     # degrade.py puts transparent pictures on white before it makes LR pictures, so do the same with the HR.
@@ -288,17 +255,17 @@ def cut_job(job, size, seed, min_side, scale):
     hr_patches = cut_patches(flatten_alpha(hr)[:, :h, :w], size, scale)
     lr_patches = cut_patches(flatten_alpha(lr), size // scale) if lr else None
     details = np.array([detail(patch) for patch in hr_patches]).round(3).tolist()
-    return hr_patches, lr_patches, details, hr.note and f"{images.printable(path)}: {hr.note}"
+    return (name, hr_patches, lr_patches, details), hr.note and f"{images.printable(path)}: {hr.note}"
 
 
 def match_lr(folders, lr_dir):
     """Match each HR folder with a folder of LR pictures. Returns ({HR path: LR path}, scale).
 
-    The sizes of the first readable pair give the scale. Raises pairs.PairError if pictures have no partner.
+    The sizes of the first readable pair give the scale. Raises images.UserError if pictures have no partner.
     """
     folders, lr_dir = images.as_paths(folders), images.as_paths(lr_dir)
     if len(folders) != len(lr_dir):
-        raise DataError(f"{len(folders)} HR folders but {len(lr_dir)} in --lr-dir; give one for each")
+        raise images.UserError(f"{len(folders)} HR folders but {len(lr_dir)} in --lr-dir; give one for each")
     partners = {}
     for hr_folder, lr_folder in zip(folders, lr_dir):
         jobs, _ = pairs.match_pairs({"HR": hr_folder, "LR": lr_folder})
@@ -307,27 +274,27 @@ def match_lr(folders, lr_dir):
         side, lr_side = max(images.picture_size(path)), max(images.picture_size(lr_path))
         if side and lr_side:
             return partners, max(1, round(side / lr_side))
-    raise DataError(f"no pair in {images.printable(folders[0])} can be read")
+    raise images.UserError(f"no pair in {images.printable(folders[0])} can be read")
 
 
 def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, overwrite=False, lr_dir=None,
          workers=None, without=()):
     """Pack the pictures of folders (with subfolders) and files into one patch file. Returns Path(out).
 
-    size: side of a patch. Pictures with a side below min_side are skipped; sides below `size` are extended by
-    reflection. Colors become sRGB. Unreadable pictures are reported and skipped.
-    seed: for the backgrounds of transparent pictures. lr_dir: one folder of LR pictures per folder.
-    workers: see run_parallel. without: paths to leave out.
+    size: side of a patch. Sides below `size` are extended by reflection. Pictures with a side below min_side
+    and unreadable pictures are logged and skipped. Colors become sRGB. seed: for the backgrounds of
+    transparent pictures. lr_dir: one folder of LR pictures per folder. workers: see run_parallel.
+    without: paths to leave out.
 
-    An existing file is reused if it has the same pictures and settings, else replaced. Raises DataError,
-    images.PictureError for a missing folder, and OSError if the file cannot be written.
+    A file with the same pictures and settings is reused, another patch file is replaced. `overwrite`: replace
+    any file. Raises images.UserError, and OSError if the file cannot be written.
     """
-    out, start, skipped = Path(out), time.time(), 0
+    out, start = Path(out), time.time()
     without = {os.path.realpath(path) for path in without}
     names = list_inputs(folders)
     partners, scale = match_lr(folders, lr_dir) if lr_dir else (dict.fromkeys(names), 1)
     if size % scale:
-        raise DataError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
+        raise images.UserError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
     jobs = [(path, name, partners[path]) for path, name in names.items()
             if path in partners and os.path.realpath(path) not in without]
     stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
@@ -335,38 +302,25 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
     version = 3     # of the patches; change it together with the code that cuts them
     key = json.dumps([version, size, seed, min_side, scale, stats])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()
-    if out.exists() and not overwrite:
-        metadata, count, _ = read_header(out)
-        if metadata["fingerprint"] == fingerprint:
-            log(f"{out}: {count} patches, packed already")
-            return out
+    if out.exists() and not overwrite and open_patch_file(out)[0]["fingerprint"] == fingerprint:
+        log(f"{out} is packed already")
+        return out
 
     job = functools.partial(cut_job, size=size, seed=seed, min_side=min_side, scale=scale)
-    with PatchWriter(out, size, scale if lr_dir else None, fingerprint) as writer:
-        for (_, name, _), result in run_parallel(job, jobs, workers, "packing"):
-            if isinstance(result, images.UserError):
-                skipped += 1
-                note = f"skipped: {result}"
-            else:
-                *patches, note = result
-                writer.add(name, *patches)
-            if note:
-                images.ProgressLine.clear()
-                log(note)
-        if not writer.details:
-            raise DataError(f"none of {len(jobs)} pictures can be packed (--min-side {min_side})")
-        writer.finish()
-    log(f"{out}: {len(writer.details)} patches of {size}x{size} from {len(writer.names)} pictures in "
-        f"{time.time() - start:.0f} s; {skipped} skipped")
+    pictures = filter(None, run_parallel(job, jobs, workers, "packing", log))
+    patch_count, count = write_patch_file(out, size, scale if lr_dir else 0, fingerprint, pictures)
+    log(f"{out}: {patch_count} patches of {size}x{size} from {count} pictures in "
+        f"{time.time() - start:.0f} s; {len(jobs) - count} skipped")
     return out
 
 
 def hold_out(folders, folder, count=8, side=512):
     """Hold out pictures for validation: a tenth of the pictures, at most `count`.
 
-    A hash of the names selects them, so every call selects the same. The `side` x `side` square with most
-    detail of each is saved as PNG in a new folder inside `folder`. Returns (that new folder, paths of the
-    pictures and their smaller copies made by `clean.py multiscale`). Raises DataError for fewer than 10.
+    A hash of the names selects them, so every call selects the same pictures. The square of `side` pixels
+    with most detail is cut from each one and saved as PNG in a new folder inside `folder`. Returns (the new
+    folder, paths of the pictures and of their smaller copies made by `clean.py multiscale`). Raises
+    images.UserError for fewer than 10 pictures.
     """
     names = list_inputs(folders)
     copy_suffix = re.compile(rf"_({'|'.join(COPY_SCALES)}|{COPY_SHORT_SIDE})$")
@@ -374,11 +328,10 @@ def hold_out(folders, folder, count=8, side=512):
     for path in sorted(names, key=lambda p: (len(names[p]), names[p])):
         _, name = names[path].split("/", 1)
         families.setdefault(copy_suffix.sub("", str(Path(name).with_suffix(""))), []).append(path)
-    originals = {paths[0]: paths for paths in families.values()}
 
-    squares = {}
-    for path in sorted(originals, key=lambda p: (zlib.crc32(os.fsencode(names[p])), names[p])):
-        if len(squares) == min(count, len(originals) // 10):
+    squares, held_out = [], []
+    for path, *copies in sorted(families.values(), key=lambda f: zlib.crc32(os.fsencode(names[f[0]]))):
+        if len(squares) == min(count, len(families) // 10):
             break
         try:
             picture = images.read_picture(path, srgb=True)
@@ -387,24 +340,27 @@ def hold_out(folders, folder, count=8, side=512):
         h, w = picture.rgb.shape[1:]
         if min(h, w) < 64:      # too small for a validation metric
             continue
+        if picture.note:
+            images.print_once(f"{images.printable(path)}: {picture.note}")
         rgb = images.composite(picture, draw_background(names[path], h, w))
-        squares[path] = max(cut_patches(rgb, min(side, h, w)), key=detail)
+        squares.append(max(cut_patches(rgb, min(side, h, w)), key=detail))
+        held_out += [path, *copies]
     if not squares:
-        raise DataError("too few pictures for validation; give at least 10, or a folder with --val")
+        raise images.UserError("too few pictures for validation; give at least 10, or a folder with --val")
 
-    code = zlib.crc32(b"".join(square.tobytes() for square in squares.values()))
+    code = zlib.crc32(b"".join(square.tobytes() for square in squares))
     val = Path(folder) / f"val-{code:08x}"
     val.mkdir(parents=True, exist_ok=True)
-    for i, square in enumerate(squares.values()):
+    for i, square in enumerate(squares):
         with images.atomic_path(val / f"{i}.png") as part:
             Image.fromarray(square).save(part, "PNG")
-    return val, [p for path in squares for p in originals[path]]
+    return val, held_out
 
 
 # ------------------------------------------------------------------ the folders of a training run
 
 def split_shares(folders):
-    """["a", "b@0.3"] -> [("a", None), ("b", 0.3)]. Raises DataError."""
+    """Split folders and shares: ["a", "b@0.3"] -> [("a", None), ("b", 0.3)]. Raises images.UserError."""
     found = []
     for text in folders:
         folder, at, share = text.rpartition("@")
@@ -414,9 +370,9 @@ def split_shares(folders):
         try:
             found.append((os.path.normpath(folder), float(share)))
         except ValueError:
-            raise DataError(f"{text}: write a share after the @, such as 0.3") from None
+            raise images.UserError(f"{text}: write a share after the @, such as 0.3") from None
     if sum(share or 0 for _, share in found) > 1 + 1e-9:
-        raise DataError("the shares of the folders add up to more than 1")
+        raise images.UserError("the shares of the folders add up to more than 1")
     return found
 
 
@@ -424,7 +380,8 @@ def pack_folders(folders, sides, held_out, out, log=print):
     """Pack the folders of a training run into patch files inside the folder `out`.
 
     folders: folders or patch files, with shares as for split_shares. sides: sides of the HR crops of the
-    training. held_out: paths to leave out. Returns (patch files, their shares or None). Raises DataError.
+    training. held_out: paths to leave out. Returns (patch files, their shares or None). Raises
+    images.UserError.
     """
     size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger than a crop: random corners
 
@@ -435,16 +392,15 @@ def pack_folders(folders, sides, held_out, out, log=print):
         name = f"{Path(group[0]).name}-{zlib.crc32(key.encode()):08x}-{size}-{min(sides)}.safetensors"
         return pack(group, Path(out) / name, size, min_side=min(sides), log=log, without=held_out)
 
-    shares_of_folders = split_shares(folders)
-    if all(share is None for _, share in shares_of_folders):
-        plain = [folder for folder, _ in shares_of_folders if not is_patch_file(folder)]
-        ready = [[folder] for folder, _ in shares_of_folders if is_patch_file(folder)]
-        return [pack_group(group) for group in ready + ([plain] if plain else [])], None
-    files = [pack_group([folder]) for folder, _ in shares_of_folders]
-    counts = [read_header(file)[1] for file in files]
-    shares = [share for _, share in shares_of_folders]
+    folders, shares = zip(*split_shares(folders))
+    if all(share is None for share in shares):
+        groups = [[folder] for folder in folders if is_patch_file(folder)]
+        groups.append([folder for folder in folders if not is_patch_file(folder)])
+        return [pack_group(group) for group in groups if group], None
+    files = [pack_group([folder]) for folder in folders]
+    counts = [len(open_patch_file(file)[1]["patches"]) for file in files]
     free = sum(count for count, share in zip(counts, shares) if share is None)
-    rest = 1 - sum(share or 0 for share in shares)      # split in proportion to the counts
+    rest = 1 - sum(filter(None, shares))        # split in proportion to the counts
     return files, [rest * count / free if share is None else share for count, share in zip(counts, shares)]
 
 
@@ -453,18 +409,17 @@ def pack_folders(folders, sides, held_out, out, log=print):
 class Batches(torch.utils.data.Dataset):
     """Training batches: batches[step] -> (lr (B, 3, p, p), hr (B, 3, p * scale, p * scale)) in [0, 1].
 
-    patch_files: one path or several. steps: number of batches. patch: side p of the LR crop, or several;
-    each step draws one. B is `batch` for the smallest side; for a larger side it is smaller in
-    proportion to the area.
-    recipe: a recipe or mix of degrade.py. LR patches in a file of pairs are used as they are.
+    patch_files: one path or several. steps: number of batches. patch: side p of the LR crop, or several
+    sides; each step draws one of them. B is `batch` for the smallest side. For a larger side, B is smaller in
+    proportion to the area. recipe: a recipe or mix of degrade.py; files of pairs have their own LR patches.
 
-    A crop has a random corner and one of 8 orientations. Each patch is a candidate once per epoch.
-    With crop_candidates n, each crop is the one with most detail of n crops from n patches. shares: the
-    probability of each file; then candidates are drawn at random instead of once per epoch.
+    A crop has a random corner and one of 8 orientations. It is the one with most detail of `crop_candidates`
+    crops from different patches. Each patch is a candidate once per epoch. With `shares`, the probability of
+    each file, the candidates are drawn at random instead.
 
     A batch depends only on (seed, step). In distributed training, rank r of `ranks` gets the r-th part of the
-    batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises DataError for a
-    broken file or patches that are too small.
+    batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises
+    images.UserError for a broken file or patches that are too small.
     """
 
     def __init__(self, patch_files, steps, batch, patch, scale, recipe, seed, crop_candidates=4, shares=None,
@@ -473,16 +428,17 @@ class Batches(torch.utils.data.Dataset):
         self.patches = [patch] if isinstance(patch, int) else sorted(patch)
         self.steps, self.batch, self.scale, self.recipe, self.seed = steps, batch, scale, recipe, seed
         self.crop_candidates, self.shares, self.rank, self.ranks = crop_candidates, shares, rank, ranks
-        self.tensors = None         # memory maps, opened in each worker process
+        self.arrays = None          # memory maps, opened in each worker process
         self.epoch, self.order = None, None
         needed, counts = self.patches[-1] * scale, []
         for file in self.files:
-            metadata, count, size = read_header(file)
+            metadata, arrays = open_patch_file(file)
+            count, size = arrays["patches"].shape[:2]
             if int(metadata.get("scale", scale)) != scale:
-                raise DataError(f"{file} holds pairs of scale {metadata['scale']}; train with that --scale")
+                raise images.UserError(f"{file} has pairs of scale {metadata['scale']}; use that --scale")
             if size < needed:
-                raise DataError(f"{file} holds patches of {size} pixels, but --patch {self.patches[-1]} at "
-                                f"scale {scale} needs {needed}; pack with a larger --size")
+                raise images.UserError(f"{file} has patches of {size} pixels, but --patch {self.patches[-1]} "
+                                       f"needs {needed}; pack with a larger --size")
             counts.append(count)
         self.ends = np.cumsum(counts)   # patch numbers run through all files; ends[k] is where file k ends
 
@@ -490,7 +446,7 @@ class Batches(torch.utils.data.Dataset):
         return self.steps
 
     def __getstate__(self):
-        return {**self.__dict__, "tensors": None}       # pickle would copy the memory maps
+        return {**self.__dict__, "arrays": None}        # pickle would copy the memory maps
 
     def batch_size(self, patch):
         """Return the number of crops in a batch with LR crops of this side."""
@@ -519,7 +475,7 @@ class Batches(torch.utils.data.Dataset):
     def crop(self, number, corner, patch):
         """Cut one crop. corner: (y, x) in [0, 1). Returns (hr, lr or None), uint8 (side, side, 3)."""
         file = int(np.searchsorted(self.ends, number, "right"))
-        patches, lr_patches = self.tensors[file]
+        patches, lr_patches = self.arrays[file]["patches"], self.arrays[file].get("lr")
         grid = 1 if lr_patches is None else self.scale      # crops of pairs begin at a whole LR pixel
         side = patch * self.scale
         y, x = (corner * ((patches.shape[1] - side) // grid + 1)).astype(int) * grid
@@ -533,8 +489,8 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        if self.tensors is None:
-            self.tensors = [(read_tensor(file, "patches"), read_tensor(file, "lr")) for file in self.files]
+        if self.arrays is None:
+            self.arrays = [open_patch_file(file)[1] for file in self.files]
 
         # All random numbers of the step come first, for all ranks, so that every rank draws the same.
         rng = np.random.default_rng((self.seed, step))
@@ -556,13 +512,12 @@ class Batches(torch.utils.data.Dataset):
 
         hr = to_tensor(hr_crops)
         lr = torch.empty(batch, 3, patch, patch)
-        unpaired = [b for b, crop in enumerate(lr_crops) if crop is None]
-        for b, crop in enumerate(lr_crops):
-            if crop is not None:
-                lr[b] = to_tensor([crop])[0]
-        if unpaired:
-            unpaired_seeds = seeds[own][unpaired].tolist()
-            lr[unpaired] = degrade.degrade(hr[unpaired], self.recipe, self.scale, unpaired_seeds)
+        paired = torch.tensor([crop is not None for crop in lr_crops])
+        if paired.any():
+            lr[paired] = to_tensor([crop for crop in lr_crops if crop is not None])
+        if not paired.all():
+            own_seeds = seeds[own][~paired.numpy()].tolist()
+            lr[~paired] = degrade.degrade(hr[~paired], self.recipe, self.scale, own_seeds)
         return lr, hr
 
 
@@ -582,7 +537,7 @@ def make_loader(batches, start, workers):
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, len(batches)), num_workers=workers,
         prefetch_factor=4 if workers else None, worker_init_fn=init_worker,
-        generator=torch.Generator(),        # leave the global random state to the model
+        generator=torch.Generator(),        # do not change the global random state
         pin_memory=torch.cuda.is_available())
 
 
@@ -593,8 +548,7 @@ WORKERS_HELP = f"processes that read pictures (default: one per core, at most {M
 
 def add_pack_flags(add):
     """Add the flags that `data.py pack` and `clean.py mine` share. add: the add_argument of a parser."""
-    add("--out", "-o", required=True, metavar="FILE",
-        help="the patch file")
+    add("--out", "-o", required=True, metavar="FILE", help="the patch file")
     add("--lr-dir", nargs="+", metavar="DIR",
         help="LR pictures with the names of the HR pictures, one folder for each folder of HR pictures")
     add("--size", type=int, default=PATCH_SIZE, help="side of a patch in pixels (default: %(default)s)")

@@ -25,15 +25,15 @@ from losses import CLASSES, ArtifactDetector, LossError, artifact_log_odds, load
 SIDES = (128, 256)          # of training crops
 LR, WARMUP = 3e-3, 20       # peak learning rate, steps of warm-up
 REPORTS = 10                # in a training
-VISIBLE = 0.3               # visibility() above which an artifact counts as visible
-ARTIFACTS = (*CLASSES[1:], "banding", "oversharp", "seam")      # the hard ones are chosen twice as often
+VISIBLE = 0.3               # an artifact counts as visible if its visibility() is larger
+ARTIFACTS = (*CLASSES[1:], "banding", "oversharp", "seam")      # the last three are drawn twice as often
 
 
 # ---- training data -----------------------------------------------------------------------------------------
 
 def visibility(clean, changed, window=16):
-    """Measure how visible a change of a picture (3, H, W) is at its most visible place.
-    Gradient of the difference / (1 + gradient of the picture), in levels (1/255), averaged over windows."""
+    """Measure how visible a change of a picture (3, H, W) is: the maximum over windows of the gradient of the
+    difference / (1 + the gradient of the picture). Gradients are means of a window, in levels (1/255)."""
     def slope(x):
         dy = (x[:, 1:, :-1] - x[:, :-1, :-1]).abs()
         dx = (x[:, :-1, 1:] - x[:, :-1, :-1]).abs()
@@ -42,7 +42,7 @@ def visibility(clean, changed, window=16):
 
 
 def augment(x, rng):
-    """Augment a clean picture (3, H, W): permute the colors, often reduce the contrast, sometimes sharpen."""
+    """Augment a clean picture (3, H, W): permute the colors, and sometimes reduce the contrast or sharpen."""
     x = x[rng.permutation(3)]
     if rng.random() < 0.5:
         gray = rng.random()
@@ -53,9 +53,11 @@ def augment(x, rng):
 
 
 class ArtifactBatches(data.Batches):
-    """batches[step] -> (pictures (4 B, 3, side, side), class probabilities (4 B, 8)).
-    Each crop gives four consecutive versions: clean, a weak artifact, the same artifact stronger, another
-    artifact. Barely visible ones are partly `clean`. The minimum strength decreases during training."""
+    """Training batches: batches[step] -> (pictures (4 B, 3, side, side), class probabilities (4 B, 8)).
+
+    Each crop gives four versions: clean, with a weak artifact, with the same artifact but stronger, with
+    another artifact. A barely visible artifact is partly `clean`. The minimum strength falls during training.
+    """
 
     def __getitem__(self, step):
         _, hr = super().__getitem__(step)
@@ -76,7 +78,7 @@ class ArtifactBatches(data.Batches):
 
 
 def add_artifact(clean, weakest, rng):
-    """Add a random artifact, replaced up to six times if invisible -> (picture, class, strength, seed)."""
+    """Add a random artifact -> (picture, class, strength, seed). Draw up to six times until it is visible."""
     for _ in range(6):
         kind, seed = rng.choice(ARTIFACTS), int(rng.integers(2 ** 31))
         strength = rng.normal(0.5, 0.12) if rng.random() < 0.6 else rng.uniform(weakest, 1)
@@ -88,7 +90,7 @@ def add_artifact(clean, weakest, rng):
 
 
 def detector_loss(detector, pictures, targets):
-    """Cross-entropy, plus a penalty unless the log odds are clean < weak < strong and clean < other."""
+    """Return the cross-entropy, plus a penalty for log odds not in the order clean < weak < strong, other."""
     logits = detector(pictures)
     clean, weak, strong, other = artifact_log_odds(logits).view(-1, 4).unbind(1)
     order_penalty = F.softplus(torch.stack([clean - weak, weak - strong, clean - other])).mean()
@@ -98,7 +100,7 @@ def detector_loss(detector, pictures, targets):
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 def read_pictures(paths):
-    """Yield (path, rgb (3, H, W) on white). Unusable pictures are named on stderr and skipped."""
+    """Yield (path, rgb (3, H, W) on white). Unreadable pictures are named on stderr and skipped."""
     for path in images.find_pictures(paths):
         try:
             yield path, images.composite(images.read_picture(path), 1.0)
@@ -108,8 +110,8 @@ def read_pictures(paths):
 
 @torch.inference_mode()
 def confusion(detector, pictures):
-    """Return counts (8, 8) over pictures (3, H, W) of at least 32x32 pixels: rows are synthetic artifacts of
-    strength 0.5, columns are predictions. An artifact that is not visible in a picture is not counted."""
+    """Return the confusion table (8, 8) of clean pictures (3, H, W), at least 32x32: rows are synthetic
+    artifacts of strength 0.5, columns are predictions. Invisible artifacts are not counted."""
     device = next(detector.parameters()).device
     table = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.long)
     for k, clean in enumerate(pictures):
@@ -121,7 +123,7 @@ def confusion(detector, pictures):
 
 
 def print_confusion(table):
-    """Print a confusion table with the accuracy of each class and of all."""
+    """Print a confusion table with the accuracy of each class and of all classes."""
     print(" " * 10 + "".join(f"{name:>10}" for name in CLASSES))
     for i, (name, row) in enumerate(zip(CLASSES, table.tolist())):
         print(f"{name:>10}" + "".join(f"{n:>10}" for n in row) + f"{row[i] / max(1, sum(row)):>9.1%}")
@@ -151,8 +153,8 @@ def train(args):
     out.mkdir(parents=True, exist_ok=True)
     files, shares = data.pack_folders(args.data, SIDES, [], "patches")
     batches = ArtifactBatches(files, args.steps, args.batch // 4, SIDES, 1, "bicubic", args.seed, 4, shares)
-    val = [max(data.cut_patches(rgb, SIDES[-1]), key=data.detail) for _, rgb in read_pictures(args.val)]
-    val = data.to_tensor(val)
+    val = data.to_tensor([max(data.cut_patches(rgb, SIDES[-1]), key=data.detail)
+                          for _, rgb in read_pictures(args.val)])
 
     torch.manual_seed(args.seed)
     detector = ArtifactDetector().to(args.device, memory_format=torch.channels_last)
@@ -168,7 +170,7 @@ def train(args):
     for pictures, targets in data.make_loader(batches, step, args.workers):
         cosine = 0.505 + 0.495 * math.cos(math.pi * step / args.steps)
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / WARMUP, cosine)
-        # Freeze the batch-norm statistics in the last third, so that training and validation use one network.
+        # Freeze the batch-norm statistics in the last third, because the finished detector uses them as well.
         detector.train(3 * step < 2 * args.steps)
         loss = detector_loss(detector, pictures.to(args.device), targets.to(args.device))
         optimizer.zero_grad()
@@ -208,7 +210,7 @@ def main():
     a("--steps", type=int, default=2200, help="optimizer steps (default: %(default)s)")
     a("--batch", type=int, default=32, help="pictures per step, 4 of each crop (default: %(default)s)")
     a("--workers", type=int, default=1, help="processes that add artifacts (default: %(default)s)")
-    a("--seed", type=int, default=0, help="of weights, crops, and artifacts (default: 0)")
+    a("--seed", type=int, default=0, help="for weights, crops, and artifacts (default: 0)")
     args = parser.parse_args()
     try:
         args.run(args)

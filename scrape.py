@@ -1,13 +1,13 @@
-"""scrape.py: download original pictures from Konachan, Yande.re or Danbooru into a folder with a manifest.
+"""Download original pictures from Konachan, Yande.re, or Danbooru into a folder with a manifest.
 
     python scrape.py konachan --tags landscape --max 300 --contact me@example.org -o wallpapers
 
-Run the same command again to resume. Pictures in manifest.csv are not downloaded again. The scraper is slow
-on purpose: it sends at most one request a second, waits longer when the board asks for it, and stops at a
-challenge page. Without an account, Danbooru accepts two tags.
+Run the same command again to resume. Pictures in manifest.csv are not downloaded again. The scraper sends at
+most one request per second, waits longer if the board asks for it, and stops at a challenge page. Without an
+account, Danbooru accepts two tags. Posts with a parent or children are variants and are skipped.
 
-The pictures belong to their artists. Read the board's terms before you train on pictures or publish them, and
-skip artists who object (--opt-out).
+The pictures belong to their artists. Read the terms of the board before you train on pictures or publish
+them, and skip artists who object (--opt-out).
 
 Exit code: 0 done, 1 some pictures failed, 2 the run could not continue, 130 Ctrl-C.
 Needs only Python's standard library.
@@ -15,7 +15,6 @@ Needs only Python's standard library.
 import argparse
 import collections
 import csv
-import email.utils
 import hashlib
 import http.client
 import json
@@ -25,7 +24,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from time import monotonic, sleep, time
+from time import monotonic, sleep
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 BOARDS = {"konachan": "https://konachan.com", "yandere": "https://yande.re",
@@ -45,8 +44,7 @@ COLUMNS = [     # of manifest.csv; size in bytes, width and height in pixels
     "licence", "file"]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif"}
 POSTS_PER_PAGE = 100
-MAX_BYTES = 512 << 20   # of one response
-PAUSE = 1.0             # seconds between an answer and the next request
+PAUSE = 1.0             # seconds before each request
 TIMEOUT = 30            # seconds without data before a request counts as failed
 MAX_TRIES = 6           # of one request
 MAX_WAIT = 900          # seconds; the run stops if a board asks for a longer wait
@@ -76,29 +74,10 @@ def report(text, end="\n"):
 
 # ---- requests
 
-def retry_after(value):
-    """Convert a Retry-After header (seconds or a date, RFC 9110 section 10.2.3) to seconds from now, or 0."""
-    if not value or value.strip().isdecimal():
-        return int(value or 0)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time())
-    except ValueError:
-        return 0
-
-
-def check_challenge(status, headers, body):
-    """Raise ScrapeError for a challenge or login page."""
-    is_page = status in (200, 403) and body[:1000].lstrip().startswith(b"<")
-    if is_page or headers.get("cf-mitigated"):      # the header is Cloudflare's
-        raise ScrapeError(f"the board sent a web page (status {status}), probably a challenge or login page; "
-                          "open the board in a browser, and run the command again later")
-
-
 class Client(urllib.request.HTTPRedirectHandler):
-    """HTTP client that sends one request at a time and waits PAUSE seconds after each answer."""
+    """HTTP client that waits PAUSE seconds before each request."""
 
     def __init__(self, contact):
-        self.next_request = 0.0     # earliest time of the next request, on the clock of monotonic()
         self.headers = {"User-Agent": f"kabegami-scrape/1 (contact: {contact})", "Accept": "*/*"}
         self.opener = urllib.request.build_opener(self)
 
@@ -115,47 +94,42 @@ class Client(urllib.request.HTTPRedirectHandler):
         """
         if urlsplit(url).scheme not in ("http", "https"):       # urllib would open file:///etc/passwd, too
             raise RequestError(f"not a web address: {clean(url)[:200]}")
+        wait = PAUSE
         for attempt in range(1, MAX_TRIES + 1):
-            sleep(max(0.0, self.next_request - monotonic()))
+            sleep(wait)
             status, wait = None, PAUSE * 2 ** attempt
             try:
-                request = urllib.request.Request(url, headers=self.headers)
-                with self.opener.open(request, timeout=TIMEOUT) as response:
-                    return self.read_body(response)
-            except urllib.error.HTTPError as error:
-                reason = self.read_error(error)
-                status, wait = error.code, max(wait, retry_after(error.headers.get("Retry-After")))
+                status, headers, body = self.send(url)
+                if status == 200:
+                    return body
+                reason = f"status {status}: {clean(body.decode('utf-8', 'replace'))[:200]}"
+                if status not in (421, 429) and status < 500:       # 421 is Moebooru's "user throttled"
+                    raise RequestError(reason)
+                seconds = headers.get("Retry-After", "")
+                wait = max(wait, int(seconds) if seconds.isdecimal() else 0)
             except (OSError, http.client.HTTPException) as error:
                 reason = clean(error)[:200] or type(error).__name__
-            finally:
-                self.next_request = monotonic() + PAUSE
             if wait > MAX_WAIT:
                 raise ScrapeError(f"{reason}; run the command again in {wait / 60:.0f} minutes")
-            self.next_request = monotonic() + wait
             if attempt < MAX_TRIES:
                 report(f"{reason}; waiting {wait:.3g} s")
         if status in (421, 429):
             raise ScrapeError(f"{reason}, {MAX_TRIES} times; run the command again in an hour")
         raise RequestError(f"{reason}, {MAX_TRIES} times")
 
-    def read_body(self, response):
-        body = response.read(MAX_BYTES)
-        if response.read(1):
-            raise RequestError(f"the response is longer than {MAX_BYTES} bytes")
-        if response.length:
-            raise ConnectionError(f"connection closed {response.length} bytes too early")
-        check_challenge(200, response.headers, body)
-        return body
-
-    def read_error(self, error):
-        """Return the reason of a temporary error. Raise RequestError or ScrapeError for other errors."""
-        with error:
-            body = error.read(4096)
-        check_challenge(error.code, error.headers, body)
-        reason = f"status {error.code}: {clean(body.decode('utf-8', 'replace'))[:200] or error.reason}"
-        if error.code in (421, 429) or error.code >= 500:   # 421 is Moebooru's "user throttled"
-            return reason
-        raise RequestError(reason)
+    def send(self, url):
+        """Send one request. Return (status, headers, body). Raises ScrapeError for a challenge page."""
+        try:
+            response = self.opener.open(urllib.request.Request(url, headers=self.headers), timeout=TIMEOUT)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            status, headers, body = response.status, response.headers, response.read()
+        is_page = status in (200, 403) and body[:1000].lstrip().startswith(b"<")
+        if is_page or headers.get("cf-mitigated"):      # the header is Cloudflare's
+            raise ScrapeError(f"the board sent a web page (status {status}), probably a challenge or login "
+                              "page; open the board in a browser, and run the command again later")
+        return status, headers, body
 
 
 # ---- search; `settings` is the result of parse()
@@ -230,7 +204,7 @@ def skip_reason(raw, row, settings):
     tags = f"{row['tags']} {row['artists']}".lower().split()
     if settings.opted_out.intersection(tags) or raw.get("is_banned"):
         return "opted out or taken down"
-    if not settings.variants and (raw.get("parent_id") or raw.get("has_children")):
+    if raw.get("parent_id") or raw.get("has_children"):
         return "variant of another post"
     if Path(row["file"]).suffix not in SUFFIXES:
         return "not a picture"
@@ -243,7 +217,7 @@ def search(client, settings, skipped):
     Adds the reason for each skipped post to the Counter `skipped`. Raises ScrapeError if a page fails, or if
     it has no usable new post: then the board has probably changed its answers.
     """
-    # Boards refuse high page numbers, and numbered pages shift when somebody uploads
+    # Boards refuse high page numbers, and an upload shifts the posts of numbered pages.
     by_id = not any(tag.startswith(("order:", "id:")) for tag in settings.tags)
     number, below_id, seen = 1, None, set()
     while True:
@@ -291,9 +265,9 @@ def read_manifest(path):
 
 
 def fetch(client, row, folder):
-    """Download a picture into the folder, add its row to the manifest and return its size in bytes.
+    """Download a picture into the folder, add its row to the manifest, and return its size in bytes.
 
-    The file is written completely or not at all, and its row after it.
+    The file is written completely or not at all, and the row after the file.
     Raises RequestError if the picture cannot be downloaded, ScrapeError if it cannot be written.
     """
     body = client.get(row["url"])
@@ -357,7 +331,6 @@ def parse():
     p.add_argument("--min-width", type=int, default=3840, help="smallest width in pixels (default: 3840)")
     p.add_argument("--rating", choices="sqe", default="s",
                    help="s: safe or general, q: questionable or sensitive, e: explicit (default: s)")
-    p.add_argument("--variants", action="store_true", help="include parents and children of other posts")
     p.add_argument("--opt-out", type=Path, metavar="FILE", help="list of artists or other tags to skip")
     p.add_argument("--url", help="address of another board")
     args = p.parse_args()

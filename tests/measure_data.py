@@ -215,7 +215,7 @@ def path(args):
         count += 1
     decoded = count / (time.perf_counter() - start)
     batches = data.Batches(packed, 10 ** 6, 16, side, 1, "bicubic", 0)
-    patches, start, count = data.read_tensor(packed, "patches"), time.perf_counter(), 0
+    patches, start, count = data.open_patch_file(packed)[1]["patches"], time.perf_counter(), 0
     n, size = patches.shape[:2]
     while time.perf_counter() - start < 5:
         k, y, x = rng.integers(n), *rng.integers(size - side + 1, size=2)

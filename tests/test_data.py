@@ -18,7 +18,6 @@ import clean
 import data
 import degrade
 import images
-from pairs import PairError
 from test_clean import encode_srgb, linear_profile
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +32,10 @@ def save(path, pixels, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.squeeze()).save(path, **options)
     return path
+
+
+def patches_of(path):
+    return data.open_patch_file(path)[1]["patches"]
 
 
 def pack(folders, out, size=64, min_side=32, **options):
@@ -76,12 +79,10 @@ def packed(zoo, tmp_path_factory):
 
 def test_pack_reads_the_zoo(packed):
     out, lines = packed
-    metadata, n, size = data.read_header(out)
-    patches = load_file(out)["patches"]         # the public library reads our header
-    assert patches.shape == (n, 64, 64, 3) and size == 64 and patches.dtype == torch.uint8
-    # 2x3, 1, 2x2, 1x2, 2x1, 1x2, 1x2, 1, 1x4 and twice 1
-    assert n == 6 + 1 + 4 + 2 + 2 + 2 + 2 + 1 + 4 + 2
-    assert metadata["pictures"] == "11"
+    tensors = load_file(out)            # the public library reads our header
+    n = 6 + 1 + 4 + 2 + 2 + 2 + 2 + 1 + 4 + 2       # 2x3, 1, 2x2, 1x2, 2x1, 1x2, 1x2, 1, 1x4, and twice 1
+    assert tensors["patches"].shape == (n, 64, 64, 3) and tensors["patches"].dtype == torch.uint8
+    assert len(tensors["picture"].unique()) == 11 and "11 pictures" in lines[-1]
     skipped = [line for line in lines if line.startswith("skipped")]
     for name in ("text.jpg", "empty.png", "cut.png", "dangling.png", "tiny.png"):
         assert sum(name in line for line in skipped) == 1
@@ -138,18 +139,18 @@ def test_a_patch_file_is_reused_or_rebuilt(tmp_path):
     assert out.stat().st_ino == inode and "already" in lines[-1]
     save(tmp_path / "in" / "b.png", noise(64, 64, seed=1))                          # a new picture
     pack(tmp_path / "in", out)
-    assert data.read_header(out)[1] == 2
+    assert len(patches_of(out)) == 2
     save(one, noise(64, 64, seed=2))                                                # a changed picture
     os.utime(one, ns=(1, 1))
     pack(tmp_path / "in", out)
     assert (load_file(out)["patches"][0].numpy() == noise(64, 64, seed=2)).all()
     pack(tmp_path / "in", out, size=32)                                             # another size
-    assert data.read_header(out)[1:] == (8, 32)
+    assert patches_of(out).shape == (8, 32, 32, 3)
     (tmp_path / "in").rename(tmp_path / "elsewhere")                                # a moved folder is the same
     pack(tmp_path / "elsewhere", out, size=32, log=lines.append)
     assert "already" in lines[-1]
     pack(tmp_path / "elsewhere", out, size=32, without=[tmp_path / "elsewhere/a.png"])
-    assert data.read_header(out)[1] == 4
+    assert len(patches_of(out)) == 4
 
 
 def test_folders_without_usable_pictures(tmp_path):
@@ -198,11 +199,11 @@ def test_another_kind_of_file_is_left_alone(tmp_path):
     save(tmp_path / "in" / "a.png", noise(64, 64))
     out = tmp_path / "thesis.txt"
     out.write_text("years of work")
-    with pytest.raises(data.DataError, match="thesis.txt"):
+    with pytest.raises(images.UserError, match="thesis.txt"):
         pack(tmp_path / "in", out)
     assert out.read_text() == "years of work"
     pack(tmp_path / "in", out, overwrite=True)
-    assert data.read_header(out)[1] == 1
+    assert len(patches_of(out)) == 1
 
 
 def test_the_header_holds_long_names(tmp_path):
@@ -228,10 +229,18 @@ def test_hold_out_takes_the_most_detailed_square_of_the_same_pictures(tmp_path):
         assert np.array_equal(np.asarray(Image.open(folder / f"{i}.png")), np.asarray(Image.open(path))[50:, 50:])
     assert data.hold_out([tmp_path / "in"], tmp_path / "p", count=2)[1] == held[:2]
     out = pack([tmp_path / "in"], tmp_path / "p.safetensors", without=held)
-    names = set(data.read_tensor(out, "names").tobytes().decode().split())
+    names = set(data.open_patch_file(out)[1]["names"].tobytes().decode().split())
     assert len(names) == 27 and not names & {f"0/{p.relative_to(tmp_path / 'in').as_posix()}" for p in held}
-    with pytest.raises(data.DataError, match="--val"):
+    with pytest.raises(images.UserError, match="--val"):
         data.hold_out([tmp_path / "in/1"], tmp_path / "p", count=0)
+
+
+def test_hold_out_reports_what_it_ignores(tmp_path, capsys):
+    for i in range(10):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(noise(80, 80, 4, i), "CMYK").save(tmp_path / f"in/{i}.jpg")
+    _, (path,) = data.hold_out(tmp_path / "in", tmp_path / "p")
+    assert f"{path}: CMYK converted to RGB" in capsys.readouterr().err
 
 
 def test_hold_out_takes_smaller_copies_too_but_no_icons(tmp_path):
@@ -270,7 +279,7 @@ def test_pairs_stay_aligned(zoo, tmp_path, scale):
     (hr, lr), lines = make_lr(zoo, tmp_path, scale), []
     save(lr / "plain one.png", noise(30, 30))                            # a wrong size
     out = pack([hr], tmp_path / "p.safetensors", lr_dir=[lr], log=lines.append)
-    tensors, metadata = load_file(out), data.read_header(out)[0]
+    tensors, metadata = load_file(out), data.open_patch_file(out)[0]
     assert tensors["lr"].shape == (len(tensors["patches"]), 64 // scale, 64 // scale, 3)
     assert metadata["scale"] == str(scale) and any("30x30" in line for line in lines)
     means = tensors["patches"].float().reshape(-1, 64 // scale, scale, 64 // scale, scale, 3).mean((2, 4))
@@ -283,7 +292,7 @@ def test_pairs_stay_aligned(zoo, tmp_path, scale):
             difference = (torch.nn.functional.avg_pool2d(hr, scale) - lr).abs().flatten(1).max(1)[0]
             assert lr.shape == (8, 3, 32 // scale, 32 // scale)
             assert (difference < 0.51 / 255).sum() >= 4          # the others are transparent
-    with pytest.raises(data.DataError, match=f"scale {scale}"):
+    with pytest.raises(images.UserError, match=f"scale {scale}"):
         data.Batches(out, 6, 8, 8, 3, "bicubic", 0)
 
 
@@ -318,11 +327,11 @@ def test_lr_names(tmp_path):
     save(tmp_path / "lr/cafe\u0301.webp", noise(32, 32))    # another encoding of the same name
     assert len(load_file(pack(tmp_path / "hr", tmp_path / "p.safetensors", lr_dir=tmp_path / "lr"))["lr"]) == 2
     save(tmp_path / "hr/lonely.png", noise(64, 64))
-    with pytest.raises(PairError, match="lonely"):
+    with pytest.raises(images.UserError, match="lonely"):
         pack(tmp_path / "hr", tmp_path / "q.safetensors", lr_dir=tmp_path / "lr")
-    with pytest.raises(data.DataError, match="--lr-dir"):
+    with pytest.raises(images.UserError, match="--lr-dir"):
         pack([tmp_path / "hr", tmp_path / "lr"], tmp_path / "q.safetensors", lr_dir=tmp_path / "lr")
-    with pytest.raises(data.DataError, match="multiple"):
+    with pytest.raises(images.UserError, match="multiple"):
         (tmp_path / "hr/lonely.png").unlink()
         pack(tmp_path / "hr", tmp_path / "q.safetensors", size=63, lr_dir=tmp_path / "lr")
     assert not (tmp_path / "q.safetensors").exists()
@@ -426,12 +435,12 @@ def test_broken_patch_files(packed, tmp_path):
                 "list": (2).to_bytes(8, "little") + b"[]"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(data.DataError, match=name):
+        with pytest.raises(images.UserError, match=name):
             make_batches(tmp_path / name)
     for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(data.DataError, match="cannot read"):
-            data.read_header(path)
-    with pytest.raises(data.DataError, match="larger --size"):
+        with pytest.raises(images.UserError, match="cannot read"):
+            data.open_patch_file(path)
+    with pytest.raises(images.UserError, match="larger --size"):
         make_batches(packed[0], patch=48)
 
 
@@ -481,25 +490,34 @@ def test_shares_of_files(tmp_path):
 def fail_at_three(job):
     if job == 3:
         raise ValueError("bang")
-    return job
+    if job == 1:
+        raise images.PictureError("a bad picture")
+    return job, f"note {job}"
 
 
 def large_result(job):
-    return np.zeros(1 << 22, np.uint8)
+    return np.zeros(1 << 22, np.uint8), ""
 
 
 def test_an_error_in_a_worker_is_raised_with_its_traceback():
     with pytest.raises(ValueError, match="bang") as caught:
-        list(data.run_parallel(fail_at_three, list(range(20)), 2, "testing"))
-    assert "fail_at_three" in str(caught.value.__cause__)
-    assert [result for _, result in data.run_parallel(fail_at_three, [0, 1, 2], 2, "testing")] == [0, 1, 2]
+        list(data.run_parallel(fail_at_three, list(range(20)), 2, "testing", print))
+    assert "fail_at_three" in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_are_in_order_and_notes_are_logged(workers):
+    lines, random_state = [], torch.get_rng_state()
+    assert list(data.run_parallel(fail_at_three, [2, 0, 1], workers, "testing", lines.append)) == [2, 0, None]
+    assert lines == ["note 2", "note 0", "skipped: a bad picture"]
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def test_workers_end_with_a_killed_main_process():
     code = ("import sys, time; sys.path[:0] = sys.argv[1:]; import data, test_data\n"
-            "for _ in data.run_parallel(test_data.large_result, list(range(100)), 2, 'testing'):\n"
+            "for _ in data.run_parallel(test_data.large_result, list(range(100)), 2, 'testing', print):\n"
             "    print('one', flush=True); time.sleep(100)")
     process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")],
                                stdout=subprocess.PIPE, text=True)
@@ -527,7 +545,7 @@ def test_command(zoo, tmp_path, monkeypatch, capsys):
     command = "pack", zoo, "-o", "a/p.safetensors", "--size", 64, "--min-side", 32, "--workers", 0
     run(monkeypatch, *command)
     assert capsys.readouterr().out.count("skipped: ") == 5
-    assert data.read_header("a/p.safetensors")[0]["pictures"] == "11"
+    assert len(patches_of("a/p.safetensors")) == 26
     run(monkeypatch, *command)
     assert "already" in capsys.readouterr().out
     (tmp_path / "file").write_text("")

