@@ -6,7 +6,6 @@
 Needs torch, numpy, and Pillow. Works when copied alone.
 """
 import contextlib
-import functools
 import io
 import os
 import re
@@ -79,12 +78,6 @@ def printable(path):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
-@functools.cache
-def print_once(line):
-    """Print a line on stderr. The same line is printed only once."""
-    print(line, file=sys.stderr)
-
-
 def as_paths(paths):
     """Convert one path or a list of paths to a list of Path."""
     if isinstance(paths, (str, os.PathLike)):
@@ -95,28 +88,28 @@ def as_paths(paths):
 def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
-    Search folders recursively and follow links. A picture has one of READ_SUFFIXES or can be opened. Ignore
-    hidden and system files; count all other files in one line on stderr. Accept a file with any suffix.
-    Raises PictureError for a path that does not exist.
+    A picture has one of READ_SUFFIXES or can be opened. Search folders recursively and follow links. Ignore
+    hidden and system files in folders. Count the files that are not pictures in one line on stderr. Raises
+    PictureError for a path that does not exist.
     """
-    pictures, others, visited = set(), set(), set()
+    files, visited = set(), set()
     for path in as_paths(paths):
         if not os.path.exists(path):
             raise PictureError(f"{printable(path)}: no such file or folder")
         if not os.path.isdir(path):
-            pictures.add(path)
+            files.add(path)
         for folder, subfolders, names in os.walk(path, followlinks=True):
             if os.path.realpath(folder) in visited:         # a link to a folder that was already searched
                 subfolders.clear()
                 continue
             visited.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if not SYSTEM_NAME.match(name))
-            for file in (Path(folder, name) for name in names if not SYSTEM_NAME.match(name)):
-                found = file.suffix.lower() in READ_SUFFIXES or file.is_file() and any(picture_size(file))
-                (pictures if found else others).add(file)
+            files.update(Path(folder, name) for name in names if not SYSTEM_NAME.match(name))
+    pictures = {file for file in files if file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
+    others = sorted(files - pictures)
     if others and os.environ.get("RANK", "0") == "0":       # only the first process of torchrun
-        first = ", ".join([*map(printable, sorted(others)[:3]), "..."][:len(others)])
-        print_once(f"{len(others)} left out, not pictures that can be read: {first}")
+        first = ", ".join([*map(printable, others[:3]), "..."][:len(others)])
+        print(f"{len(others)} left out, not pictures that can be read: {first}", file=sys.stderr)
     return sorted(pictures)
 
 
@@ -151,16 +144,7 @@ def read_picture(path, srgb=False):
     PictureError if the file is missing, damaged, not a picture, or larger than Pillow's pixel limit.
     """
     try:
-        data = Path(path).read_bytes()
-        if not data:
-            raise ValueError("empty file (0 bytes)")
-        try:
-            return decode(data, srgb)
-        except Exception:       # Pillow rejects a whole PNG for one damaged text or profile
-            if not data.startswith(PNG_SIGNATURE):
-                raise
-            kept = [c for c in png_chunks(data) if c[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")]
-            return decode(PNG_SIGNATURE + b"".join(kept), srgb, "damaged PNG metadata left behind")
+        return decode(Path(path).read_bytes(), srgb)
     except Image.UnidentifiedImageError:
         raise PictureError(f"{printable(path)}: not a picture, or a format that Pillow cannot read") from None
     except Exception as error:      # a broken file can make Pillow raise nearly any exception
@@ -168,37 +152,33 @@ def read_picture(path, srgb=False):
         raise PictureError(f"{printable(path)}: {reason}") from error
 
 
-def png_chunks(data):
-    """Yield each chunk in the bytes of a PNG file: length, name, contents, and checksum."""
-    start = len(PNG_SIGNATURE)
-    while start + 8 <= len(data):
-        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
-        yield data[start:end]
-        start = end
-
-
 def read_color(im, data):
     """Return Picture.color of an open Pillow image. data: the bytes of its file."""
     color = {}
     if im.format == "PNG":
-        color = {chunk[4:8].decode(): chunk[8:-4] for chunk in png_chunks(data) if chunk[4:8] in COLOR_CHUNKS}
+        start = len(PNG_SIGNATURE)
+        while start + 8 <= len(data):
+            length, name = struct.unpack_from(">I4s", data, start)
+            if name in COLOR_CHUNKS:
+                color[name.decode()] = data[start + 8:start + 8 + length]
+            start += length + 12        # with name, length, and checksum
     elif im.format == "AVIF" and b"colrnclx" in data and "icc_profile" not in im.info:
         color = {"cICP": data.partition(b"colrnclx")[2][1:4:2] + b"\0\1"}       # primaries, transfer curve
-    if "cICP" in color:         # it precedes an ICC profile; 1 and 13 are sRGB, 2 is unspecified
+    if "cICP" in color:         # overrides an ICC profile; 1 and 13 are sRGB, 2 is unspecified
         return {} if color["cICP"][0] in (1, 2) and color["cICP"][1] in (2, 13) else color
     values = [im.info.get("gamma", SRGB[0]), *im.info.get("chromaticity", SRGB[1:])]
     srgb = "icc_profile" in im.info or "srgb" in im.info or np.allclose(values, SRGB, rtol=0.02)
     return {} if srgb else color
 
 
-def decode(data, srgb, note=""):
+def decode(data, srgb):
     """Decode the bytes of a file -> Picture. See read_picture()."""
     with Image.open(io.BytesIO(data), formats=READ_FORMATS) as im:
         png_layout = im.tile[0][-1] if im.format == "PNG" else ""       # such as "RGB;16B"
         raw_exif, color = load_upright(im), read_color(im, data)
         pixels = read_samples(im, data, png_layout)
         icc, exif = im.info.get("icc_profile"), remove_size_tags(raw_exif)
-        notes = [note, "invalid EXIF left behind" if raw_exif and not exif else ""]
+        notes = ["invalid EXIF left behind" if raw_exif and not exif else ""]
         xmp = SIZE_XMP.sub(b"", im.info.get("xmp") or im.info.get(PNG_XMP, "").encode()) or None
         text = {k: str(v) for k, v in getattr(im, "text", {}).items() if k not in (PNG_XMP, PNG_EXIF)}
         if im.mode == "CMYK":
@@ -286,7 +266,7 @@ def convert_to_srgb(im, pixels, icc):
     Return the same pixels if the profile is sRGB or invalid, otherwise uint8.
     """
     channels = 1 if pixels.shape[2] < 3 else 3      # without alpha
-    bits_removed = 8 * pixels.itemsize - 8
+    pixels8 = np.uint8(pixels >> (8 * pixels.itemsize - 8))
     mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and color_space(icc) == b"GRAY" else "RGB"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
@@ -294,13 +274,14 @@ def convert_to_srgb(im, pixels, icc):
         # "Linear sRGB" and "sRGB-elle-V2-g10" have the primaries of sRGB but another transfer curve.
         if "sRGB" in name and "inear" not in name and "elle" not in name:
             return pixels, ""
-        colors = Image.fromarray(np.uint8(pixels[..., 0] >> bits_removed)) if channels == 1 else im
+        colors = Image.fromarray(pixels8[..., 0] if channels == 1 else pixels8[..., :3])
+        if mode == "CMYK":
+            colors = im
         colors = ImageCms.profileToProfile(
             colors.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except Exception:       # the color engine has its own exception classes
         return pixels, "invalid ICC profile left behind"
-    alpha = np.uint8(pixels[..., channels:] >> bits_removed)
-    return np.concatenate([np.asarray(colors)[..., :channels], alpha], -1), ""
+    return np.concatenate([np.asarray(colors)[..., :channels], pixels8[..., channels:]], -1), ""
 
 
 def composite(picture, background):
