@@ -26,14 +26,16 @@ READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
 SYSTEM_NAME = re.compile(r"(?i)\.|((eh)?thumbs\.db|desktop\.ini|__macosx|\$recycle\.bin|@eadir)$")
 GRAY_FORMATS = ("PNG", "JPEG")
+QUALITY = 95                                # of saved JPEG, WebP, and AVIF, 1 to 100
 MAX_JPEG_SEGMENT = 65500                    # bytes of EXIF or XMP
 ORIENTATION = 0x0112                        # EXIF tag
+ICC_SPACE = slice(16, 20)                   # color space in an ICC profile, such as b"RGB " or b"GRAY"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_XMP = "XML:com.adobe.xmp"               # keyword of the PNG text that holds XMP
 PNG_EXIF = "Raw profile type exif"          # keyword of the PNG text that holds EXIF in older files
 COLOR_CHUNKS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
 SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)      # gamma; x, y of white and primaries
-# EXIF tags and XMP for the size, orientation, subject area, and thumbnail. They are removed.
+# EXIF tags and XMP of the size, orientation, subject area, and thumbnail. They are removed.
 EXIF_IFD, SIZE_TAGS = 0x8769, {0x0100, 0x0101, ORIENTATION, 0x0201, 0x0202, 0x9214, 0xA002, 0xA003, 0xA214}
 SIZE_XMP = re.compile(rb"(?s)<?(tiff:(?:ImageWidth|ImageLength|Orientation)|exif:Pixel[XY]Dimension"
                       rb"""|x[am]p:Thumbnails)(?:\s*=\s*(["']).*?\2|[^>/]*>.*?</\1\s*>)""")
@@ -89,11 +91,11 @@ def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
     A picture has one of READ_SUFFIXES or can be opened. Search folders recursively and follow links. Ignore
-    hidden and system files in folders. Count the files that are not pictures in one line on stderr. Raises
-    PictureError for a path that does not exist.
+    hidden and system files in folders, and count all other files in one line on stderr. Raises PictureError
+    for a path that does not exist.
     """
-    files, visited = set(), set()
-    for path in as_paths(paths):
+    paths, files, visited = as_paths(paths), set(), set()
+    for path in paths:
         if not os.path.exists(path):
             raise PictureError(f"{printable(path)}: no such file or folder")
         if not os.path.isdir(path):
@@ -106,7 +108,7 @@ def find_pictures(paths):
             subfolders[:] = sorted(name for name in subfolders if not SYSTEM_NAME.match(name))
             files.update(Path(folder, name) for name in names if not SYSTEM_NAME.match(name))
     pictures = {file for file in files if file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
-    others = sorted(files - pictures)
+    others = sorted(files - pictures - set(paths))
     if others and os.environ.get("RANK", "0") == "0":       # only the first process of torchrun
         first = ", ".join([*map(printable, others[:3]), "..."][:len(others)])
         print(f"{len(others)} left out, not pictures that can be read: {first}", file=sys.stderr)
@@ -197,12 +199,12 @@ def decode(data, srgb):
     x = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float().div_(2**depth - 1)
     alpha = x[-1:].clone() if len(x) in (2, 4) else None
     rgb = x[:1].repeat(3, 1, 1) if len(x) < 3 else x[:3]
-    gray = len(x) < 3 and color_space(icc) != b"RGB "       # a gray file cannot hold an RGB profile
+    gray = len(x) < 3 and (icc or b"")[ICC_SPACE] != b"RGB "       # a gray file cannot hold an RGB profile
     return Picture(rgb, alpha, gray, depth, icc, exif, "; ".join(filter(None, notes)), xmp, text, color)
 
 
 def load_upright(im):
-    """Decode an open Pillow image and apply its orientation -> its raw EXIF, b"" without one."""
+    """Decode an open Pillow image and apply its orientation -> its raw EXIF, b"" if it has none."""
     im.load()
     exif = im.info.get("exif") or bytes.fromhex("".join(im.info.get(PNG_EXIF, "").split("\n")[3:]))
     with contextlib.suppress(Exception):        # invalid EXIF can make Pillow raise nearly any exception
@@ -211,7 +213,7 @@ def load_upright(im):
 
 
 def remove_size_tags(exif):
-    """Return raw EXIF without SIZE_TAGS and thumbnail, None if invalid. Pillow would lose non-ASCII text."""
+    """Remove SIZE_TAGS and the thumbnail from raw EXIF -> raw EXIF, None if invalid. Keep non-ASCII text."""
     exif = bytearray(exif.removeprefix(b"Exif\0\0"))        # WebP and PNG lack this prefix
     order = "<" if exif.startswith(b"II") else ">"
     with contextlib.suppress(struct.error):
@@ -255,11 +257,6 @@ def picture_size(path):
         return 0, 0
 
 
-def color_space(icc):
-    """Return the color space of a raw ICC profile: b"RGB ", b"GRAY", b"CMYK", ...; b"" without a profile."""
-    return (icc or b"")[16:20]
-
-
 def convert_to_srgb(im, pixels, icc):
     """Convert the pixels (H, W, C) of a Pillow image by its ICC profile -> (pixels, note).
 
@@ -267,7 +264,7 @@ def convert_to_srgb(im, pixels, icc):
     """
     channels = 1 if pixels.shape[2] < 3 else 3      # without alpha
     pixels8 = np.uint8(pixels >> (8 * pixels.itemsize - 8))
-    mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and color_space(icc) == b"GRAY" else "RGB"
+    mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and icc[ICC_SPACE] == b"GRAY" else "RGB"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         name = ImageCms.getProfileDescription(profile)
@@ -293,19 +290,19 @@ def composite(picture, background):
 
 # ------------------------------------------------------------------ saving
 
-def save_picture(path, picture, quality=95):
+def save_picture(path, picture):
     """Save a Picture to a file. See save_strips()."""
     planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
-    save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture, quality)
+    save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture)
 
 
-def save_strips(path, strips, size, picture, quality=95):
+def save_strips(path, strips, size, picture):
     """Save strips (3 or, with alpha, 4, h, W), top to bottom, as one picture of size (H, W).
 
     The file is written completely or not at all. The suffix selects the format (WRITE_FORMATS). `picture`
     gives all other data; left_behind() lists what the format cannot hold. PNG is written strip by strip.
-    quality: 1..100 for JPEG (colors in full resolution, 4:4:4), WebP, and AVIF. Raises PictureError if the
-    format is unknown or cannot hold the picture, and OSError if the file cannot be written.
+    Raises PictureError if the format is unknown or cannot hold the picture, and OSError if the file cannot be
+    written.
     """
     path = Path(path)
     format = WRITE_FORMATS.get(path.suffix.lower())
@@ -324,7 +321,7 @@ def save_strips(path, strips, size, picture, quality=95):
         try:
             pixels = np.concatenate(list(rows))
             im = Image.fromarray(pixels[..., 0] if gray else pixels)
-            im.save(memory, format, quality=quality, subsampling="4:4:4", **metadata)
+            im.save(memory, format, quality=QUALITY, subsampling="4:4:4", **metadata)
         except (OSError, ValueError, KeyError) as error:
             raise PictureError(f"{printable(path)}: Pillow cannot write this {format}: {error}") from error
         file.write(memory.getbuffer())
@@ -336,8 +333,9 @@ def left_behind(picture, path):
 
 
 def split_metadata(picture, format):
-    """Return ({Pillow's name: metadata that this format can hold}, [phrase about other data])."""
-    has_icc = color_space(picture.icc) == (b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB ")
+    """Return ({Pillow's name: metadata that the format can hold}, [phrase about data that is lost])."""
+    space = b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "
+    has_icc = (picture.icc or b"")[ICC_SPACE] == space
     losses = {"transparency blended over white": format == "JPEG" and picture.alpha is not None,
               "16 bit reduced to 8": format != "PNG" and picture.depth == 16,
               f"color description left behind: {', '.join(picture.color)}": format != "PNG" and picture.color,
@@ -380,7 +378,7 @@ def to_uint8(x):
 def write_png(file, rows, size, channels, depth, metadata, picture):
     """Write arrays (h, W, C) of uint8 or uint16 as PNG, a few rows at a time.
 
-    picture: gives color and text. Pillow needs the whole picture at once and writes 16 bit for gray only.
+    picture: gives color and text. (Pillow needs the whole picture in memory and has no 16-bit RGB.)
     """
     info = PngImagePlugin.PngInfo()
     for name, contents in picture.color.items():
@@ -415,7 +413,7 @@ def write_png(file, rows, size, channels, depth, metadata, picture):
 def filter_png_rows(rows, above, pixel_bytes):
     """Apply PNG's filter Sub or Up to rows of bytes (h, n), int16 -> (h, 1 + n) uint8, filter type first.
 
-    above (1, n): the row above the first one. Choose the smaller sum of residuals for each row.
+    Each row uses the filter with the smaller sum of residuals. above (1, n): the row before the first one.
     """
     left = np.pad(rows, ((0, 0), (pixel_bytes, 0)))[:, :rows.shape[1]]
     up = np.concatenate([above, rows[:-1]])
@@ -438,7 +436,7 @@ class ProgressLine:
         if now - self.last_time < (0.1 if terminal else 30):
             return
         self.last_time = now
-        line = f"\r\033[K\033[?7l{text}\033[?7h" if terminal else text
+        line = f"\r\033[K\033[?7l{text}\033[?7h" if terminal else text      # erase the line; no line break
         print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     @staticmethod

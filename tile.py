@@ -227,7 +227,7 @@ def with_halo(strips, function, halo, height):
 
 
 def keep_flat_colors(sr, rgb, scale, top):
-    """Restore the color of flat areas in sr (3, h * scale, W * scale), which begins at row `top` of the output.
+    """Restore the color of flat areas in sr (3, h * scale, W * scale), the output from row `top` on.
 
     A channel of the input rgb (3, H, W) is flat where all pixels within FLAT_REACH have one level. A model
     changes such areas by one or two levels, and a background of 254 is visible on a white page. Changes of

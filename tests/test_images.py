@@ -142,7 +142,7 @@ def test_exif_survives_from_webp(tmp_path, suffix):
 def test_thin_colored_lines_keep_their_color(tmp_path, suffix):
     rgb = torch.full((3, 64, 64), 0.9)
     rgb[1:, ::4] = 0.1  # red lines, one pixel wide
-    save_picture(tmp_path / f"a.{suffix}", Picture(rgb), 95)
+    save_picture(tmp_path / f"a.{suffix}", Picture(rgb))
     assert (read_picture(tmp_path / f"a.{suffix}").rgb - rgb).abs().mean() < 0.015  # 0.05 and more at half resolution
 
 

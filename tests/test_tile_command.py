@@ -188,7 +188,7 @@ def test_captions_beside_pictures_are_skipped(tmp_path, command):
     for name in ("a.caption", "a.txt"):
         (tmp_path / "in" / name).write_text("1girl, starry sky")
     code, out, err = command(*sorted((tmp_path / "in").iterdir()), "-o", tmp_path / "out")
-    assert code == 0 and "1 done, 0 skipped, 0 failed" in out and "a.caption" in err
+    assert code == 0 and not err and "1 done, 0 skipped, 0 failed" in out
 
 
 def test_mistakes_of_the_user(tmp_path, command, monkeypatch):
