@@ -49,7 +49,7 @@ class UserError(ValueError):
 
 
 class PictureError(UserError):
-    """A picture cannot be read or saved. The message is one line and names the file."""
+    """A picture cannot be read, upscaled, or saved. The message is one line."""
 
 
 @dataclass
