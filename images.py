@@ -398,29 +398,17 @@ def write_png(file, rows, size, channels, depth, metadata, picture):
     PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
     for name, data, *_ in info.chunks:
         PngImagePlugin.putchunk(file, name, data)
-    compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * depth // 8), np.int16)
+    compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * depth // 8), np.uint8)
     for array in rows:
-        samples = array.astype(f">u{depth // 8}").reshape(-1, width * channels)     # PNG is big-endian
-        samples = samples.view(np.uint8).astype(np.int16)
-        compressed = compressor.compress(filter_png_rows(samples, above, channels * depth // 8).tobytes())
+        samples = array.astype(f">u{depth // 8}").reshape(-1, width * channels).view(np.uint8)  # big-endian
+        residuals = np.diff(np.concatenate([above, samples]), axis=0)       # PNG's filter 2, modulo 256
+        filtered = np.pad(residuals, ((0, 0), (1, 0)), constant_values=2)
+        compressed = compressor.compress(filtered.tobytes())
         if compressed:
             PngImagePlugin.putchunk(file, b"IDAT", compressed)
         above = samples[-1:]
     PngImagePlugin.putchunk(file, b"IDAT", compressor.flush())
     PngImagePlugin.putchunk(file, b"IEND", b"")
-
-
-def filter_png_rows(rows, above, pixel_bytes):
-    """Apply PNG's filter Sub or Up to rows of bytes (h, n), int16 -> (h, 1 + n) uint8, filter type first.
-
-    Each row uses the filter with the smaller sum of residuals. above (1, n): the row before the first one.
-    """
-    left = np.pad(rows, ((0, 0), (pixel_bytes, 0)))[:, :rows.shape[1]]
-    up = np.concatenate([above, rows[:-1]])
-    residuals = np.stack([rows - left, rows - up]).astype(np.uint8)
-    best = np.minimum(residuals, -residuals).sum(2, dtype=np.int64).argmin(0)
-    filter_types = np.uint8([1, 2])[best][:, None]
-    return np.concatenate([filter_types, residuals[best, np.arange(len(rows))]], 1)
 
 
 # ------------------------------------------------------------------ terminal

@@ -72,10 +72,9 @@ class Tiler:
     align.
     """
     def __init__(self, tile_size=64, tile_pad=32, align=16):
-        if tile_size < 1 or tile_size % align:
-            raise TileError(f"tile size {tile_size} does not fit the model; use a multiple of {align}")
-        if tile_pad < 0 or 2 * tile_pad % align:
-            raise TileError(f"tile pad {tile_pad} does not fit the model; use a multiple of {align / 2:g}")
+        if tile_size < 1 or tile_pad < 0 or tile_size % align or 2 * tile_pad % align:
+            raise TileError(f"tile size {tile_size} must be a multiple of {align} (the window of the model), "
+                            f"and tile pad {tile_pad} a multiple of {align / 2:g}")
         self.tile_size, self.tile_pad, self.align = tile_size, tile_pad, align
 
     def spans(self, side, scale):
@@ -116,22 +115,21 @@ class Tiler:
 
     def strips(self, forward, x, scale, progress=None):
         """Yield the output for x (B, 3, H, W) in strips (B, 3, h, W * scale), top to bottom. Only one row of
-        tiles is in memory. progress(done, total) gets numbers of tiles."""
+        tiles is in memory. progress() is called after each tile."""
         tile_h, rows = self.spans(x.shape[2], scale)
         tile_w, columns = self.spans(x.shape[3], scale)
 
-        def tiles_of_row(number, row):
+        def tiles_of_row(row):
             strip = mirrored_slice(x, 2, row.input_start, tile_h)
-            for k, column in enumerate(columns, 1):
+            for column in columns:
                 y = forward(mirrored_slice(strip, 3, column.input_start, tile_w).contiguous())
                 if y.shape[-2:] != (tile_h * scale, tile_w * scale):
                     raise ValueError(f"{tuple(y.shape)} is not {scale} times a tile of {tile_h}x{tile_w}")
                 if progress:
-                    progress(number * len(columns) + k, len(rows) * len(columns))
+                    progress()
                 yield y[:, :, row.crop, column.crop]
 
-        joined_rows = (torch.cat(list(crossfade(tiles_of_row(number, row), columns, 3)), 3)
-                       for number, row in enumerate(rows))
+        joined_rows = (torch.cat(list(crossfade(tiles_of_row(row), columns, 3)), 3) for row in rows)
         yield from crossfade(joined_rows, rows, 2)
 
     def __call__(self, forward, x, scale):
@@ -184,8 +182,8 @@ def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=
 
     The device holds one tile. The CPU holds the picture and one row of tiles. A HATRefiner runs in two steps:
     its hat_model on the tiles, then its refiner on the joined picture. amp: dtype of autocast, or None.
-    progress(done, total) gets numbers of tiles. Raises FloatingPointError if the output is NaN, infinite, or
-    black, even in fp32.
+    progress() is called after each tile. Raises FloatingPointError if the output is NaN, infinite, or black,
+    even in fp32.
     """
     device, is_hat = torch.device(device), hasattr(forward, "hat_model")
     run = partial(run_checked, forward.hat_model if is_hat else forward, device, amp)
@@ -252,7 +250,8 @@ def upscale_picture(forward, picture, scale, tiler, size, progress=None, **optio
     """Upscale an images.Picture -> generator of strips (3 or, with alpha, 4, h, W) of size (H, W).
 
     Run the model again on its output until the output is about as large as `size`, then resize it by Lanczos.
-    These outputs are held in memory, as float16 for 8-bit pictures. Alpha is resized by Lanczos. options: see
+    These outputs are held in memory, as float16 for 8-bit pictures. Alpha is resized by Lanczos.
+    progress(total) is called after each tile, with the number of tiles of all runs. options: see
     upscale_strips().
     """
     height, width = picture.rgb.shape[1:]
@@ -260,17 +259,15 @@ def upscale_picture(forward, picture, scale, tiler, size, progress=None, **optio
     while max(size[0] / height, size[1] / width) > EXTRA_PASS * scale**passes:
         passes += 1
     exact = size == (height * scale**passes, width * scale**passes)
-    counts = [tiler.count(height * scale**k, width * scale**k) for k in range(passes)]
-
-    def progress_of_pass(k):
-        return progress and (lambda done, _: progress(sum(counts[:k]) + done, sum(counts)))
+    total = sum(tiler.count(height * scale**k, width * scale**k) for k in range(passes))
+    options["progress"] = progress and partial(progress, total)
 
     rgb = picture.rgb if picture.alpha is None else bleed_colors(picture.rgb, picture.alpha)
     dtype = torch.float32 if picture.depth == 16 else torch.float16
-    for k in range(passes - 1 if exact else passes):
-        rgb = upscale(forward, rgb, scale, tiler, progress=progress_of_pass(k), dtype=dtype, **options)
+    for _ in range(passes - 1 if exact else passes):
+        rgb = upscale(forward, rgb, scale, tiler, dtype=dtype, **options)
     if exact:
-        strips = upscale_strips(forward, rgb, scale, tiler, progress=progress_of_pass(passes - 1), **options)
+        strips = upscale_strips(forward, rgb, scale, tiler, **options)
     else:
         strips = (lanczos(rgb, size, y, min(y + 64, size[0])) for y in range(0, size[0], 64))
     y = 0
@@ -407,15 +404,14 @@ def plan_jobs(inputs, out, suffix, tag):
     """
     jobs, problems = {}, []
     for given in map(Path, inputs):
+        beside = Path(f"{os.path.abspath(given)}-{tag}")
         for source in images.find_pictures(given):
-            is_result = out and given in out.parents and out in source.parents      # from an earlier run
-            if is_result:
+            if out and given in out.parents and out in source.parents:      # a result of an earlier run
                 continue
             if out and out.suffix.lower() in images.READ_SUFFIXES:
                 target = out
             elif given.is_dir():
-                folder = out or Path(f"{os.path.abspath(given)}-{tag}")
-                target = folder / source.relative_to(given).with_suffix(suffix)
+                target = (out or beside) / source.relative_to(given).with_suffix(suffix)
             elif out:
                 target = out / f"{source.stem}{suffix}"
             else:
@@ -427,8 +423,8 @@ def plan_jobs(inputs, out, suffix, tag):
     if not out:     # leave out pictures that an earlier run wrote beside its inputs
         jobs = {target: source for target, source in jobs.items() if source not in jobs}
     if not jobs:
-        raise images.UserError(images.printable([*problems, f"no picture in {', '.join(inputs)}"][0]))
-    return [(source, target) for target, source in jobs.items()], list(map(images.printable, problems))
+        raise images.UserError([*problems, f"no picture in {', '.join(inputs)}"][0])
+    return [(source, target) for target, source in jobs.items()], problems
 
 
 def load_models(weights, device):
@@ -450,20 +446,23 @@ def load_models(weights, device):
 
 
 def tile_progress(label):
-    """Return a function (done, total) that shows the number of tiles, the speed, and the time left."""
-    start, line = time.time(), images.ProgressLine()
+    """Return a function (total), called after each tile, that shows tiles, speed, and time left."""
+    start, line, done = time.time(), images.ProgressLine(), 0
 
-    def show(done, total):
+    def show(total):
+        nonlocal done
+        done += 1
         rate = done / (time.time() - start)
         left = int((total - done) / rate)
         line(f"tile {done}/{total}  {rate:.2f} tiles/s  {left // 60}:{left % 60:02d} left  {label}")
     return show
 
 
-def upscale_file(args, models, tiler, source, target, progress):
+def upscale_file(args, models, tiler, source, target, label):
     """Read, upscale, and save one picture -> a line that reports it. models: see load_models().
 
-    Halve the tiles and start again if memory runs out. Raises PictureError, FloatingPointError, or OSError.
+    If memory runs out, halve the tiles and start again. Show the progress with a label, if it is not None.
+    Raises PictureError, FloatingPointError, or OSError.
     """
     start, picture = time.time(), images.read_picture(source)
     height, width = picture.rgb.shape[1:]
@@ -479,7 +478,7 @@ def upscale_file(args, models, tiler, source, target, progress):
         size, picture = args.fit, crop_to_aspect(picture, args.fit)
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
+        strips = upscale_picture(network, picture, network.scale, tiler, size, label and tile_progress(label),
                                  device=args.device, amp=args.amp)
         try:
             images.save_strips(target, strips, size, picture)
@@ -509,30 +508,8 @@ def is_complete(path):
     return True
 
 
-def upscale_files(args, models, tiler, jobs, show_progress):
-    """Upscale all jobs; name and skip a picture that fails -> (done, skipped, failed)."""
-    done, skipped, failed = 0, 0, 0
-    for number, (source, target) in enumerate(jobs, 1):
-        if not args.overwrite and is_complete(target):
-            skipped += 1
-            continue
-        name = images.printable(source)
-        progress = tile_progress(f"{number}/{len(jobs)} {name}") if show_progress else None
-        try:
-            line = upscale_file(args, models, tiler, source, target, progress)
-        except (images.PictureError, FloatingPointError, OSError) as error:
-            images.ProgressLine.clear()
-            print(error if name in str(error) else f"{name}: {error}", file=sys.stderr, flush=True)
-            failed += 1
-            continue
-        images.ProgressLine.clear()
-        print(line, flush=True)
-        done += 1
-    return done, skipped, failed
-
-
 def run(args):
-    """Run the command -> exit code."""
+    """Upscale all pictures; name and skip those that fail -> exit code."""
     rank, ranks, start = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), time.time()
     args.device, args.amp = pick_device(args.device, args.amp)
     path, models = load_models(args.weights, args.device)
@@ -546,13 +523,33 @@ def run(args):
         print(f"{images.printable(path)}: {scale}x on {args.device}", flush=True)
     if ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
-    counts = torch.tensor(upscale_files(args, models, tiler, jobs[rank::ranks], show_progress=rank == 0))
+
+    jobs, done, skipped, failed = jobs[rank::ranks], 0, 0, 0
+    for number, (source, target) in enumerate(jobs, 1):
+        if not args.overwrite and is_complete(target):
+            skipped += 1
+            continue
+        name = images.printable(source)
+        label = f"{number}/{len(jobs)} {name}" if rank == 0 else None
+        try:
+            line = upscale_file(args, models, tiler, source, target, label)
+        except (images.PictureError, FloatingPointError, OSError) as error:
+            images.ProgressLine.clear()
+            print(error if name in str(error) else f"{name}: {error}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        images.ProgressLine.clear()
+        print(line, flush=True)
+        done += 1
+
     if ranks > 1:
+        counts = torch.tensor([done, skipped, failed])
         torch.distributed.all_reduce(counts)
         torch.distributed.destroy_process_group()
-    done, skipped, failed = counts.tolist()
+        done, skipped, failed = counts.tolist()
     if rank == 0:
-        sys.stderr.writelines(f"{problem}\n" for problem in problems)
+        for problem in problems:
+            print(images.printable(problem), file=sys.stderr)
         print(f"{done} done, {skipped} skipped, {failed + len(problems)} failed, {time.time() - start:.1f} s")
     return 1 if failed or problems else 0
 

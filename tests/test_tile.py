@@ -68,7 +68,7 @@ def test_mirroring_beyond_the_side():
 
 @pytest.mark.parametrize("wrong", [dict(tile_size=0), dict(tile_size=40), dict(tile_pad=-8), dict(tile_pad=5)])
 def test_wrong_tiles_raise(wrong):
-    with pytest.raises(tile.TileError, match="use a multiple of"):
+    with pytest.raises(tile.TileError, match="must be a multiple of"):
         Tiler(**wrong)
 
 
@@ -110,9 +110,9 @@ def test_hat_in_one_tile():
 
 def test_upscale_is_the_tiler_in_strips():
     rgb, calls = torch.rand(3, 75, 100), []
-    got = tile.upscale(nearest(3), rgb, 3, Tiler(16, 8), progress=lambda *a: calls.append(a))
+    got = tile.upscale(nearest(3), rgb, 3, Tiler(16, 8), progress=lambda: calls.append(1))
     assert torch.allclose(got, nearest(3)(rgb[None])[0], atol=1e-6) and not got.requires_grad
-    assert calls[-1] == (4 * 6, 4 * 6) and calls == sorted(calls) and calls[0][0] == 1
+    assert len(calls) == 4 * 6
     assert tile.upscale(lambda x: x * 1.2 - 0.1, rgb, 1, Tiler()).aminmax() == (0, 1)
     strips = list(tile.upscale_strips(nearest(3), rgb, 3, Tiler(16, 8)))
     assert len(strips) > 3 and torch.equal(torch.cat(strips, 1), got)
