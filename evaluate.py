@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,6 @@ except ModuleNotFoundError:     # fast.py is optional
     fast = None
 
 TILE_PIXELS = 2**20             # LR pictures with more pixels run in tiles
-TILE_SIZE = {"cpu": 384}        # default of --tile-size, 512 on other devices
 TILE_PAD = 32                   # context of a tile on each side, input pixels
 RESERVED = ["bicubic", "lanczos", "HR", "LR"]       # names that other methods cannot have
 WITH_HR = "psnr_y,ssim_y,psnr_rgb,ssim_rgb,edge_psnr,faithfulness,seconds"
@@ -63,7 +63,7 @@ def prepare(args):
     if args.csv and args.csv.exists() and not args.overwrite:
         raise images.UserError(f"{args.csv} exists; choose another name or give --overwrite")
     args.device, args.amp = tile.pick_device(args.device, args.amp)
-    args.tiler = tile.Tiler(args.tile_size or TILE_SIZE.get(args.device.type, 512), TILE_PAD)
+    args.tiler = tile.Tiler(args.tile_size or tile.TILE_SIZE[args.device.type], TILE_PAD)
     sides = {"HR": args.data, "LR": args.lr_dir, **dict(args.sr)}
     args.jobs, args.notes = match_pairs({side: path for side, path in sides.items() if path})
 
@@ -152,31 +152,23 @@ def upscale(args, label, lr):
         raise images.PictureError(f"{label}: out of memory; try --tile-size 64 or --device cpu") from None
 
 
-def run_methods(args, lr, results):
-    """Yield (method, SR picture (3, H, W), seconds) in the order of the table. seconds is nan for the
-    results of other programs."""
-    if lr is not None:
-        size = lr.shape[-2] * args.scale, lr.shape[-1] * args.scale
-        for kernel in ("bicubic", "lanczos"):
-            start = time.perf_counter()
-            sr = degrade.resize(lr, size, kernel).clamp(0, 1)
-            yield kernel, sr, time.perf_counter() - start
-    for label, sr in results.items():
-        yield label, sr, math.nan
-    for label in args.models:
-        start = time.perf_counter()
-        sr = upscale(args, label, lr)
-        yield label, sr, time.perf_counter() - start
-
-
 def evaluate_picture(args, lr, hr, results):
-    """Run and measure all methods on one picture.
+    """Run and measure all methods on one picture, in the order of the table.
 
     Returns {method: {column: value}}, and for the page {method: (H, W, 3) uint8}. Raises PictureError, and
     MetricError if the picture is too small for a metric.
     """
+    methods = {}        # {name: function that returns SR (3, H, W)}
+    if lr is not None:
+        size = lr.shape[-2] * args.scale, lr.shape[-1] * args.scale
+        methods = {kernel: partial(degrade.resize, lr, size, kernel) for kernel in ("bicubic", "lanczos")}
+    methods |= {label: sr.clone for label, sr in results.items()}
+    methods |= {label: partial(upscale, args, label, lr) for label in args.models}
     values, pictures = {}, {}
-    for method, sr, seconds in run_methods(args, lr, results):
+    for method, function in methods.items():
+        start = time.perf_counter()
+        sr = function().clamp(0, 1)
+        seconds = math.nan if method in results else time.perf_counter() - start
         values[method] = {}
         for column in args.columns:
             if column.key == "seconds":
@@ -238,8 +230,7 @@ def parse():
     g.add_argument("--limit", type=int, help="stop after this many pictures")
     g = p.add_argument_group("models")
     g.add_argument("--tile-size", type=int,
-                   help="tile size in input pixels (default: no tiles up to 1 megapixel; above it 512, or "
-                        "384 on CPU)")
+                   help="tile size in input pixels (default: no tiles up to 1 megapixel, else as tile.py)")
     g.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
     g.add_argument("--amp", choices=["bf16", "fp16", "off"],
                    help="autocast precision (default: bf16 if the device supports it, else off)")
@@ -263,7 +254,7 @@ def run(args):
         note = "; ".join([f"border {args.border}", *args.notes])
         page = Report(args.report, args.description, args.columns, note, overwrite=args.overwrite)
     names, rows, skipped = [], [], []
-    start, progress = time.time(), images.ProgressLine()
+    progress = images.ProgressLine()
     pairs = read_pairs(args.jobs, args.scale, args.recipe, limit=args.limit, skipped=skipped)
     try:
         for name, lr, hr, results in pairs:
@@ -277,9 +268,7 @@ def run(args):
             names.append(name)
             rows.append(values)
             total = min(len(args.jobs) - len(skipped), args.limit or len(args.jobs))
-            seconds = (time.time() - start) / len(rows)
-            left = int(seconds * (total - len(rows)))
-            progress(f"{len(rows)}/{total} pictures  {seconds:.1f} s each  {left // 60}:{left % 60:02d} left")
+            progress.step("pictures", "", total)
     finally:        # also after Ctrl+C
         if page and rows:
             page.finish()

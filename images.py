@@ -417,7 +417,8 @@ class ProgressLine:
     """Show progress on stderr: one line that is rewritten in a terminal, else a line every 30 seconds."""
 
     def __init__(self):
-        self.last_time = time.time()
+        self.start = self.last_time = time.time()
+        self.done = 0
 
     def __call__(self, text):
         terminal, now = sys.stderr.isatty(), time.time()
@@ -426,6 +427,13 @@ class ProgressLine:
         self.last_time = now
         line = f"\r\033[K\033[?7l{text}\033[?7h" if terminal else text      # erase the line; no line break
         print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def step(self, unit, label, total):
+        """Count one step of `total`, and show the number of steps, the speed, and the time left."""
+        self.done += 1
+        rate = self.done / (time.time() - self.start)
+        left = int((total - self.done) / rate)
+        self(f"{self.done}/{total} {unit}  {rate:.2f} {unit}/s  {left // 60}:{left % 60:02d} left  {label}")
 
     @staticmethod
     def clear():

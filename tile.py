@@ -445,19 +445,6 @@ def load_models(weights, device):
     return path, models
 
 
-def tile_progress(label):
-    """Return a function (total), called after each tile, that shows tiles, speed, and time left."""
-    start, line, done = time.time(), images.ProgressLine(), 0
-
-    def show(total):
-        nonlocal done
-        done += 1
-        rate = done / (time.time() - start)
-        left = int((total - done) / rate)
-        line(f"tile {done}/{total}  {rate:.2f} tiles/s  {left // 60}:{left % 60:02d} left  {label}")
-    return show
-
-
 def upscale_file(args, models, tiler, source, target, label):
     """Read, upscale, and save one picture -> a line that reports it. models: see load_models().
 
@@ -478,7 +465,8 @@ def upscale_file(args, models, tiler, source, target, label):
         size, picture = args.fit, crop_to_aspect(picture, args.fit)
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        strips = upscale_picture(network, picture, network.scale, tiler, size, label and tile_progress(label),
+        progress = label and partial(images.ProgressLine().step, "tiles", label)
+        strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
                                  device=args.device, amp=args.amp)
         try:
             images.save_strips(target, strips, size, picture)

@@ -564,3 +564,12 @@ def test_write_atomic(tmp_path):
         temporary.write_bytes(b"2")
         raise KeyboardInterrupt
     assert [p.read_bytes() for p in (tmp_path / "new").iterdir()] == [b"1"]
+
+
+def test_progress(capsys):
+    line = images.ProgressLine()
+    line.start, line.last_time = line.start - 2, 0
+    line.step("tiles", "a.png", 4)
+    assert capsys.readouterr().err == "1/4 tiles  0.50 tiles/s  0:06 left  a.png\n"
+    line.step("tiles", "a.png", 4)      # not again within 30 seconds
+    assert capsys.readouterr().err == ""
