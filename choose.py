@@ -14,8 +14,6 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-SHIPPED = ("kabegami-low", "clean-low")     # names in weights/, the default first
-
 # Thresholds of is_undamaged(), in dB. They were chosen with weights/web-low as repair_model:
 #   first score: 61.5 to 80.9 for 32 drawings after bicubic downscaling, 63.0 to 77.9 after Lanczos. One soft
 #       painting has 50.0 and 55.8. After JPEG of quality 85 to 95 it is at most 57.0.
@@ -27,11 +25,11 @@ MAX_GAIN_DB = 1.5
 
 
 def default_weights():
-    """Path of the weights to use if none are given: the shipped file beside this script, else the newest
-    runs/*/best.safetensors. If there is none, the path of the missing shipped file."""
-    shipped = [Path(__file__).parent / "weights" / f"{name}.safetensors" for name in SHIPPED]
+    """Path of the weights to use if none are given: the shipped file beside this script, or if it is missing,
+    the newest runs/*/best.safetensors if there is one."""
+    shipped = Path(__file__).parent / "weights" / "kabegami-low.safetensors"
     runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
-    return next((path for path in (*shipped, *reversed(runs)) if path.exists()), shipped[0])
+    return runs[-1] if runs and not shipped.exists() else shipped
 
 
 def companion_weights(path):
