@@ -175,6 +175,8 @@ def read_color(im, data):
 
 def decode(data, srgb):
     """Decode the bytes of a file -> Picture. See read_picture()."""
+    if not data:
+        raise ValueError("empty file (0 bytes)")
     with Image.open(io.BytesIO(data), formats=READ_FORMATS) as im:
         png_layout = im.tile[0][-1] if im.format == "PNG" else ""       # such as "RGB;16B"
         raw_exif, color = load_upright(im), read_color(im, data)
