@@ -14,8 +14,6 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-SHIPPED = ("kabegami-low", "clean-low")     # names in weights/, the default first
-
 # Thresholds of is_undamaged(), in dB. They were chosen with weights/web-low as repair_model:
 #   first score: 61.5 to 80.9 for 32 drawings after bicubic downscaling, 63.0 to 77.9 after Lanczos. One soft
 #       painting has 50.0 and 55.8. After JPEG of quality 85 to 95 it is at most 57.0.
@@ -27,11 +25,11 @@ MAX_GAIN_DB = 1.5
 
 
 def default_weights():
-    """Path of the weights to use when none are given: the shipped file beside this script, else the best of
-    the newest run in runs/. If there are neither, the path of the missing shipped file."""
-    shipped = [Path(__file__).parent / "weights" / f"{name}.safetensors" for name in SHIPPED]
+    """Path of the weights to use if none are given: the shipped file beside this script, or if it is missing,
+    the newest runs/*/best.safetensors if there is one."""
+    shipped = Path(__file__).parent / "weights" / "kabegami-low.safetensors"
     runs = sorted(Path("runs").glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
-    return next((path for path in (*shipped, *reversed(runs)) if path.exists()), shipped[0])
+    return runs[-1] if runs and not shipped.exists() else shipped
 
 
 def companion_weights(path):
@@ -46,11 +44,10 @@ def has_jpeg_grid(crops):
     Their positions in the picture must differ by multiples of 8.
 
     JPEG rounds the DCT coefficients of 8x8 blocks to multiples of a step, so few small values remain (Fan and
-    de Queiroz, 2003). For each of the 64 possible positions of the block grid, take the coefficients above
-    1.2 gray levels and compute the fraction below 2.6. The smallest fraction over the median one is at least
-    0.81 on 54 undamaged drawings, and at most 0.53 after JPEG of quality 85 to 97, in high or in middle
-    frequencies. On 54 other drawings this finds all JPEG of quality 75 to 98, also after blur or cropping,
-    and none of the WebP files."""
+    de Queiroz, 2003). For each of the 64 possible positions of the block grid, compute the fraction of
+    coefficients below 2.6 gray levels among those above 1.2. The smallest fraction over the median one is at
+    least 0.81 on 54 undamaged drawings, and at most 0.53 after JPEG of quality 85 to 97, in high or in middle
+    frequencies. It does not find WebP."""
     k = torch.arange(8, device=crops.device)
     dct = torch.cos((2 * k + 1) * k[:, None] * (math.pi / 16)) / 2
     dct[0] /= math.sqrt(2)
@@ -60,14 +57,11 @@ def has_jpeg_grid(crops):
     saturated = ((crops < 1 / 255) | (crops > 254 / 255)).float().amax(1, keepdim=True)
     saturated = F.max_pool2d(saturated, 8, 1) > 0       # blocks whose coefficients are not those JPEG stored
 
-    def counts(mask):
-        """Number of true values at each of the 64 grid positions."""
-        return torch.stack([mask[:, :, i::8, j::8].float().sum() for i in range(8) for j in range(8)])
-
     for frequencies in (order > 4) & (order < 8), order > 7:
         coefficients = F.conv2d(gray, basis[frequencies]).abs().masked_fill(saturated, 0)
-        nonzero = counts(coefficients > 1.2)
-        small = counts((coefficients > 1.2) & (coefficients < 2.6))
+        positions = [coefficients[:, :, i::8, j::8] for i in range(8) for j in range(8)]
+        nonzero = torch.stack([(c > 1.2).float().sum() for c in positions])
+        small = torch.stack([((c > 1.2) & (c < 2.6)).float().sum() for c in positions])
         fractions = small / nonzero.clamp_min(1)
         if nonzero.median() >= 50 and fractions.min() < 0.67 * fractions.median():
             return True
@@ -75,8 +69,7 @@ def has_jpeg_grid(crops):
 
 
 def detail_map(x):
-    """Squared difference of each pixel from the mean of its 3x3 neighborhood: (n, 3, h, w) -> (n, 1, h,
-    w)."""
+    """Squared difference of each pixel from the mean of 3x3 pixels: (n, 3, h, w) -> (n, 1, h, w)."""
     return (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).square().mean(1, keepdim=True)
 
 
@@ -92,15 +85,15 @@ def detailed_crops(rgb, side):
 
 
 @torch.inference_mode()
-def is_undamaged(repair_model, plain_model, rgb, min_fidelity_db=MIN_FIDELITY_DB,
-                 min_fidelity_db_jpeg=MIN_FIDELITY_DB_JPEG, max_gain_db=MAX_GAIN_DB):
+def is_undamaged(repair_model, plain_model, rgb):
     """Whether a model that also repairs finds nothing to repair in rgb (3, H, W), [0, 1], on the CPU.
 
     Two tests on four detailed crops, each on the median over the crops:
     1. Downscale repair_model's output and compare it with the input. The score is 10 log10(d / r^2), where r
-    is the mean squared difference and d the mean detail of the input. Damaged if it is below min_fidelity_db.
-    2. Compare with plain_model's output. Damaged if repair_model's output has more detail than it by
-    max_gain_db: the model is deblurring. A picture of less than 32 pixels a side counts as damaged."""
+    is the mean squared difference and d the mean detail of the input. Damaged if it is below MIN_FIDELITY_DB.
+    2. Compare with plain_model's output. Damaged if repair_model's output has more detail by MAX_GAIN_DB: the
+    model is deblurring.
+    A picture with a side of less than 32 pixels counts as damaged."""
     side = min(96, *rgb.shape[1:]) // 16 * 16
     if side < 32:
         return False
@@ -114,8 +107,8 @@ def is_undamaged(repair_model, plain_model, rgb, min_fidelity_db=MIN_FIDELITY_DB
     downscaled = F.interpolate(repaired, size=side, mode="bicubic", antialias=True)
     r = (downscaled - crops)[..., 4:-4, 4:-4].square().mean((1, 2, 3)).clamp_min(1e-7)
     fidelity = torch.log10(detail_map(crops).mean((1, 2, 3)) / r ** 2)
-    if 10 * median(fidelity.tolist()) <= (min_fidelity_db_jpeg if has_jpeg_grid(crops) else min_fidelity_db):
+    if 10 * median(fidelity.tolist()) <= (MIN_FIDELITY_DB_JPEG if has_jpeg_grid(crops) else MIN_FIDELITY_DB):
         return False
     plain_detail = detail_map(enlarge(plain_model)).mean((1, 2, 3)).clamp_min(1e-9)
     gain = torch.log10(detail_map(repaired).mean((1, 2, 3)) / plain_detail)
-    return 10 * median(gain.tolist()) < max_gain_db
+    return 10 * median(gain.tolist()) < MAX_GAIN_DB

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
-from model import WeightsError, fit_weights, load, read_weights, refiner_is_trained, save, write_atomic
+from model import WeightsError, fit_weights, load, save, write_atomic
 
 
 # ------------------------------------------------------------------ other architectures
@@ -84,7 +84,7 @@ def export_hat(model, path):
 
 
 class AnySizeHAT(torch.nn.Module):
-    """HAT for sides of at least one window. It mirrors like pad_to(), but in a form that ONNX can express."""
+    """HAT for sides of at least one window. It mirrors like pad_to(), but only with operations of ONNX."""
     def __init__(self, hat):
         super().__init__()
         self.hat = hat
@@ -115,26 +115,24 @@ def export_onnx(model, path):
 
 def blend(files, amounts):
     """A HATRefiner in eval mode whose weights are the sum of amount * weights over the files; the amounts
-    should add up to 1. Its header records the files. The refiner of a file without a trained refiner counts
-    as zero. Raises WeightsError, also if the files hold different networks."""
-    states, headers = zip(*(read_weights(file) for file in files))
-    trained = [refiner_is_trained(state) for state in states]
-    model = load(files[trained.index(True) if any(trained) else 0])
-    refiner = {name: v for name, v in model.state_dict().items() if not name.startswith("hat_model.")}
-    no_correction = {name: v * 0 if name.startswith("out_conv.") else v for name, v in refiner.items()}
-    blended = {}
-    for file, state, amount, has_refiner in zip(files, states, amounts, trained):
-        fit_weights(model, state if has_refiner else state | no_correction, file)
-        for name, v in model.state_dict().items():
+    should add up to 1. Its header records the files. Raises WeightsError, also if the files hold different
+    networks, or if only some of them have a trained refiner."""
+    models = [load(file) for file in files]
+    if len({model.use_refiner for model in models}) > 1:
+        raise WeightsError(f"only some of these files have a trained refiner: {', '.join(map(str, files))}")
+    mixed, blended = load(files[0]), {}
+    for file, model, amount in zip(files, models, amounts):
+        fit_weights(mixed, model.state_dict(), file)
+        for name, v in mixed.state_dict().items():
             blended[name] = blended.get(name, 0) + amount * v if v.is_floating_point() else v
-    model.load_state_dict(blended)
-    model.use_refiner = refiner_is_trained(blended)
+    mixed.load_state_dict(blended)
+    headers = [model.header for model in models]
     parts = zip(files, amounts, headers)
-    model.header = {"blend": [dict(file=Path(file).name, amount=a, header=h) for file, a, h in parts]}
+    mixed.header = {"blend": [dict(file=Path(file).name, amount=a, header=h) for file, a, h in parts]}
     for key in "recipe", "data", "licence":
         if key in headers[0] and all(header.get(key) == headers[0][key] for header in headers):
-            model.header[key] = headers[0][key]
-    return model
+            mixed.header[key] = headers[0][key]
+    return mixed
 
 
 # ------------------------------------------------------------------ the command
@@ -158,39 +156,36 @@ def parse():
 
 
 def run(args):
-    suffixes = {"info": (), "export": (".pth", ".safetensors", ".onnx"), "blend": (".safetensors",)}
-    suffixes = suffixes[args.command]
-    if suffixes and args.out.suffix not in suffixes:
-        raise WeightsError(f"{args.out} must end in {' or '.join(suffixes)}")
-    if suffixes and args.out.exists() and not args.overwrite:
-        raise WeightsError(f"{args.out} exists; --overwrite replaces it")
-    if args.command == "blend":
-        model = blend(args.weights, (1 - args.alpha, args.alpha))
-    else:
-        model = load(args.weights)
     if args.command == "info":
+        model = load(args.weights)
         total, hat = (sum(p.numel() for p in module.parameters()) for module in (model, model.hat_model))
         print(json.dumps(model.header, indent=1, ensure_ascii=False))
         trained = "trained" if model.use_refiner else "untrained"
         print(f"{hat:,} parameters in HAT, {total - hat:,} in the {trained} refiner")
         return
-    dropped = args.command == "export" and model.use_refiner
+    suffixes = (".pth", ".safetensors", ".onnx") if args.command == "export" else (".safetensors",)
+    if args.out.suffix not in suffixes:
+        raise WeightsError(f"{args.out} must end in {' or '.join(suffixes)}")
+    if args.out.exists() and not args.overwrite:
+        raise WeightsError(f"{args.out} exists; --overwrite replaces it")
+    note = ""
     try:
-        if args.command == "export":
-            (export_onnx if args.out.suffix == ".onnx" else export_hat)(model, args.out)
-        else:
+        if args.command == "blend":
+            model = blend(args.weights, (1 - args.alpha, args.alpha))
             save(model, args.out, model.header)
+        else:
+            model = load(args.weights)
+            note = " without the trained refiner" if model.use_refiner else ""
+            (export_onnx if args.out.suffix == ".onnx" else export_hat)(model, args.out)
     except OSError as e:
         raise WeightsError(f"cannot write {args.out}: {e.strerror or e}") from None
-    print(f"wrote {args.out}" + (" without the trained refiner" if dropped else ""))
+    print(f"wrote {args.out}{note}")
 
 
 def main():
-    if hasattr(sys.stdout, "reconfigure"):      # a Windows console cannot print every file name
-        sys.stdout.reconfigure(errors="backslashreplace")
-    args = parse()
+    sys.stdout.reconfigure(errors="backslashreplace")       # a Windows console cannot print every file name
     try:
-        run(args)
+        run(parse())
     except WeightsError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

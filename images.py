@@ -6,7 +6,6 @@
 Needs torch, numpy, and Pillow. Works when copied alone.
 """
 import contextlib
-import functools
 import io
 import os
 import re
@@ -27,14 +26,16 @@ READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
 SYSTEM_NAME = re.compile(r"(?i)\.|((eh)?thumbs\.db|desktop\.ini|__macosx|\$recycle\.bin|@eadir)$")
 GRAY_FORMATS = ("PNG", "JPEG")
+QUALITY = 95                                # of saved JPEG, WebP, and AVIF, 1 to 100
 MAX_JPEG_SEGMENT = 65500                    # bytes of EXIF or XMP
 ORIENTATION = 0x0112                        # EXIF tag
+ICC_SPACE = slice(16, 20)                   # color space in an ICC profile, such as b"RGB " or b"GRAY"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_XMP = "XML:com.adobe.xmp"               # keyword of the PNG text that holds XMP
 PNG_EXIF = "Raw profile type exif"          # keyword of the PNG text that holds EXIF in older files
 COLOR_CHUNKS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
 SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)      # gamma; x, y of white and primaries
-# EXIF tags and XMP for the size, orientation, subject area, and thumbnail. They are removed.
+# EXIF tags and XMP of the size, orientation, subject area, and thumbnail. They are removed.
 EXIF_IFD, SIZE_TAGS = 0x8769, {0x0100, 0x0101, ORIENTATION, 0x0201, 0x0202, 0x9214, 0xA002, 0xA003, 0xA214}
 SIZE_XMP = re.compile(rb"(?s)<?(tiff:(?:ImageWidth|ImageLength|Orientation)|exif:Pixel[XY]Dimension"
                       rb"""|x[am]p:Thumbnails)(?:\s*=\s*(["']).*?\2|[^>/]*>.*?</\1\s*>)""")
@@ -48,7 +49,7 @@ class UserError(ValueError):
 
 
 class PictureError(UserError):
-    """A picture cannot be read or saved. The message is one line and names the file."""
+    """A picture cannot be read, upscaled, or saved. The message is one line."""
 
 
 @dataclass
@@ -79,12 +80,6 @@ def printable(path):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
-@functools.cache
-def print_once(line):
-    """Print a line on stderr. The same line is printed only once."""
-    print(line, file=sys.stderr)
-
-
 def as_paths(paths):
     """Convert one path or a list of paths to a list of Path."""
     if isinstance(paths, (str, os.PathLike)):
@@ -95,28 +90,28 @@ def as_paths(paths):
 def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
-    Search folders recursively and follow links. A picture has one of READ_SUFFIXES or can be opened. Ignore
-    hidden and system files; count all other files in one line on stderr. Accept a file with any suffix.
-    Raises PictureError for a path that does not exist.
+    A picture has one of READ_SUFFIXES or can be opened. Search folders recursively and follow links. Ignore
+    hidden and system files in folders, and count all other files in one line on stderr. Raises PictureError
+    for a path that does not exist.
     """
-    pictures, others, visited = set(), set(), set()
-    for path in as_paths(paths):
+    paths, files, visited = as_paths(paths), set(), set()
+    for path in paths:
         if not os.path.exists(path):
             raise PictureError(f"{printable(path)}: no such file or folder")
         if not os.path.isdir(path):
-            pictures.add(path)
+            files.add(path)
         for folder, subfolders, names in os.walk(path, followlinks=True):
             if os.path.realpath(folder) in visited:         # a link to a folder that was already searched
                 subfolders.clear()
                 continue
             visited.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if not SYSTEM_NAME.match(name))
-            for file in (Path(folder, name) for name in names if not SYSTEM_NAME.match(name)):
-                found = file.suffix.lower() in READ_SUFFIXES or file.is_file() and any(picture_size(file))
-                (pictures if found else others).add(file)
+            files.update(Path(folder, name) for name in names if not SYSTEM_NAME.match(name))
+    pictures = {file for file in files if file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
+    others = sorted(files - pictures - set(paths))
     if others and os.environ.get("RANK", "0") == "0":       # only the first process of torchrun
-        first = ", ".join([*map(printable, sorted(others)[:3]), "..."][:len(others)])
-        print_once(f"{len(others)} left out, not pictures that can be read: {first}")
+        first = ", ".join([*map(printable, others[:3]), "..."][:len(others)])
+        print(f"{len(others)} left out, not pictures that can be read: {first}", file=sys.stderr)
     return sorted(pictures)
 
 
@@ -151,16 +146,7 @@ def read_picture(path, srgb=False):
     PictureError if the file is missing, damaged, not a picture, or larger than Pillow's pixel limit.
     """
     try:
-        data = Path(path).read_bytes()
-        if not data:
-            raise ValueError("empty file (0 bytes)")
-        try:
-            return decode(data, srgb)
-        except Exception:       # Pillow rejects a whole PNG for one damaged text or profile
-            if not data.startswith(PNG_SIGNATURE):
-                raise
-            kept = [c for c in png_chunks(data) if c[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")]
-            return decode(PNG_SIGNATURE + b"".join(kept), srgb, "damaged PNG metadata left behind")
+        return decode(Path(path).read_bytes(), srgb)
     except Image.UnidentifiedImageError:
         raise PictureError(f"{printable(path)}: not a picture, or a format that Pillow cannot read") from None
     except Exception as error:      # a broken file can make Pillow raise nearly any exception
@@ -168,37 +154,35 @@ def read_picture(path, srgb=False):
         raise PictureError(f"{printable(path)}: {reason}") from error
 
 
-def png_chunks(data):
-    """Yield each chunk in the bytes of a PNG file: length, name, contents, and checksum."""
-    start = len(PNG_SIGNATURE)
-    while start + 8 <= len(data):
-        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
-        yield data[start:end]
-        start = end
-
-
 def read_color(im, data):
     """Return Picture.color of an open Pillow image. data: the bytes of its file."""
     color = {}
     if im.format == "PNG":
-        color = {chunk[4:8].decode(): chunk[8:-4] for chunk in png_chunks(data) if chunk[4:8] in COLOR_CHUNKS}
+        start = len(PNG_SIGNATURE)
+        while start + 8 <= len(data):
+            length, name = struct.unpack_from(">I4s", data, start)
+            if name in COLOR_CHUNKS:
+                color[name.decode()] = data[start + 8:start + 8 + length]
+            start += length + 12        # with name, length, and checksum
     elif im.format == "AVIF" and b"colrnclx" in data and "icc_profile" not in im.info:
         color = {"cICP": data.partition(b"colrnclx")[2][1:4:2] + b"\0\1"}       # primaries, transfer curve
-    if "cICP" in color:         # it precedes an ICC profile; 1 and 13 are sRGB, 2 is unspecified
+    if "cICP" in color:         # overrides an ICC profile; 1 and 13 are sRGB, 2 is unspecified
         return {} if color["cICP"][0] in (1, 2) and color["cICP"][1] in (2, 13) else color
     values = [im.info.get("gamma", SRGB[0]), *im.info.get("chromaticity", SRGB[1:])]
     srgb = "icc_profile" in im.info or "srgb" in im.info or np.allclose(values, SRGB, rtol=0.02)
     return {} if srgb else color
 
 
-def decode(data, srgb, note=""):
+def decode(data, srgb):
     """Decode the bytes of a file -> Picture. See read_picture()."""
+    if not data:
+        raise ValueError("empty file (0 bytes)")
     with Image.open(io.BytesIO(data), formats=READ_FORMATS) as im:
         png_layout = im.tile[0][-1] if im.format == "PNG" else ""       # such as "RGB;16B"
         raw_exif, color = load_upright(im), read_color(im, data)
         pixels = read_samples(im, data, png_layout)
         icc, exif = im.info.get("icc_profile"), remove_size_tags(raw_exif)
-        notes = [note, "invalid EXIF left behind" if raw_exif and not exif else ""]
+        notes = ["invalid EXIF left behind" if raw_exif and not exif else ""]
         xmp = SIZE_XMP.sub(b"", im.info.get("xmp") or im.info.get(PNG_XMP, "").encode()) or None
         text = {k: str(v) for k, v in getattr(im, "text", {}).items() if k not in (PNG_XMP, PNG_EXIF)}
         if im.mode == "CMYK":
@@ -217,12 +201,12 @@ def decode(data, srgb, note=""):
     x = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float().div_(2**depth - 1)
     alpha = x[-1:].clone() if len(x) in (2, 4) else None
     rgb = x[:1].repeat(3, 1, 1) if len(x) < 3 else x[:3]
-    gray = len(x) < 3 and color_space(icc) != b"RGB "       # a gray file cannot hold an RGB profile
+    gray = len(x) < 3 and (icc or b"")[ICC_SPACE] != b"RGB "       # a gray file cannot hold an RGB profile
     return Picture(rgb, alpha, gray, depth, icc, exif, "; ".join(filter(None, notes)), xmp, text, color)
 
 
 def load_upright(im):
-    """Decode an open Pillow image and apply its orientation -> its raw EXIF, b"" without one."""
+    """Decode an open Pillow image and apply its orientation -> its raw EXIF, b"" if it has none."""
     im.load()
     exif = im.info.get("exif") or bytes.fromhex("".join(im.info.get(PNG_EXIF, "").split("\n")[3:]))
     with contextlib.suppress(Exception):        # invalid EXIF can make Pillow raise nearly any exception
@@ -231,7 +215,7 @@ def load_upright(im):
 
 
 def remove_size_tags(exif):
-    """Return raw EXIF without SIZE_TAGS and thumbnail, None if invalid. Pillow would lose non-ASCII text."""
+    """Remove SIZE_TAGS and the thumbnail from raw EXIF -> raw EXIF, None if invalid. Keep non-ASCII text."""
     exif = bytearray(exif.removeprefix(b"Exif\0\0"))        # WebP and PNG lack this prefix
     order = "<" if exif.startswith(b"II") else ">"
     with contextlib.suppress(struct.error):
@@ -275,32 +259,28 @@ def picture_size(path):
         return 0, 0
 
 
-def color_space(icc):
-    """Return the color space of a raw ICC profile: b"RGB ", b"GRAY", b"CMYK", ...; b"" without a profile."""
-    return (icc or b"")[16:20]
-
-
 def convert_to_srgb(im, pixels, icc):
     """Convert the pixels (H, W, C) of a Pillow image by its ICC profile -> (pixels, note).
 
     Return the same pixels if the profile is sRGB or invalid, otherwise uint8.
     """
     channels = 1 if pixels.shape[2] < 3 else 3      # without alpha
-    bits_removed = 8 * pixels.itemsize - 8
-    mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and color_space(icc) == b"GRAY" else "RGB"
+    pixels8 = np.uint8(pixels >> (8 * pixels.itemsize - 8))
+    mode = "CMYK" if im.mode == "CMYK" else "L" if channels == 1 and icc[ICC_SPACE] == b"GRAY" else "RGB"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         name = ImageCms.getProfileDescription(profile)
         # "Linear sRGB" and "sRGB-elle-V2-g10" have the primaries of sRGB but another transfer curve.
         if "sRGB" in name and "inear" not in name and "elle" not in name:
             return pixels, ""
-        colors = Image.fromarray(np.uint8(pixels[..., 0] >> bits_removed)) if channels == 1 else im
+        colors = Image.fromarray(pixels8[..., 0] if channels == 1 else pixels8[..., :3])
+        if mode == "CMYK":
+            colors = im
         colors = ImageCms.profileToProfile(
             colors.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except Exception:       # the color engine has its own exception classes
         return pixels, "invalid ICC profile left behind"
-    alpha = np.uint8(pixels[..., channels:] >> bits_removed)
-    return np.concatenate([np.asarray(colors)[..., :channels], alpha], -1), ""
+    return np.concatenate([np.asarray(colors)[..., :channels], pixels8[..., channels:]], -1), ""
 
 
 def composite(picture, background):
@@ -312,19 +292,19 @@ def composite(picture, background):
 
 # ------------------------------------------------------------------ saving
 
-def save_picture(path, picture, quality=95):
+def save_picture(path, picture):
     """Save a Picture to a file. See save_strips()."""
     planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
-    save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture, quality)
+    save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture)
 
 
-def save_strips(path, strips, size, picture, quality=95):
+def save_strips(path, strips, size, picture):
     """Save strips (3 or, with alpha, 4, h, W), top to bottom, as one picture of size (H, W).
 
     The file is written completely or not at all. The suffix selects the format (WRITE_FORMATS). `picture`
     gives all other data; left_behind() lists what the format cannot hold. PNG is written strip by strip.
-    quality: 1..100 for JPEG (colors in full resolution, 4:4:4), WebP, and AVIF. Raises PictureError if the
-    format is unknown or cannot hold the picture, and OSError if the file cannot be written.
+    Raises PictureError if the format is unknown or cannot hold the picture, and OSError if the file cannot be
+    written.
     """
     path = Path(path)
     format = WRITE_FORMATS.get(path.suffix.lower())
@@ -343,7 +323,7 @@ def save_strips(path, strips, size, picture, quality=95):
         try:
             pixels = np.concatenate(list(rows))
             im = Image.fromarray(pixels[..., 0] if gray else pixels)
-            im.save(memory, format, quality=quality, subsampling="4:4:4", **metadata)
+            im.save(memory, format, quality=QUALITY, subsampling="4:4:4", **metadata)
         except (OSError, ValueError, KeyError) as error:
             raise PictureError(f"{printable(path)}: Pillow cannot write this {format}: {error}") from error
         file.write(memory.getbuffer())
@@ -355,8 +335,9 @@ def left_behind(picture, path):
 
 
 def split_metadata(picture, format):
-    """Return ({Pillow's name: metadata that this format can hold}, [phrase about other data])."""
-    has_icc = color_space(picture.icc) == (b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB ")
+    """Return ({Pillow's name: metadata that the format can hold}, [phrase about data that is lost])."""
+    space = b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "
+    has_icc = (picture.icc or b"")[ICC_SPACE] == space
     losses = {"transparency blended over white": format == "JPEG" and picture.alpha is not None,
               "16 bit reduced to 8": format != "PNG" and picture.depth == 16,
               f"color description left behind: {', '.join(picture.color)}": format != "PNG" and picture.color,
@@ -399,7 +380,7 @@ def to_uint8(x):
 def write_png(file, rows, size, channels, depth, metadata, picture):
     """Write arrays (h, W, C) of uint8 or uint16 as PNG, a few rows at a time.
 
-    picture: gives color and text. Pillow needs the whole picture at once and writes 16 bit for gray only.
+    picture: gives color and text. (Pillow needs the whole picture in memory and has no 16-bit RGB.)
     """
     info = PngImagePlugin.PngInfo()
     for name, contents in picture.color.items():
@@ -419,29 +400,17 @@ def write_png(file, rows, size, channels, depth, metadata, picture):
     PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
     for name, data, *_ in info.chunks:
         PngImagePlugin.putchunk(file, name, data)
-    compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * depth // 8), np.int16)
+    compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * depth // 8), np.uint8)
     for array in rows:
-        samples = array.astype(f">u{depth // 8}").reshape(-1, width * channels)     # PNG is big-endian
-        samples = samples.view(np.uint8).astype(np.int16)
-        compressed = compressor.compress(filter_png_rows(samples, above, channels * depth // 8).tobytes())
+        samples = array.astype(f">u{depth // 8}").reshape(-1, width * channels).view(np.uint8)  # big-endian
+        residuals = np.diff(np.concatenate([above, samples]), axis=0)       # PNG's filter 2, modulo 256
+        filtered = np.pad(residuals, ((0, 0), (1, 0)), constant_values=2)
+        compressed = compressor.compress(filtered.tobytes())
         if compressed:
             PngImagePlugin.putchunk(file, b"IDAT", compressed)
         above = samples[-1:]
     PngImagePlugin.putchunk(file, b"IDAT", compressor.flush())
     PngImagePlugin.putchunk(file, b"IEND", b"")
-
-
-def filter_png_rows(rows, above, pixel_bytes):
-    """Apply PNG's filter Sub or Up to rows of bytes (h, n), int16 -> (h, 1 + n) uint8, filter type first.
-
-    above (1, n): the row above the first one. Choose the smaller sum of residuals for each row.
-    """
-    left = np.pad(rows, ((0, 0), (pixel_bytes, 0)))[:, :rows.shape[1]]
-    up = np.concatenate([above, rows[:-1]])
-    residuals = np.stack([rows - left, rows - up]).astype(np.uint8)
-    best = np.minimum(residuals, -residuals).sum(2, dtype=np.int64).argmin(0)
-    filter_types = np.uint8([1, 2])[best][:, None]
-    return np.concatenate([filter_types, residuals[best, np.arange(len(rows))]], 1)
 
 
 # ------------------------------------------------------------------ terminal
@@ -450,15 +419,23 @@ class ProgressLine:
     """Show progress on stderr: one line that is rewritten in a terminal, else a line every 30 seconds."""
 
     def __init__(self):
-        self.last_time = time.time()
+        self.start = self.last_time = time.time()
+        self.done = 0
 
     def __call__(self, text):
         terminal, now = sys.stderr.isatty(), time.time()
         if now - self.last_time < (0.1 if terminal else 30):
             return
         self.last_time = now
-        line = f"\r\033[K\033[?7l{text}\033[?7h" if terminal else text
+        line = f"\r\033[K\033[?7l{text}\033[?7h" if terminal else text      # erase the line; no line break
         print(line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def step(self, unit, label, total):
+        """Count one step of `total`, and show the number of steps, the speed, and the time left."""
+        self.done += 1
+        rate = self.done / (time.time() - self.start)
+        left = int((total - self.done) / rate)
+        self(f"{self.done}/{total} {unit}  {rate:.2f} {unit}/s  {left // 60}:{left % 60:02d} left  {label}")
 
     @staticmethod
     def clear():

@@ -29,8 +29,6 @@ FILES_FOLDER = "report-files"       # in the folder of index.html
 CROP_SIDE = 96                      # pixels
 CROPS = 3                           # places per picture
 HEAT_WHITE = 24                     # this difference of Y, in levels, is shown as white
-MAX_HEAT_SIDE = 1024                # pixels
-MAX_WEBP_SIDE = 16383
 ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 
 
@@ -44,10 +42,10 @@ class Column(NamedTuple):
 
 
 class Report:
-    """A page in `folder`.
+    """A page in `folder`. columns: list of Column, the metrics of the tables.
 
-    columns: list of Column, the metrics of the tables. overwrite: replace an old report; other files stay.
-    Raises UserError if the folder is not empty and overwrite is not set.
+    overwrite: replace an old report; other files stay. Raises UserError if the folder is not empty and
+    overwrite is False.
     """
 
     def __init__(self, folder, title, columns, note="", overwrite=False):
@@ -61,12 +59,11 @@ class Report:
             old.unlink()
 
     def add(self, name, pictures, values, reference=None):
-        """Add one picture and write its files.
+        """Add one picture and write its files. Raises UserError if a file cannot be written.
 
         pictures: {method: (H, W, 3) uint8}, all of one size, in the order of the page.
         values: {method: {key: number}}; nan or missing if there is no value.
         reference: the key of the true picture, or None.
-        Raises UserError if a file cannot be written.
         """
         height, width, _ = next(iter(pictures.values())).shape
         number = f"{len(self.pictures) + 1:04d}"
@@ -79,11 +76,10 @@ class Report:
             if method in errors:
                 layers[i]["heat"] = self.write_picture(f"{number}-{i}-heat", draw_heat_map(errors[method]))
 
-        regions, strips = [], []
-        for method, y, x in worst_cells(errors, side, CROPS):
-            regions.append(dict(x=x, y=y, method=method))
-            strips.append(np.concatenate([p[y:y + side, x:x + side] for p in pictures.values()], 1))
-        crops = self.write_picture(f"{number}-crops", np.concatenate(strips)) if strips else ""
+        regions = worst_cells(errors, side, CROPS)
+        rows = [np.concatenate([p[r["y"]:, r["x"]:][:side, :side] for p in pictures.values()], 1)
+                for r in regions]
+        crops = self.write_picture(f"{number}-crops", np.concatenate(rows)) if rows else ""
         self.pictures.append(dict(name=name, width=width, height=height, reference=reference, layers=layers,
                                   side=side, regions=regions, crops=crops))
         self.rows.append(values)
@@ -91,15 +87,14 @@ class Report:
     def finish(self):
         """Write index.html with the pictures added so far and return its path. add() may be called again."""
         data = json.dumps(self.pictures, separators=(",", ":")).replace("<", r"\u003c")     # safe in <script>
-        values = dict(
-            title=html.escape(self.title), note=html.escape(self.note), heat_white=str(HEAT_WHITE),
-            summary=self.summary_table(), each=self.picture_tables(), data=data)
+        values = dict(title=html.escape(self.title), note=html.escape(self.note), heat_white=str(HEAT_WHITE),
+                      summary=self.summary_table(), each=self.picture_tables(), data=data)
         page = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
         write_file(self.folder / "index.html", page.encode("utf-8", "replace"))
         return self.folder / "index.html"
 
     def summary_table(self):
-        """Return the table of means as HTML. If values are missing, a head shows the number of pictures."""
+        """Return the table of means as HTML. If values are missing, the head names the number of pictures."""
         heads, rows = [], {}
         for column in self.columns:
             cells, count = average(self.rows, column)
@@ -110,7 +105,7 @@ class Report:
         return html_table("method", heads, rows.items())
 
     def picture_tables(self):
-        """Return one table per column, pictures by methods, as HTML. The page shows one of them at a time."""
+        """Return one HTML table per column, with pictures as rows. The page shows one table at a time."""
         links = [f'<a href="#{i}">{html.escape(p["name"])}</a>' for i, p in enumerate(self.pictures, 1)]
         tables = []
         for column in self.columns:
@@ -122,11 +117,11 @@ class Report:
         return "\n".join(tables)
 
     def write_picture(self, name, pixels):
-        """Save (H, W, 3 or 4) uint8 without loss as WebP, or PNG if it is too large, and return its URL."""
-        memory, format = io.BytesIO(), "webp" if max(pixels.shape) <= MAX_WEBP_SIDE else "png"
-        Image.fromarray(pixels).save(memory, format, lossless=True, method=1, quality=0)
-        write_file(self.files / f"{name}.{format}", memory.getbuffer())
-        return f"{FILES_FOLDER}/{name}.{format}"
+        """Save (H, W, 3 or 4) uint8 as lossless WebP, and return its URL."""
+        memory = io.BytesIO()
+        Image.fromarray(pixels).save(memory, "webp", lossless=True, method=1, quality=0)
+        write_file(self.files / f"{name}.webp", memory.getbuffer())
+        return f"{FILES_FOLDER}/{name}.webp"
 
 
 def write_file(path, data):
@@ -148,8 +143,8 @@ def values_by_method(rows, column):
 def average(rows, column):
     """Average one column of rows [{method: {key: value}}] -> ({method: (text, is best)}, pictures averaged).
 
-    Average only the pictures for which every method has a value, so that all methods are compared on the same
-    pictures. A method without any value is ignored, and its mean is nan.
+    Only pictures for which every method has a value are averaged, so that all methods are compared on the
+    same pictures. A method without any value is ignored, and its mean is nan.
     """
     by_method = values_by_method(rows, column)
     measured = [values for values in by_method.values() if not all(map(math.isnan, values))]
@@ -194,10 +189,9 @@ def error_maps(pictures, reference):
 
 
 def draw_heat_map(error):
-    """Draw an error map (H, W) as RGBA (h, w, 4) uint8: transparent, red, yellow, white for rising errors. It
-    has half the size of the error map, less if that is above MAX_HEAT_SIDE."""
-    factor = max(2, math.ceil(max(error.shape) / MAX_HEAT_SIDE))
-    level = np.asarray(Image.fromarray(error).reduce(factor))[..., None] / HEAT_WHITE
+    """Draw an error map (H, W) in half its size as RGBA (h, w, 4) uint8: transparent, red, yellow, white for
+    rising errors."""
+    level = np.asarray(Image.fromarray(error).reduce(2))[..., None] / HEAT_WHITE
     level = np.rint(15 * level.clip(0, 1)) / 15
     color = (3 * level - [0, 1, 2]).clip(0, 1)
     opacity = np.where(level > 0, 0.1 + 0.9 * level, 0)
@@ -205,11 +199,11 @@ def draw_heat_map(error):
 
 
 def worst_cells(errors, side, count):
-    """Return a list of at most `count` (method, top, left): the squares with the largest errors.
+    """Return at most `count` squares with the largest errors, as a list of {"method", "x", "y"}.
 
-    The squares lie on a grid of `side` pixels. The methods take turns, the last method first; each adds the
-    square where its sum of squared errors is largest and that is not yet in the list. errors: {method: (H,
-    W)}."""
+    The squares lie on a grid of `side` pixels. The methods take turns, and the last method begins; each adds
+    the square with its largest sum of squared errors that is not yet in the list. errors: {method: (H, W)}.
+    """
     sums, picked = {}, []
     for method, error in errors.items():
         rows, columns = (n // side for n in error.shape)
@@ -218,7 +212,7 @@ def worst_cells(errors, side, count):
     for method in itertools.islice(itertools.cycle(reversed(errors)), count):
         row, column = map(int, np.unravel_index(sums[method].argmax(), sums[method].shape))
         if sums[method][row, column] > 1e-3:
-            picked.append((method, row * side, column * side))
+            picked.append(dict(x=column * side, y=row * side, method=method))
             for cells in sums.values():
                 cells[row, column] = 0
     return picked

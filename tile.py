@@ -5,7 +5,7 @@
     python tile.py folder -o 4k --fit 3840x2160
     torchrun --nproc_per_node 4 tile.py folder -o big       # four processes share the folder
 
-    sr = Tiler(tile_size=64, tile_pad=32)(forward, lr, 2)   # forward: (b, 3, h, w) -> (b, 3, 2 * h, 2 * w)
+    sr = Tiler(tile_size=64, tile_pad=32)(forward, lr, 2)   # forward: (B, 3, h, w) -> (B, 3, 2 * h, 2 * w)
 
 Needs torch, numpy, and Pillow. Works when copied alone, except for the command, which needs images.py,
 model.py, convert.py, and choose.py beside it. fast.py makes it faster.
@@ -51,11 +51,11 @@ def round_up(n, step):
 @dataclass
 class Span:
     """One tile along one axis."""
-    input_start: int        # where the tile begins, in input pixels
-    start: int              # the tile is added to the output pixels start..stop
-    stop: int
-    final_stop: int         # once the tile is added, the output pixels before this one are complete
-    weight: torch.Tensor    # (stop - start,)
+    input_start: int        # first input pixel of the tile
+    start: int              # first output pixel to which the tile is added
+    crop: slice             # the part of the tile's output that is added
+    complete: int           # number of pixels of the crop that no later tile changes
+    weight: torch.Tensor    # of each pixel of the crop
 
 
 class Tiler:
@@ -68,15 +68,14 @@ class Tiler:
 
     All tiles have the same size and start at multiples of `align`, the window of the model, so that the
     windows have the same positions as without tiles. A side that is not a multiple of align is extended by
-    mirroring, and the output is cropped. batch: tiles per call of forward. Raises TileError if tile_size or
-    2 * tile_pad is not a multiple of align.
+    mirroring, and the output is cropped. Raises TileError if tile_size or 2 * tile_pad is not a multiple of
+    align.
     """
-    def __init__(self, tile_size=64, tile_pad=32, batch=1, align=16):
-        if align < 1 or tile_size < align or tile_size % align:
-            raise TileError(f"tile size {tile_size} does not fit the model; use a multiple of {align}")
-        if tile_pad < 0 or 2 * tile_pad % align:
-            raise TileError(f"tile pad {tile_pad} does not fit the model; use a multiple of {align / 2:g}")
-        self.tile_size, self.tile_pad, self.batch, self.align = tile_size, tile_pad, batch, align
+    def __init__(self, tile_size=64, tile_pad=32, align=16):
+        if tile_size < 1 or tile_pad < 0 or tile_size % align or 2 * tile_pad % align:
+            raise TileError(f"tile size {tile_size} must be a multiple of {align} (the window of the model), "
+                            f"and tile pad {tile_pad} a multiple of {align / 2:g}")
+        self.tile_size, self.tile_pad, self.align = tile_size, tile_pad, align
 
     def spans(self, side, scale):
         """Lay out tiles along an axis of `side` input pixels -> (tile width, list of Span).
@@ -97,10 +96,10 @@ class Tiler:
         spans = []
         for input_start, rise, fall in zip(input_starts, ramps, ramps[1:]):
             start, stop = max(rise, 0), min(fall + fade, end)
-            weight, position = torch.ones(stop - start), torch.arange(start, stop) + 0.5
-            if fade:
-                weight = ((position - rise) / fade).clamp(max=1) - ((position - fall) / fade).clamp(min=0)
-            spans.append(Span(input_start, start, stop, fall, weight))
+            position = torch.arange(start, stop) + 0.5
+            weight = ((position - rise) / fade).clamp(max=1) - ((position - fall) / fade).clamp(min=0)
+            crop = slice(start - input_start * scale, stop - input_start * scale)
+            spans.append(Span(input_start, start, crop, fall - start, weight))
         return width, spans
 
     def count(self, height, width):
@@ -108,42 +107,33 @@ class Tiler:
         return len(self.spans(height, 1)[1]) * len(self.spans(width, 1)[1])
 
     def halve(self):
-        """Halve the batch, else the tile size. Returns False if the tiles cannot become much smaller."""
-        if self.batch > 1:
-            self.batch //= 2
-        elif self.tile_size >= 2 * max(self.align, self.tile_pad):
-            self.tile_size = self.tile_size // 2 // self.align * self.align
-        else:
+        """Halve the tile size. Returns False if the tiles cannot become much smaller."""
+        if self.tile_size < 2 * max(self.align, self.tile_pad):
             return False
+        self.tile_size = self.tile_size // 2 // self.align * self.align
         return True
 
     def strips(self, forward, x, scale, progress=None):
         """Yield the output for x (B, 3, H, W) in strips (B, 3, h, W * scale), top to bottom. Only one row of
-        tiles is in memory. progress(done, total) gets numbers of tiles."""
+        tiles is in memory. progress() is called after each tile."""
         tile_h, rows = self.spans(x.shape[2], scale)
         tile_w, columns = self.spans(x.shape[3], scale)
 
-        def tiles_of_row(number, row):
+        def tiles_of_row(row):
             strip = mirrored_slice(x, 2, row.input_start, tile_h)
-            top, bottom = row.start - row.input_start * scale, row.stop - row.input_start * scale
-            for k in range(0, len(columns), self.batch):
-                batch = columns[k:k + self.batch]
-                tiles = [mirrored_slice(strip, 3, span.input_start, tile_w) for span in batch]
-                y = forward(torch.cat(tiles))
+            for column in columns:
+                y = forward(mirrored_slice(strip, 3, column.input_start, tile_w).contiguous())
                 if y.shape[-2:] != (tile_h * scale, tile_w * scale):
                     raise ValueError(f"{tuple(y.shape)} is not {scale} times a tile of {tile_h}x{tile_w}")
                 if progress:
-                    progress(number * len(columns) + k + len(batch), len(rows) * len(columns))
-                for span, tile in zip(batch, y.split(len(x))):
-                    left, right = span.start - span.input_start * scale, span.stop - span.input_start * scale
-                    yield tile[:, :, top:bottom, left:right]
+                    progress()
+                yield y[:, :, row.crop, column.crop]
 
-        joined_rows = (torch.cat(list(crossfade(tiles_of_row(number, row), columns, 3)), 3)
-                       for number, row in enumerate(rows))
+        joined_rows = (torch.cat(list(crossfade(tiles_of_row(row), columns, 3)), 3) for row in rows)
         yield from crossfade(joined_rows, rows, 2)
 
     def __call__(self, forward, x, scale):
-        """Apply forward, (b, 3, h, w) -> (b, 3, h * scale, w * scale), to x (B, 3, H, W)."""
+        """Apply forward, (B, 3, h, w) -> (B, 3, h * scale, w * scale), to x (B, 3, H, W)."""
         return torch.cat(list(self.strips(forward, x, scale)), 2)
 
 
@@ -158,50 +148,42 @@ def mirrored_slice(x, dim, start, length):
 
 
 def crossfade(pieces, spans, dim):
-    """Weight successive pieces by their spans, and add them where they overlap along dim. Yields the finished
-    parts in order."""
-    pieces, tail = iter(pieces), None
+    """Weight successive pieces (B, 3, h, w) by their spans along dim, 2 or 3, and add them where they
+    overlap. Yields the finished parts in order."""
+    tail = None
     for span in spans:
-        shape = [1] * 4
-        shape[dim] = -1
         piece = next(pieces)
-        piece = piece * span.weight.to(piece.device).view(shape)
+        weight = span.weight.to(piece.device)
+        piece = piece * (weight[:, None] if dim == 2 else weight)
         if tail is not None:
             piece.narrow(dim, 0, tail.shape[dim]).add_(tail)
-        complete = span.final_stop - span.start
-        yield piece.narrow(dim, 0, complete)
-        tail = piece.narrow(dim, complete, piece.shape[dim] - complete).clone()
-        del piece       # free a whole strip before the next one is computed
+        yield piece.narrow(dim, 0, span.complete)
+        tail = piece.narrow(dim, span.complete, len(weight) - span.complete).clone()
+        del piece       # free the memory before the next piece is computed
 
 
 # ------------------------------------------------------------------ a whole picture in bounded memory
 
-def run_checked(function, device, amp, tiles):
-    """Run function on tiles (b, 3, h, w) under autocast, and on those with a broken output again in fp32."""
-    tiles = tiles.to(device, torch.float32)
-
-    def is_broken(out):     # not finite, or black while the tile is not
-        black = (out.flatten(1).amax(1) <= 0) & (tiles.flatten(1).mean(1) > 0.02)
-        return black | ~out.isfinite().flatten(1).all(1)
-
-    with torch.autocast(device.type, amp, enabled=amp is not None):
-        out = function(tiles).float()
-    broken = is_broken(out)
-    if broken.any():
-        out[broken] = function(tiles[broken]).float()
-        if is_broken(out).any():
-            raise FloatingPointError("the output of the model is NaN, infinite, or black, even in fp32")
-    return out.cpu()
+def run_checked(function, device, amp, x):
+    """Run function on one tile x (1, 3, h, w) under autocast, and again in fp32 if the output is broken."""
+    x = x.to(device, torch.float32)
+    for dtype in (amp, None):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            out = function(x).float()
+        is_black = out.amax() <= 0 and x.mean() > 0.02
+        if out.isfinite().all() and not is_black:
+            return out.cpu()
+    raise FloatingPointError("the output of the model is NaN, infinite, or black, even in fp32")
 
 
 @torch.inference_mode()
 def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None):
     """Upscale rgb (3, H, W) -> generator of strips (3, h, W * scale), top to bottom, float32 in [0, 1], CPU.
 
-    The device holds one batch of tiles. The CPU holds the picture and one row of tiles. A HATRefiner runs in
-    two steps: its hat_model on the tiles, then its refiner on the joined picture. Raises FloatingPointError
-    if the output is NaN, infinite, or black, even in fp32. amp: dtype of autocast, or None. progress: called
-    with (tiles done, total) after each batch.
+    The device holds one tile. The CPU holds the picture and one row of tiles. A HATRefiner runs in two steps:
+    its hat_model on the tiles, then its refiner on the joined picture. amp: dtype of autocast, or None.
+    progress() is called after each tile. Raises FloatingPointError if the output is NaN, infinite, or black,
+    even in fp32.
     """
     device, is_hat = torch.device(device), hasattr(forward, "hat_model")
     run = partial(run_checked, forward.hat_model if is_hat else forward, device, amp)
@@ -209,14 +191,14 @@ def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=
     if is_hat and forward.use_refiner:
         pieces = Tiler(512, 2 * forward.refiner_reach, align=1)
         run_refiner = partial(run_checked, forward.refine, device, amp)
-        halo = round_up(forward.refiner_reach, scale)       # so that strips hold whole input rows
+        halo = round_up(forward.refiner_reach, scale)       # strips must hold whole input rows
         strips = with_halo(strips, lambda x: pieces(run_refiner, x[None], 1)[0], halo, rgb.shape[1] * scale)
     y = 0
     for strip in strips:
         for rows in strip.split(32 * scale, 1):
             yield keep_flat_colors(rows.clamp(0, 1), rgb, scale, y)
             y += rows.shape[1]
-        del strip, rows     # free them before the next strip is computed
+        del strip, rows     # free the memory before the next strip is computed
 
 
 def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, dtype=torch.float32):
@@ -229,8 +211,8 @@ def upscale(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None, d
 
 
 def with_halo(strips, function, halo, height):
-    """Apply function to a picture of `height` rows that comes in strips (C, h, W). Yield its output in
-    strips. The function needs `halo` rows of context above and below each strip."""
+    """Apply function to a picture of `height` rows that is given in strips (C, h, W). Yield the output in
+    strips. The function needs `halo` rows of context above and below a strip."""
     x, top, context = None, 0, 0    # x begins at row `top` of the picture; its first `context` rows are done
     for strip in strips:
         x = strip if x is None else torch.cat([x, strip], 1)
@@ -243,11 +225,11 @@ def with_halo(strips, function, halo, height):
 
 
 def keep_flat_colors(sr, rgb, scale, top):
-    """Set sr (3, h * scale, W * scale) to the input level where a channel of the input rgb (3, H, W) has one
-    level in all pixels within FLAT_REACH. sr begins at row `top` of the output.
+    """Restore the color of flat areas in sr (3, h * scale, W * scale), the output from row `top` on.
 
-    A model changes such areas by one or two levels, and a background of 254 is visible on a white page. A
-    change of FLAT_DRIFT or more is kept, because some models change colors by design.
+    A channel of the input rgb (3, H, W) is flat where all pixels within FLAT_REACH have one level. A model
+    changes such areas by one or two levels, and a background of 254 is visible on a white page. Changes of
+    FLAT_DRIFT or more are kept, because some models change colors by design.
     """
     top, rows = top // scale, sr.shape[1] // scale
     first = max(top - FLAT_REACH, 0)
@@ -268,7 +250,8 @@ def upscale_picture(forward, picture, scale, tiler, size, progress=None, **optio
     """Upscale an images.Picture -> generator of strips (3 or, with alpha, 4, h, W) of size (H, W).
 
     Run the model again on its output until the output is about as large as `size`, then resize it by Lanczos.
-    These outputs are in memory, as float16 for 8-bit pictures. Alpha is resized by Lanczos. options: see
+    These outputs are held in memory, as float16 for 8-bit pictures. Alpha is resized by Lanczos.
+    progress(total) is called after each tile, with the number of tiles of all runs. options: see
     upscale_strips().
     """
     height, width = picture.rgb.shape[1:]
@@ -276,17 +259,15 @@ def upscale_picture(forward, picture, scale, tiler, size, progress=None, **optio
     while max(size[0] / height, size[1] / width) > EXTRA_PASS * scale**passes:
         passes += 1
     exact = size == (height * scale**passes, width * scale**passes)
-    counts = [tiler.count(height * scale**k, width * scale**k) for k in range(passes)]
-
-    def progress_of_pass(k):
-        return progress and (lambda done, _: progress(sum(counts[:k]) + done, sum(counts)))
+    total = sum(tiler.count(height * scale**k, width * scale**k) for k in range(passes))
+    options["progress"] = progress and partial(progress, total)
 
     rgb = picture.rgb if picture.alpha is None else bleed_colors(picture.rgb, picture.alpha)
     dtype = torch.float32 if picture.depth == 16 else torch.float16
-    for k in range(passes - 1 if exact else passes):
-        rgb = upscale(forward, rgb, scale, tiler, progress=progress_of_pass(k), dtype=dtype, **options)
+    for _ in range(passes - 1 if exact else passes):
+        rgb = upscale(forward, rgb, scale, tiler, dtype=dtype, **options)
     if exact:
-        strips = upscale_strips(forward, rgb, scale, tiler, progress=progress_of_pass(passes - 1), **options)
+        strips = upscale_strips(forward, rgb, scale, tiler, **options)
     else:
         strips = (lanczos(rgb, size, y, min(y + 64, size[0])) for y in range(0, size[0], 64))
     y = 0
@@ -323,8 +304,8 @@ def crop_to_aspect(picture, size):
 def bleed_colors(rgb, alpha):
     """Spread the visible colors of rgb (3, H, W) into pixels whose alpha (1, H, W) is 0 -> (3, H, W).
 
-    Files store any color in these pixels, often black, which would cause a fringe at the edges. Downscale by
-    2 until all pixels have a color, then fill the gaps from coarse to fine.
+    The color of these pixels is arbitrary, often black, and would cause a fringe at the edges. Downscale by 2
+    until all pixels have a color, then fill the gaps from coarse to fine.
     """
     visible = alpha > 0
     if visible.all() or not visible.any():
@@ -376,11 +357,9 @@ def out_of_memory(error):
 
 
 def memory_peak(device):
-    """Peak memory in bytes: on CUDA since the last call, else since the process began; 0 on Windows."""
+    """Peak memory of this process in bytes, on a GPU if the device is CUDA; 0 on Windows without CUDA."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:     # Windows
@@ -424,17 +403,15 @@ def plan_jobs(inputs, out, suffix, tag):
     out: file, folder, or None: NAME becomes NAME-tag beside itself. Raises UserError if no picture is found.
     """
     jobs, problems = {}, []
-    for given in images.as_paths(inputs):
+    for given in map(Path, inputs):
+        beside = Path(f"{os.path.abspath(given)}-{tag}")
         for source in images.find_pictures(given):
-            is_result = out and given in out.parents and out in source.parents      # from an earlier run
-            listed = source.suffix.lower() in images.READ_SUFFIXES
-            if is_result or not (listed or any(images.picture_size(source))):
+            if out and given in out.parents and out in source.parents:      # a result of an earlier run
                 continue
             if out and out.suffix.lower() in images.READ_SUFFIXES:
                 target = out
             elif given.is_dir():
-                folder = out or Path(f"{os.path.abspath(given)}-{tag}")
-                target = folder / source.relative_to(given).with_suffix(suffix)
+                target = (out or beside) / source.relative_to(given).with_suffix(suffix)
             elif out:
                 target = out / f"{source.stem}{suffix}"
             else:
@@ -446,105 +423,104 @@ def plan_jobs(inputs, out, suffix, tag):
     if not out:     # leave out pictures that an earlier run wrote beside its inputs
         jobs = {target: source for target, source in jobs.items() if source not in jobs}
     if not jobs:
-        raise images.UserError(images.printable([*problems, f"no picture in {', '.join(inputs)}"][0]))
-    return [(source, target) for target, source in jobs.items()], list(map(images.printable, problems))
+        raise images.UserError([*problems, f"no picture in {', '.join(inputs)}"][0])
+    return [(source, target) for target, source in jobs.items()], problems
 
 
-def load_models(args, rank):
-    """Return (model, model for undamaged pictures or None). Raises UserError."""
+def load_models(weights, device):
+    """Return (path, [model]); the list has a second model for undamaged pictures if no weights are given.
+
+    Raises WeightsError.
+    """
     import choose
     import convert
-    from model import WeightsError
-    path = Path(args.weights or choose.default_weights())
-    plain_path = None if args.weights else choose.companion_weights(path)
-    try:
-        network = convert.load_any(path, args.device)
-        plain_network = convert.load_any(plain_path, args.device) if plain_path else None
-    except WeightsError as error:
-        raise images.UserError(images.printable(error)) from None
+    path = Path(weights or choose.default_weights())
+    paths = [path, None if weights else choose.companion_weights(path)]
+    models = [convert.load_any(path, device) for path in paths if path]
     with contextlib.suppress(ModuleNotFoundError):      # fast.py is optional
         import fast
         fast.keep_freed_memory()
-        fast.prepare(network)
-        fast.prepare(plain_network)
-    if rank == 0:
-        plain = f"; {plain_path.stem} for undamaged pictures" if plain_path else ""
-        print(f"{images.printable(path)}: {network.scale}x on {args.device}{plain}", flush=True)
-    return network, plain_network
+        for network in models:
+            fast.prepare(network)
+    return path, models
 
 
-def tile_progress(label):
-    """Return a function (done, total) that shows the number of tiles, the speed, and the time left."""
-    start, line = time.time(), images.ProgressLine()
+def upscale_file(args, models, tiler, source, target, label):
+    """Read, upscale, and save one picture -> a line that reports it. models: see load_models().
 
-    def show(done, total):
-        rate = done / (time.time() - start)
-        left = int((total - done) / rate)
-        line(f"tile {done}/{total}  {rate:.2f} tiles/s  {left // 60}:{left % 60:02d} left  {label}")
-    return show
-
-
-def upscale_file(args, models, tiler, source, target, progress):
-    """Read, upscale, and save one picture -> a line about it. models: see load_models()."""
+    If memory runs out, halve the tiles and start again. Show the progress with a label, if it is not None.
+    Raises PictureError, FloatingPointError, or OSError.
+    """
     start, picture = time.time(), images.read_picture(source)
     height, width = picture.rgb.shape[1:]
-    (network, plain_network), notes = models, [picture.note]
-    if plain_network:
+    network, notes = models[0], [picture.note]
+    if len(models) > 1:
         import choose
-        if choose.is_undamaged(network, plain_network, picture.rgb):
-            network = plain_network
+        if choose.is_undamaged(*models, picture.rgb):
+            network = models[1]
             notes.append("undamaged")
     scale = args.scale or network.scale
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     if args.fit:
         size, picture = args.fit, crop_to_aspect(picture, args.fit)
-    strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
-                             device=args.device, amp=args.amp)
     target.parent.mkdir(parents=True, exist_ok=True)
-    images.save_strips(target, strips, size, picture)
+    while True:
+        progress = label and partial(images.ProgressLine().step, "tiles", label)
+        strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
+                                 device=args.device, amp=args.amp)
+        try:
+            images.save_strips(target, strips, size, picture)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # Outside of the except block, the exception and its tensors are freed.
+        if not tiler.halve():
+            raise images.PictureError(f"{images.printable(source)}: out of memory")
+        images.ProgressLine.clear()
+        print(f"out of memory; continuing with tiles of {tiler.tile_size}", file=sys.stderr, flush=True)
     notes = "; ".join(filter(None, notes + images.left_behind(picture, target)))
     line = f"{images.printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - start:.1f} s"
     return line + (f"  ({notes})" if notes else "")
 
 
-def upscale_file_with_retries(args, models, tiler, source, target, progress):
-    """Call upscale_file(); after an out-of-memory error, halve the tiles and call it again."""
-    while True:
-        try:
-            return upscale_file(args, models, tiler, source, target, progress)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        # Retry outside of the except block: here the exception and its tensors are freed.
-        if not tiler.halve():
-            raise images.PictureError(f"{images.printable(source)}: out of memory")
-        images.ProgressLine.clear()
-        print(f"out of memory; continuing with tiles of {tiler.tile_size}", file=sys.stderr, flush=True)
-
-
 def is_complete(path):
-    """Whether a picture exists and can be decoded to its end. One above Pillow's limit is not decoded."""
+    """Whether a picture exists and can be decoded to its end."""
     try:
         with Image.open(path) as picture:
             picture.load()
-    except Image.DecompressionBombError:
+    except Image.DecompressionBombError:        # above Pillow's pixel limit: not decoded
         return True
     except (OSError, SyntaxError, ValueError):
         return False
     return True
 
 
-def upscale_files(args, models, tiler, jobs, show_progress):
-    """Upscale all jobs; name and skip a picture that fails -> (done, skipped, failed)."""
-    done, skipped, failed = 0, 0, 0
+def run(args):
+    """Upscale all pictures; name and skip those that fail -> exit code."""
+    rank, ranks, start = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), time.time()
+    args.device, args.amp = pick_device(args.device, args.amp)
+    path, models = load_models(args.weights, args.device)
+    scale = models[0].scale
+    tag = f"{args.fit[1]}x{args.fit[0]}" if args.fit else f"{args.scale or scale:g}x"
+    jobs, problems = plan_jobs(args.inputs, args.out, f".{args.format}", tag)
+    align = models[0].hat_model.window if hasattr(models[0], "hat_model") else 16
+    tile_size = args.tile_size or TILE_SIZE[args.device.type] // align * align
+    tiler = Tiler(tile_size, 2 * align if args.tile_pad is None else args.tile_pad, align)
+    if rank == 0:
+        print(f"{images.printable(path)}: {scale}x on {args.device}", flush=True)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
+
+    jobs, done, skipped, failed = jobs[rank::ranks], 0, 0, 0
     for number, (source, target) in enumerate(jobs, 1):
         if not args.overwrite and is_complete(target):
             skipped += 1
             continue
         name = images.printable(source)
-        progress = tile_progress(f"{number}/{len(jobs)} {name}") if show_progress else None
+        label = f"{number}/{len(jobs)} {name}" if rank == 0 else None
         try:
-            line = upscale_file_with_retries(args, models, tiler, source, target, progress)
+            line = upscale_file(args, models, tiler, source, target, label)
         except (images.PictureError, FloatingPointError, OSError) as error:
             images.ProgressLine.clear()
             print(error if name in str(error) else f"{name}: {error}", file=sys.stderr, flush=True)
@@ -553,38 +529,26 @@ def upscale_files(args, models, tiler, jobs, show_progress):
         images.ProgressLine.clear()
         print(line, flush=True)
         done += 1
-    return done, skipped, failed
 
-
-def run(args):
-    """Run the command -> exit code."""
-    rank, ranks, start = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), time.time()
-    args.device, args.amp = pick_device(args.device, args.amp)
-    models = load_models(args, rank)
-    tag = f"{args.fit[1]}x{args.fit[0]}" if args.fit else f"{args.scale or models[0].scale:g}x"
-    jobs, problems = plan_jobs(args.inputs, args.out, f".{args.format}", tag)
-    align = models[0].hat_model.window if hasattr(models[0], "hat_model") else 16
-    tile_size = args.tile_size or TILE_SIZE[args.device.type] // align * align
-    tiler = Tiler(tile_size, 2 * align if args.tile_pad is None else args.tile_pad, align=align)
     if ranks > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
-    counts = torch.tensor(upscale_files(args, models, tiler, jobs[rank::ranks], show_progress=rank == 0))
-    if ranks > 1:
+        counts = torch.tensor([done, skipped, failed])
         torch.distributed.all_reduce(counts)
         torch.distributed.destroy_process_group()
-    done, skipped, failed = counts.tolist()
+        done, skipped, failed = counts.tolist()
     if rank == 0:
-        sys.stderr.writelines(f"{problem}\n" for problem in problems)
+        for problem in problems:
+            print(images.printable(problem), file=sys.stderr)
         print(f"{done} done, {skipped} skipped, {failed + len(problems)} failed, {time.time() - start:.1f} s")
     return 1 if failed or problems else 0
 
 
 def main():
+    from model import WeightsError
     sys.stdout.reconfigure(errors="backslashreplace")       # for terminals without Japanese letters
     try:
         sys.exit(run(parse()))
-    except images.UserError as error:
-        images.fail(error)
+    except (images.UserError, WeightsError) as error:
+        images.fail(images.printable(error))
 
 
 if __name__ == "__main__":

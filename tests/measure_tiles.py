@@ -91,7 +91,7 @@ def quality(args, network):
                         sr = hard_tiles(network, x[None].to(args.device), size, pad)[0].float().clamp(0, 1).cpu()
                     lines = [[i * scale for i in range(size, side, size)] for side in x.shape[1:]]
                 else:
-                    tiler = tile.Tiler(size, pad, 1, window)
+                    tiler = tile.Tiler(size, pad, window)
                     sr = tile.upscale(network, x, scale, tiler, args.device, amp)
                     lines = seam_positions(tiler, *x.shape[1:], scale)
                 figures.append(psnr(sr, whole))
@@ -125,7 +125,7 @@ def refiner(args, networks):
             hr = hr[:, :lr.shape[1] * scale, :lr.shape[2] * scale]
             whole = tile.upscale(network, lr, scale, tile.Tiler(max(lr.shape), 0, align=1), args.device)
             for pad in args.pads:
-                tiler = tile.Tiler(args.tiles[0], pad, 1, window)
+                tiler = tile.Tiler(args.tiles[0], pad, window)
                 sr, lines = tile.upscale(network, lr, scale, tiler, args.device), seam_positions(tiler, *lr.shape[1:], scale)
                 rows[pad].append([metrics.psnr(sr, hr, 4), metrics.psnr(whole, hr, 4), psnr(sr, whole),
                                   border_error(sr, whole, lines), seam(sr, whole, lines)])
@@ -183,7 +183,7 @@ def picture(args, network):
     """Compare the seconds for 1920x1080 with those of the model alone on the same tiles."""
     device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
     window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
-    tiler = tile.Tiler(tile.TILE_SIZE[device.type], args.pads[0], 1, window)
+    tiler = tile.Tiler(tile.TILE_SIZE[device.type], args.pads[0], window)
     (h, rows), (w, columns) = tiler.spans(1080, 1), tiler.spans(1920, 1)
     start = time.time()
     tile.upscale(network, x, network.scale, tiler, device, amp)

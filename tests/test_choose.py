@@ -55,13 +55,14 @@ def test_undamaged_and_damaged_pictures(models, scene):
     assert not choose.is_undamaged(*models, degrade.to_8_bit(degrade.gaussian_blur(scene, 0.8)))
 
 
-def test_each_threshold_decides(models, scene):
-    jpeg = degrade.compress(scene, "jpeg", 85)
-    assert choose.is_undamaged(*models, jpeg, min_fidelity_db=math.inf, min_fidelity_db_jpeg=-math.inf)
+def test_each_threshold_decides(models, scene, monkeypatch):
+    monkeypatch.setattr(choose, "MIN_FIDELITY_DB_JPEG", -math.inf)
+    assert choose.is_undamaged(*models, degrade.compress(scene, "jpeg", 85))
+    monkeypatch.setattr(choose, "MIN_FIDELITY_DB", -math.inf)
     blurred = degrade.to_8_bit(degrade.gaussian_blur(scene, 0.6))
-    anything = dict(min_fidelity_db=-math.inf, min_fidelity_db_jpeg=-math.inf)
-    assert not choose.is_undamaged(*models, blurred, **anything)        # repair_model adds detail
-    assert choose.is_undamaged(*models, blurred, **anything, max_gain_db=math.inf)
+    assert not choose.is_undamaged(*models, blurred)        # repair_model adds detail
+    monkeypatch.setattr(choose, "MAX_GAIN_DB", math.inf)
+    assert choose.is_undamaged(*models, blurred)
 
 
 def test_small_and_flat_pictures_count_as_damaged(models):

@@ -47,8 +47,6 @@ def test_a_saved_model_with_an_untrained_refiner_opens_in_spandrel(tmp_path):
         assert (theirs.model.eval()(x) - ours(x)).abs().max() < 1e-5
 
 
-# ------------------------------------------------------------------ blend
-
 def test_onnx_has_free_sides(tiny, tmp_path):                             # noqa: F811
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -62,6 +60,8 @@ def test_onnx_has_free_sides(tiny, tmp_path):                             # noqa
             sr, = session.run(None, {"lr": lr[k:k + 1].numpy()})
             assert (torch.from_numpy(sr) - expected[k:k + 1]).abs().max() < 1e-4
 
+
+# ------------------------------------------------------------------ blend
 
 def test_blend_mixes_weights_and_headers(tiny, tmp_path):                  # noqa: F811
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
@@ -80,27 +80,13 @@ def test_blend_mixes_weights_and_headers(tiny, tmp_path):                  # noq
     assert header["blend"][1]["header"]["step"] == 70
 
 
-@pytest.mark.parametrize("order", (1, -1))
-def test_blend_with_one_trained_refiner(tiny, tmp_path, order):            # noqa: F811
-    """Half of the weights of the correction, the other half is zero."""
-    save(tiny, tmp_path / "refined.safetensors")
-    plain = HATRefiner.from_preset("tiny")
-    plain.hat_model = tiny.hat_model
-    save(plain, tmp_path / "plain.safetensors")
-    files = [tmp_path / "plain.safetensors", tmp_path / "refined.safetensors"][::order]
-    mixed, sr = convert.blend(files, (0.5, 0.5)), torch.rand(1, 3, 16, 16)
-    assert mixed.use_refiner
-    with torch.no_grad():
-        assert torch.allclose(mixed.refine(sr) - sr, (tiny.refine(sr) - sr) / 2, atol=1e-6)
-    assert not convert.blend(files[:1] * 2, (0.5, 0.5)).use_refiner or order == -1
-
-
 def test_blend_of_different_networks_raises(tiny, tmp_path):               # noqa: F811
     save(tiny, tmp_path / "a.safetensors")
     save(HATRefiner.from_preset("tiny", scale=3), tmp_path / "b.safetensors")
     save(HATRefiner.from_preset("tiny", depths=(2, 1)), tmp_path / "c.safetensors")
+    save(HATRefiner.from_preset("tiny"), tmp_path / "plain.safetensors")
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    for other in "b.safetensors", "c.safetensors", "other.pth", "absent.pth":
+    for other in "b.safetensors", "c.safetensors", "plain.safetensors", "other.pth", "absent.pth":
         with pytest.raises(WeightsError, match=other):
             convert.blend([tmp_path / "a.safetensors", tmp_path / other], (0.5, 0.5))
 

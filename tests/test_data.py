@@ -553,7 +553,7 @@ def test_command(zoo, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             run(monkeypatch, "pack", *wrong)
         assert stopped.value.code == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_an_editors_mistake_is_not_hidden(zoo, tmp_path, monkeypatch):

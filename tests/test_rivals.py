@@ -113,7 +113,7 @@ def test_tiles_join_and_small_pictures_work(tmp_path):
     torch.save(make_network("rrdb", 2).state_dict(), tmp_path / "r.pth")
     network, lr = convert.load_any(tmp_path / "r.pth"), gray_picture(80, 48)
     whole = tile.upscale(network, lr, 2, tile.Tiler(80, 0, align=1))
-    tiled = tile.upscale(network, lr, 2, tile.Tiler(16, 32, batch=3))       # its receptive field is below 16
+    tiled = tile.upscale(network, lr, 2, tile.Tiler(16, 32))     # its receptive field is below 16
     assert (whole - tiled).abs().max() < 1e-5
     one = tile.upscale(network, lr[:, :1, :1], 2, tile.Tiler(16, 0))
     assert one.shape == (3, 2, 2)
