@@ -90,9 +90,9 @@ def as_paths(paths):
 def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
-    A picture has one of READ_SUFFIXES or can be opened. Search folders recursively and follow links. Ignore
-    hidden and system files in folders, and count all other files in one line on stderr. Raises PictureError
-    for a path that does not exist.
+    In folders, a picture has one of READ_SUFFIXES or can be opened; every given file counts. Search folders
+    recursively and follow links. Ignore hidden and system files in folders, and count all other files in one
+    line on stderr. Raises PictureError for a path that does not exist.
     """
     paths, files, visited = as_paths(paths), set(), set()
     for path in paths:
@@ -107,8 +107,9 @@ def find_pictures(paths):
             visited.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if not SYSTEM_NAME.match(name))
             files.update(Path(folder, name) for name in names if not SYSTEM_NAME.match(name))
-    pictures = {file for file in files if file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
-    others = sorted(files - pictures - set(paths))
+    pictures = {file for file in files
+                if file in paths or file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
+    others = sorted(files - pictures)
     if others and os.environ.get("RANK", "0") == "0":       # only the first process of torchrun
         first = ", ".join([*map(printable, others[:3]), "..."][:len(others)])
         print(f"{len(others)} left out, not pictures that can be read: {first}", file=sys.stderr)
@@ -146,7 +147,14 @@ def read_picture(path, srgb=False):
     PictureError if the file is missing, damaged, not a picture, or larger than Pillow's pixel limit.
     """
     try:
-        return decode(Path(path).read_bytes(), srgb)
+        data = Path(path).read_bytes()
+        try:
+            return decode(data, srgb)
+        except Exception:       # Pillow rejects a whole PNG for one damaged text or profile
+            if not data.startswith(PNG_SIGNATURE):
+                raise
+            kept = [c for c in png_chunks(data) if c[4:8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")]
+            return decode(PNG_SIGNATURE + b"".join(kept), srgb, "damaged PNG metadata left behind")
     except Image.UnidentifiedImageError:
         raise PictureError(f"{printable(path)}: not a picture, or a format that Pillow cannot read") from None
     except Exception as error:      # a broken file can make Pillow raise nearly any exception
@@ -154,16 +162,20 @@ def read_picture(path, srgb=False):
         raise PictureError(f"{printable(path)}: {reason}") from error
 
 
+def png_chunks(data):
+    """Yield each chunk in the bytes of a PNG file: length, name, contents, and checksum."""
+    start = len(PNG_SIGNATURE)
+    while start + 8 <= len(data):
+        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
+        yield data[start:end]
+        start = end
+
+
 def read_color(im, data):
     """Return Picture.color of an open Pillow image. data: the bytes of its file."""
     color = {}
     if im.format == "PNG":
-        start = len(PNG_SIGNATURE)
-        while start + 8 <= len(data):
-            length, name = struct.unpack_from(">I4s", data, start)
-            if name in COLOR_CHUNKS:
-                color[name.decode()] = data[start + 8:start + 8 + length]
-            start += length + 12        # with name, length, and checksum
+        color = {chunk[4:8].decode(): chunk[8:-4] for chunk in png_chunks(data) if chunk[4:8] in COLOR_CHUNKS}
     elif im.format == "AVIF" and b"colrnclx" in data and "icc_profile" not in im.info:
         color = {"cICP": data.partition(b"colrnclx")[2][1:4:2] + b"\0\1"}       # primaries, transfer curve
     if "cICP" in color:         # overrides an ICC profile; 1 and 13 are sRGB, 2 is unspecified
@@ -173,7 +185,7 @@ def read_color(im, data):
     return {} if srgb else color
 
 
-def decode(data, srgb):
+def decode(data, srgb, note=""):
     """Decode the bytes of a file -> Picture. See read_picture()."""
     if not data:
         raise ValueError("empty file (0 bytes)")
@@ -182,7 +194,7 @@ def decode(data, srgb):
         raw_exif, color = load_upright(im), read_color(im, data)
         pixels = read_samples(im, data, png_layout)
         icc, exif = im.info.get("icc_profile"), remove_size_tags(raw_exif)
-        notes = ["invalid EXIF left behind" if raw_exif and not exif else ""]
+        notes = [note, "invalid EXIF left behind" if raw_exif and not exif else ""]
         xmp = SIZE_XMP.sub(b"", im.info.get("xmp") or im.info.get(PNG_XMP, "").encode()) or None
         text = {k: str(v) for k, v in getattr(im, "text", {}).items() if k not in (PNG_XMP, PNG_EXIF)}
         if im.mode == "CMYK":

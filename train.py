@@ -531,7 +531,9 @@ def train(args):
     rank, ranks = init_distributed(device)
     run, validation, stream, learner, progress = set_up(args, device, amp, rank, ranks)
     signals, line, bad_steps, patches, stop = catch_signals(), ProgressLine(), 0, 0, False
-    if not progress.rows:       # the first row of the log, and a state to roll back to
+    if not progress.rows:
+        if rank == 0:           # from now on the run can be resumed
+            run.save_state(learner.state_dict(), progress)
         print(f"step 0  {report(args, run, learner, validation, progress, {}, 0.0, 0.0, rank)}")
     began = saved = progress.seconds
     step_began, fraction = time.time(), finished_fraction(args, progress)

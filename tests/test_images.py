@@ -340,14 +340,15 @@ def test_find_pictures(tmp_path, capsys):
     expected = [tmp_path / n for n in ("a.webp", "b/10.jpg", "b/2.PNG", "b/c/d.tiff", "b/e.jfif", "b/photo", "c.jpg_large")]
     assert images.find_pictures(tmp_path) == expected
     assert capsys.readouterr().err == f"2 left out, not pictures that can be read: {tmp_path}/note.txt, {tmp_path}/x\\ny.psd\n"
-    assert images.find_pictures([str(tmp_path / "b/photo"), tmp_path / "note.txt"]) == [tmp_path / "b/photo"]
+    assert images.find_pictures([str(tmp_path / "note.txt"), tmp_path]) == sorted([*expected, tmp_path / "note.txt"])
     with pytest.raises(PictureError, match="no such file"):
         images.find_pictures([tmp_path / "missing"])
 
 
-# ------------------------------------------------------------------ PNG text, XMP
+# ------------------------------------------------------------------ PNG text, XMP, damaged metadata
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+TOO_LARGE = zlib.compress(bytes(PngImagePlugin.MAX_TEXT_CHUNK + 2**20))
 TEXT = {"Author": "A. Painter", "parameters": "Seed: 7", "Title": "\u58c1\u7d19"}
 
 
@@ -385,6 +386,25 @@ def test_large_text_and_profiles_are_kept(tmp_path):
     Image.fromarray(RGBA[..., :3]).save(tmp_path / "a.png", icc_profile=icc, pnginfo=info)
     picture = read_picture(tmp_path / "a.png")
     assert picture.icc == icc and len(picture.text["notes"]) == 2**21 and not picture.note
+
+
+@pytest.mark.parametrize("damage", ["text", "profile", "checksum", "short", "after"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_damaged_metadata_does_not_hide_the_pixels(tmp_path, damage, deep):
+    broken = {"text": chunk(b"zTXt", b"a\0\0" + TOO_LARGE),
+              "profile": chunk(b"iCCP", b"ICC\0\0" + TOO_LARGE),
+              "checksum": chunk(b"tEXt", b"a\0b")[:-1] + b"?", "short": chunk(b"gAMA", b"1"),
+              "after": chunk(b"zTXt", b"a\0\0" + TOO_LARGE)}[damage]
+    if deep:
+        data, expected = png16(DEEP[..., :3]), DEEP[..., :3]
+    else:
+        memory = io.BytesIO()
+        Image.fromarray(RGBA[..., :3]).save(memory, "PNG")
+        data, expected = memory.getvalue(), RGBA[..., :3]
+    at = len(data) - 12 if damage == "after" else 33
+    (tmp_path / "a.png").write_bytes(data[:at] + broken + data[at:])
+    picture = read_picture(tmp_path / "a.png")
+    assert (pixels(picture) == expected).all() and "metadata" in picture.note
 
 
 # ------------------------------------------------------------------ color without ICC, old sizes

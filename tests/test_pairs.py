@@ -5,6 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from test_clean import linear_profile
 
@@ -113,6 +114,22 @@ def test_sizes(tmp_path, capsys):
     skipped = []
     assert read(jobs, skipped=skipped) == [] and "30x22" in skipped[0] and "32x24" in skipped[0]
     assert "a.png" in capsys.readouterr().err
+
+
+def test_a_pair_of_different_content_is_named(tmp_path, capsys):
+    """The LR folder begins one frame later: a.png, b.png, c.png show frames 1, 2, 3 instead of 0, 1, 2."""
+    grids = torch.rand(4, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    frames = [degrade.to_8_bit(F.interpolate(grid[None], (48, 64), mode="nearest")[0]) for grid in grids]
+    for name, hr, lr in zip("abc", frames, frames[1:]):
+        for folder, rgb in (("hr", hr), ("lr", hr[:, ::2, ::2]), ("shifted", lr[:, ::2, ::2])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            images.save_picture(tmp_path / folder / f"{name}.png", images.Picture(rgb=rgb.contiguous()))
+    jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "lr"})
+    assert len(read(jobs)) == 3
+    jobs, _ = pairs.match_pairs({"HR": tmp_path / "hr", "LR": tmp_path / "shifted"})
+    skipped = []
+    assert read(jobs, skipped=skipped) == [] and len(skipped) == 3
+    assert "b.png" in skipped[1] and "different content" in skipped[1] and "b.png" in capsys.readouterr().err
 
 
 def test_both_sides_of_a_pair_have_the_same_colors_and_orientation(tmp_path):
