@@ -341,7 +341,7 @@ def hold_out(folders, folder, count=8, side=512):
         if min(h, w) < 64:      # too small for a validation metric
             continue
         if picture.note:
-            images.print_once(f"{images.printable(path)}: {picture.note}")
+            print(f"{images.printable(path)}: {picture.note}", file=sys.stderr)
         rgb = images.composite(picture, draw_background(names[path], h, w))
         squares.append(max(cut_patches(rgb, min(side, h, w)), key=detail))
         held_out += [path, *copies]
