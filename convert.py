@@ -147,7 +147,7 @@ def parse():
     export.add_argument("weights", metavar="FILE", help="our .safetensors, or an official .pth")
     export.add_argument("out", metavar="OUT", type=Path, help="a .pth, .safetensors or .onnx file")
     mix = commands.add_parser("blend", help="mix the weights of two files: (1 - alpha) * A + alpha * B")
-    mix.add_argument("weights", nargs=2, metavar=("A", "B"), help="two files of the same network")
+    mix.add_argument("weights", nargs=2, metavar="FILE", help="A and B, two files of the same network")
     mix.add_argument("--alpha", type=float, default=0.5, help="amount of B, usually 0 to 1 (default: 0.5)")
     mix.add_argument("-o", "--out", type=Path, required=True, help="a .safetensors file")
     for command in export, mix:

