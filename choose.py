@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 # Thresholds of is_undamaged(), in dB, with weights/kabegami-low as repair_model. First score of 34 drawings:
 # 62 to 82 after bicubic or Lanczos downscaling and 54 to 79 after area; at most 52 after a blur of sigma 0.6,
-# at most 57 after JPEG of quality 90 or 95, 40 to 59 after WebP of quality 80 to 95. Second score: at most 0.8
+# at most 57 after JPEG of quality 90 or 95, 40 to 59 after WebP of quality 80 to 95. Second score: below 0.9
 # without damage, at least 3.9 after the blur. 23 of 24 other drawings without damage pass; with blur and JPEG
 # none does.
 MIN_FIDELITY_DB = 56.0
