@@ -93,6 +93,18 @@ def test_readme_is_short_and_the_chinese_one_says_the_same():
     assert re.findall(r"\d+\.\d+", read(english)) == re.findall(r"\d+\.\d+", read(chinese))
 
 
+@pytest.mark.parametrize("words", [
+    "train", "tile", "evaluate", "scrape", "runs", "demo", "degrade", "data", "clean", "clean clean", "clean multiscale",
+    "clean mine", "detect", "detect train", "detect measure", "detect inspect", "convert", "convert info", "convert export",
+    "convert blend"])
+def test_help(words, monkeypatch, capsys):
+    script, *command = words.split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *command, "--help"])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main()
+    assert end.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_three_commands_of_the_readme(tmp_path):
     for path in [*ROOT.glob("*.py"), ROOT / "weights"]:
