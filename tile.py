@@ -508,7 +508,8 @@ def run(args):
     tile_size = args.tile_size or TILE_SIZE[args.device.type] // align * align
     tiler = Tiler(tile_size, 2 * align if args.tile_pad is None else args.tile_pad, align)
     if rank == 0:
-        print(f"{images.printable(path)}: {scale}x on {args.device}", flush=True)
+        note = "; clean-low for undamaged pictures" if len(models) > 1 else ""
+        print(f"{images.printable(path)}: {scale}x on {args.device}{note}", flush=True)
     if ranks > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
 
