@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import CONV_SCALE, FEATURES, HATRefiner, join_windows, pad_heads, split_windows, widen
+from model import CONV_SCALE, FEATURES, HATRefiner, attention, join_windows, pad_heads, split_windows, widen
 
 STRIP_PIXELS = 4096         # pixels per strip and thread: their activations fit the cache
 MERGE_PIXELS = 64 * 64      # smallest input for which merging the upsampler saves time
@@ -101,11 +101,7 @@ class Attention:
         return F.linear(x, *self.qkv).unflatten(-1, (3, self.heads, -1))
 
     def attend(self, q, k, v, bias):
-        """Compute all heads in one call. Without gradients this is faster than head by head."""
-        bias = bias.expand(len(q) // len(bias), *bias.shape).flatten(0, 1)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return F.linear(x.transpose(1, 2).flatten(2), *self.proj)
+        return F.linear(attention(q, k, v, bias, self.scale), *self.proj)
 
 
 class MLP:
