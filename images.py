@@ -90,9 +90,10 @@ def as_paths(paths):
 def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
-    In folders, a picture has one of READ_SUFFIXES or can be opened; every given file counts. Search folders
-    recursively and follow links. Ignore hidden and system files in folders, and count all other files in one
-    line on stderr. Raises PictureError for a path that does not exist.
+    A picture has one of READ_SUFFIXES or can be opened. Search folders recursively and follow links. In
+    folders, ignore hidden and system files, and count all other files in one line on stderr. A given file
+    that is no picture, such as a caption that a shell pattern matched, is ignored. Raises PictureError for a
+    path that does not exist.
     """
     paths, files, visited = as_paths(paths), set(), set()
     for path in paths:
@@ -107,9 +108,8 @@ def find_pictures(paths):
             visited.add(os.path.realpath(folder))
             subfolders[:] = sorted(name for name in subfolders if not SYSTEM_NAME.match(name))
             files.update(Path(folder, name) for name in names if not SYSTEM_NAME.match(name))
-    pictures = {file for file in files
-                if file in paths or file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
-    others = sorted(files - pictures)
+    pictures = {file for file in files if file.suffix.lower() in READ_SUFFIXES or any(picture_size(file))}
+    others = sorted(files - pictures - set(paths))
     if others and os.environ.get("RANK", "0") == "0":       # only the first process of torchrun
         first = ", ".join([*map(printable, others[:3]), "..."][:len(others)])
         print(f"{len(others)} left out, not pictures that can be read: {first}", file=sys.stderr)
