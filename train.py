@@ -62,7 +62,6 @@ MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 ROLLBACK_AFTER = 10             # bad steps in a row
 STATE_SECONDS = 600             # training time between saves of state.pt, at most
 REPORTS = 10                    # validations in a run by default; half as many with tiling, which is slow
-VAL_COUNT = 8                   # validation pictures, at most
 MANY_STEPS = 10 ** 8            # --steps if --minutes ends the run
 DEMO = Path("demo")
 PATCHES = Path("patches")       # packed patch files
@@ -86,6 +85,7 @@ def parse(argv=None):
       "files of data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
     a("--val", type=path, metavar="DIR", help="validation pictures, or a folder with hr/ and lr/ (default: a "
       "tenth of --data is held out)")
+    a("--val-count", type=int, default=8, metavar="N", help="use at most N of them, 0: all (default: 8)")
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as "
       "web:0.7,bicubic:0.3 (default: bicubic)")
     a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed of N "
@@ -193,7 +193,7 @@ def choose_validation(args):
         if inside:
             print(f"{len(inside)} pictures of --val are also in --data; they are not trained on")
     else:
-        folder, held_out = data.hold_out(folders, PATCHES, VAL_COUNT)
+        folder, held_out = data.hold_out(folders, PATCHES)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
         print(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has parts of them")
 
@@ -416,8 +416,9 @@ class Validation:
         folders = {"HR": Path(args.val, "hr"), "LR": Path(args.val, "lr")}
         self.recipe = None if all(folder.is_dir() for folder in folders.values()) else args.recipe
         jobs, _ = pairs.match_pairs({"HR": args.val} if self.recipe else folders)
-        if len(jobs) > VAL_COUNT:       # from all parts of the list
-            jobs = [jobs[i * len(jobs) // VAL_COUNT] for i in range(VAL_COUNT)]
+        count = args.val_count or len(jobs)
+        if len(jobs) > count:           # from all parts of the list
+            jobs = [jobs[i * len(jobs) // count] for i in range(count)]
         for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, self.recipe):
             bicubic = degrade.resize(lr[None], hr.shape[-2:])[0]
             if min(hr.shape[1:]) < 11 + 2 * self.scale or torch.equal(bicubic, hr):     # SSIM's window is 11

@@ -50,7 +50,7 @@ def main():
             small.parent.mkdir(parents=True, exist_ok=True)
             Image.open(path).crop((200, 200, 296, 296)).save(small)
         save(HATRefiner.from_preset("tiny"), folder / "start.safetensors")
-        settings = dict(stage=args.stage, steps=10 * args.kills, val_every=2, patch="8,16", grad_accum=2,
+        settings = dict(stage=args.stage, steps=10 * args.kills, val_every=2, patch="8,16", grad_accum=2, val_count=1,
                         tile_size=8, tile_pad=4, weights=folder / "start.safetensors")
 
         began = time.time()
