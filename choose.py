@@ -14,11 +14,12 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-# Thresholds of is_undamaged(), in dB, with weights/kabegami-low as repair_model. First score of 34 drawings:
-# 62 to 82 after bicubic or Lanczos downscaling and 54 to 79 after area; at most 52 after a blur of sigma 0.6,
-# at most 57 after JPEG of quality 90 or 95, 40 to 59 after WebP of quality 80 to 95. Second score: below 0.9
-# without damage, at least 3.9 after the blur. 23 of 24 other drawings without damage pass; with blur and JPEG
-# none does.
+# Thresholds of is_undamaged(), in dB. Scores of 34 drawings with weights/kabegami-low as repair_model:
+#   first score: 62 to 82 after bicubic or Lanczos downscaling, 54 to 79 after area; at most 52 after a blur
+#       of sigma 0.6, at most 57 after JPEG of quality 90 or 95; 40 to 59 after WebP of quality 80 to 95 (24
+#       drawings).
+#   second score: below 0.9 after downscaling, at least 3.9 after the blur.
+# Of 24 other drawings, 23 pass undamaged; with blur and JPEG none passes.
 MIN_FIDELITY_DB = 56.0
 MIN_FIDELITY_DB_JPEG = 62.0     # where has_jpeg_grid() finds JPEG blocks
 MAX_GAIN_DB = 1.5

@@ -37,7 +37,7 @@ except ModuleNotFoundError:     # fast.py is optional
 
 TILE_PIXELS = 2**20             # LR pictures with more pixels run in tiles
 TILE_PAD = 32                   # context of a tile on each side, input pixels
-RESERVED = ["bicubic", "lanczos", "HR", "LR"]       # names that other methods cannot have
+RESERVED = ["bicubic", "lanczos", "HR", "LR"]       # names that --sr and --weights must not use
 WITH_HR = "psnr_y,ssim_y,psnr_rgb,ssim_rgb,edge_psnr,faithfulness,seconds"
 WITHOUT_HR = "niqe,banding,blocking,faithfulness,seconds"
 

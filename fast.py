@@ -140,18 +140,18 @@ def hybrid_block(block, x, index, mask):
     y = layer_norm(block.norm1, x)
     conv = block.conv_block.cab[:3](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     conv_scale = (block.conv_block.cab[3](conv) * CONV_SCALE).to(x.dtype)
-    attention, mlp, rows = Attention(block.attn, index), MLP(block.mlp), strip_rows(x, window)
-    bias = last_bias = attention.bias
+    attn, mlp, rows = Attention(block.attn, index), MLP(block.mlp), strip_rows(x, window)
+    bias = last_bias = attn.bias
     if shift:       # only the last row of windows wraps around; all other rows have the same mask
         mask = mask[:, None].to(bias.dtype)
-        bias = attention.bias + mask[:rows // window * (w // window)]
+        bias = attn.bias + mask[:rows // window * (w // window)]
     for top in range(shift, h + shift, rows):
         bottom = min(top + rows, h + shift)
         if bottom > h:
-            last_bias = attention.bias + mask[(top - shift) // window * (w // window):]
+            last_bias = attn.bias + mask[(top - shift) // window * (w // window):]
         strip = cyclic_rows(y, top, bottom).roll(-shift, 2) if shift else y[:, top:bottom]
-        q, k, v = attention.heads_of(split_windows(strip, window)).unbind(2)
-        a = attention.attend(q, k, v, last_bias if bottom > h else bias)
+        q, k, v = attn.heads_of(split_windows(strip, window)).unbind(2)
+        a = attn.attend(q, k, v, last_bias if bottom > h else bias)
         a = join_windows(a, window, *strip.shape[1:3])
         a = a.roll(shift, 2) if shift else a
         c = cyclic_rows(conv, top, bottom)
@@ -165,17 +165,17 @@ def overlapping_block(block, x, index):
     """OCAB.forward, in place. A strip is one row of windows; its keys reach `edge` rows above and below."""
     window, edge, (h, w) = block.window, block.edge, x.shape[1:3]
     y = layer_norm(block.norm1, x)
-    attention, mlp = Attention(block, index), MLP(block.mlp)
+    attn, mlp = Attention(block, index), MLP(block.mlp)
     for top in range(0, h, window):
         bottom = top + window
         first, last = max(top - edge, 0), min(bottom + edge, h)
-        q, kv = attention.heads_of(y[:, first:last]).tensor_split((1,), 3)
+        q, kv = attn.heads_of(y[:, first:last]).tensor_split((1,), 3)
         q = q[:, top - first:bottom - first, :, 0]
         kv = F.pad(kv, (0, 0) * 4 + (first - top + edge, bottom + edge - last))
         kv = widen(kv, 2, window, edge)
         q = rearrange(q, "b i (x j) h d -> (b x) (i j) h d", j=window)
         k, v = rearrange(kv, "b i (x j) two h d -> two (b x) (i j) h d", j=window + 2 * edge)
-        a = join_windows(attention.attend(q, k, v, attention.bias), window, window, w)
+        a = join_windows(attn.attend(q, k, v, attn.bias), window, window, w)
         z = x[:, top:bottom].add_(a.to(x.dtype))
         z += mlp(block.norm2(z)).to(z.dtype)
 

@@ -52,7 +52,7 @@ STAGES = {
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-DEMO_STEPS = 560                # at most this many on demo pictures, where more steps gain little
+DEMO_STEPS = 560                # maximum on demo pictures; more steps gain little there
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
@@ -60,9 +60,9 @@ CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop 
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 ROLLBACK_AFTER = 10             # bad steps in a row
-STATE_SECONDS = 600             # training time between saves of state.pt, at most
-REPORTS = 10                    # validations in a run by default; half as many with tiling, which is slow
-MANY_STEPS = 10 ** 8            # --steps if --minutes ends the run
+STATE_SECONDS = 600             # state.pt is saved at least this often
+REPORTS = 10                    # validations in a run; half as many with tiling, because it is slow
+MANY_STEPS = 10 ** 8            # value of --steps in a run with --minutes
 DEMO = Path("demo")
 PATCHES = Path("patches")       # packed patch files
 
@@ -80,7 +80,7 @@ def parse(argv=None):
         description="Train HAT and its refiner. Without --data it draws demo pictures and trains on those.",
         epilog="example: python train.py --stage 1 --patch 64 --data wallpapers --out runs/mine")
     a = p.add_argument_group("data").add_argument
-    path = os.path.normpath     # the same folder with and without a slash at the end
+    path = os.path.normpath     # removes a slash at the end, so that resuming compares equal paths
     a("--data", nargs="+", action="extend", type=path, metavar="DIR", help="folders of HR pictures, or patch "
       "files of data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
     a("--val", type=path, metavar="DIR", help="validation pictures, or a folder with hr/ and lr/ (default: a "
@@ -139,7 +139,7 @@ def parse(argv=None):
 
 
 def complete(args):
-    """Check the flags before files are read, and set the defaults that depend on stage and device.
+    """Check the flags. Set the defaults that depend on the stage and the device.
     Raises UserError, LossError, RecipeError."""
     degrade.parse_recipe(args.recipe)
     data.split_shares(args.data or [])
