@@ -74,7 +74,8 @@ def run_parallel(function, jobs, workers, label, log):
     """
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    results = torch.utils.data.DataLoader(      # reads at most two jobs per worker ahead
+    # With batch_size=None, collate_fn gets one job at a time. Each worker is at most two jobs ahead.
+    results = torch.utils.data.DataLoader(
         jobs, batch_size=None, num_workers=min(workers, len(jobs)), worker_init_fn=init_worker,
         collate_fn=functools.partial(run_job, function), generator=torch.Generator())
     progress, start = images.ProgressLine(), time.time()
