@@ -1,8 +1,8 @@
 """HAT (Hybrid Attention Transformer) with a small residual refiner, for super-resolution by 2, 3 or 4.
 
-    model = load("weights/kabegami-low.safetensors")            # or HATRefiner.from_preset("low", scale=2) sr
-    = model(lr).clamp(0, 1)              # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), any H and W sr =
-    model(lr, tiler=Tiler(64, 32))     # HAT tile by tile (tile.py), then the refiner on the whole picture
+    model = load("weights/kabegami-low.safetensors")    # or HATRefiner.from_preset("low", scale=2)
+    sr = model(lr).clamp(0, 1)          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), any H and W
+    sr = model(lr, tiler=Tiler(64, 32))     # HAT tile by tile (tile.py), then the refiner on the whole picture
 
 HAT: Chen et al., "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023, arXiv 2205.04437.
 Parameters have the official names, so official HAT files load here and exported files load elsewhere.
