@@ -2,13 +2,12 @@
 
     python clean.py clean downloads -o cleaned                  # cleaned/pictures, cleaned/report.csv
     python clean.py multiscale cleaned/pictures -o smaller      # smaller copies
-    python clean.py mine cleaned/pictures smaller -o mined.safetensors      # the most detailed patches
+    python clean.py mine patches.safetensors -o mined.safetensors       # the most detailed patches of a file
 
 No command changes its input folders.
 Needs torch, numpy, Pillow, and data.py and its imports in the same folder.
 """
 import argparse
-import contextlib
 import csv
 import functools
 import hashlib
@@ -26,15 +25,7 @@ from PIL import Image, ImageFilter
 import data
 import images
 
-# Thresholds of `clean`, chosen on 58 openly licensed drawings and paintings with
-# `tests/measure_data.py thresholds`. Share of their center crops that is dropped, in percent:
-#                                                 as "upscaled"     as "jpeg"
-#   unchanged                                     2                 0       (whole pictures: 1 and 0 of 174)
-#   blurred, sigma 0.5, 0.7, 1.0                  2, 22, 100        0
-#   upscaled 2x by bicubic, bilinear, Lanczos     97, 93, 100       0, 0, 5
-#   upscaled 1.5x by the same                     66, 53, 86        0
-#   JPEG quality 30, 60, 85, 90, 95               0, 0, 0, 2, 2     100, 100, 83, 38, 2
-# They do not detect pictures upscaled by a network, or JPEG files that were resized later.
+# Thresholds of `clean`; docs/data.md shows what they drop.
 MIN_SHARPNESS = -18.0   # dB; below it the picture is upscaled or blurred
 MAX_BLOCKS = 1.0        # dB; strength of an 8-pixel grid
 MIN_QUALITY = 88        # of a JPEG file, from its quantization table
@@ -201,12 +192,7 @@ def find_letters(components):
 
 
 def text_share(pixels):
-    """Return the share of the area of uint8 (H, W, 3) that is covered by letters in rows or columns.
-
-    Of 7 drawn examples of each kind, a limit of MAX_TEXT finds 7 title cards, 5 comic pages, 6 manga pages, 3
-    repeated watermarks, 2 subtitles, and no rotated watermark. Of 192 real drawings without text, it drops at
-    most 3.
-    """
+    """Return the share of the area of uint8 (H, W, 3) that is covered by letters in rows or columns."""
     gray = Image.fromarray(pixels).convert("L")
     gray.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
     contrast = np.asarray(gray, np.float32) - np.asarray(gray.filter(ImageFilter.BoxBlur(16)), np.float32)
@@ -313,21 +299,12 @@ def decide(rows, min_side=256, keep_text=False):
     return verdicts
 
 
-def link_or_copy(source, target, copy):
-    """Make `target` a link to `source`, or a copy of it if `copy` is True or links are not possible."""
-    if not copy:
-        with contextlib.suppress(OSError):      # Windows may not allow links
-            os.symlink(os.path.abspath(source), target)
-            return
-    shutil.copy2(source, target)
-
-
-def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_text=False):
+def clean(folders, out, min_side=256, workers=None, log=print, keep_text=False):
     """Select the usable pictures in folders (with subfolders) and files. Returns {name: (verdict, reason)}.
 
-    Write pictures/ (links to the kept pictures, or copies) and report.csv (one line per file) in the folder
-    `out`. For min_side and keep_text see decide(). Raises images.UserError for a wrong folder or if pictures/
-    exists, and OSError.
+    Write pictures/ (hard links to the kept pictures, or copies where links are not possible) and report.csv
+    (one line per file) in the folder `out`. For min_side and keep_text see decide(). Raises images.UserError
+    for a wrong folder or if pictures/ exists, and OSError.
     """
     out = Path(out)
     if (out / "pictures").exists():
@@ -340,7 +317,10 @@ def clean(folders, out, min_side=256, copy=False, workers=None, log=print, keep_
     for row in rows:
         verdict, target = verdicts[row.name]
         if verdict == "kept":
-            link_or_copy(row.path, out / target, copy)
+            try:
+                os.link(os.path.realpath(row.path), out / target)
+            except OSError:     # on another disk
+                shutil.copy2(row.path, out / target)
     lines = sorted((name, *verdict) for name, verdict in verdicts.items())
     with images.atomic_path(out / "report.csv") as part, open(part, "w", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([("name", "verdict", "reason"), *lines])
@@ -407,31 +387,19 @@ def select_patches(details, count, rng):
     return np.sort(np.concatenate([high, rng.permutation(low)[:low_count]]))
 
 
-def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, seed=0, min_side=data.MIN_SIDE, log=print, lr_dir=None,
-         workers=None):
-    """Write the patches with most detail to a new patch file. Returns Path(out), which is replaced.
+def mine(patch_file, out, keep=0.5, seed=0, log=print):
+    """Write the patches of a patch file with most detail to the patch file `out`, which is replaced.
 
-    inputs: folders of pictures, or one patch file. Folders are packed into a temporary file first. At most
-    MAX_PER_PICTURE patches of each picture are candidates. Of all candidates, the share `keep` is written.
-    Both steps use select_patches(). For the other arguments see data.pack(). Raises images.UserError and
-    OSError.
+    At most MAX_PER_PICTURE patches of each picture are candidates. Of all candidates, the share `keep` is
+    written. Both steps use select_patches(). Raises images.UserError and OSError.
     """
-    inputs, out = images.as_paths(inputs), Path(out)
-    if len(inputs) > 1 or not data.is_patch_file(inputs[0]):
-        packed = out.with_name(f"{out.name}.packed.safetensors")
-        try:
-            data.pack(inputs, packed, size, seed, min_side, log, lr_dir=lr_dir, workers=workers)
-            return mine(packed, out, keep=keep, seed=seed, log=log)
-        finally:
-            packed.unlink(missing_ok=True)
-
-    metadata, arrays = data.open_patch_file(inputs[0])
+    metadata, arrays = data.open_patch_file(patch_file)
     patches, lr_patches, picture = arrays["patches"], arrays.get("lr"), arrays["picture"]
     detail, names = arrays["detail"], arrays["names"].tobytes().decode().split("\n")
 
     candidates = []
     for rows in np.split(np.arange(len(picture)), np.flatnonzero(np.diff(picture)) + 1):    # of one picture
-        rng = data.seeded_rng(f"{seed}/{names[picture[rows[0]]]}")
+        rng = np.random.default_rng((seed, picture[rows[0]]))
         candidates.append(rows[select_patches(detail[rows], MAX_PER_PICTURE, rng)])
     candidates = np.concatenate(candidates)
     count = max(1, round(keep * len(candidates)))
@@ -444,7 +412,6 @@ def mine(inputs, out, size=data.PATCH_SIZE, keep=0.5, seed=0, min_side=data.MIN_
     scale = int(metadata.get("scale", 0))
     patch_count, picture_count = data.write_patch_file(out, patches.shape[1], scale, "mined", pictures())
     log(f"{out}: {patch_count} of {len(patches)} patches, from {picture_count} pictures")
-    return out
 
 
 # ------------------------------------------------------------------ command
@@ -455,25 +422,26 @@ def parse():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add_command(name, text):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("data", nargs="+", metavar="IN",
-                             help="folders of pictures, with their subfolders")
-        return command.add_argument
+        add = commands.add_parser(name, help=text, description=text).add_argument
+        if name == "mine":
+            add("data", metavar="FILE", help="a patch file of `data.py pack`")
+        else:
+            add("data", nargs="+", metavar="IN", help="folders of pictures, with their subfolders")
+            add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
+        return add
 
     add = add_command("clean", "drop broken, small, JPEG-damaged, upscaled, text, and duplicate pictures")
     add("--out", "-o", required=True, help="new folder for pictures/ and report.csv")
-    add("--copy", action="store_true", help="copy pictures (default: link them)")
     add("--keep-text", action="store_true", help="keep pictures with much text (default: leave them out)")
     add("--min-side", type=int, default=256, help="smallest allowed shorter side (default: 256)")
-    add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
     add = add_command("multiscale", "make copies at 3/4, 1/2, 1/3, and with shorter side 400")
     add("--out", "-o", required=True, help="folder for the copies")
     add("--min-side", type=int, default=128, help="smallest shorter side of a copy (default: 128)")
-    add("--workers", type=int, metavar="N", help=data.WORKERS_HELP)
 
-    add = add_command("mine", "write the patches with most detail to a patch file; IN may be a patch file")
-    data.add_pack_flags(add)
+    add = add_command("mine", "write the patches with most detail to a new patch file")
+    add("--out", "-o", required=True, help="the new patch file")
+    add("--seed", type=int, default=0, help="for random choices (default: 0)")
     add("--keep", type=float, default=0.5, help="share of the patches to keep (default: 0.5)")
     return parser.parse_args()
 
@@ -483,16 +451,13 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
     try:
         if args.command == "clean":
-            clean(args.data, args.out, args.min_side, args.copy, args.workers, keep_text=args.keep_text)
+            clean(args.data, args.out, args.min_side, args.workers, keep_text=args.keep_text)
         elif args.command == "multiscale":
             multiscale(args.data, args.out, args.min_side, args.workers)
         else:
-            mine(args.data, args.out, args.size, args.keep, args.seed, args.min_side, lr_dir=args.lr_dir,
-                 workers=args.workers)
+            mine(args.data, args.out, args.keep, args.seed)
     except images.UserError as error:
         images.fail(error)
-    except OSError as error:
-        images.fail(f"cannot write {images.printable(args.out)}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -31,16 +31,8 @@ class SpandrelModel:
         self.descriptor, self.scale = descriptor, descriptor.scale
 
     def __call__(self, x):
-        if self.descriptor.input_channels == 1:     # a gray model gets R, G and B as three pictures
-            x = x.flatten(0, 1)[:, None]
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device)
-        supported = {torch.float16: self.descriptor.supports_half,
-                     torch.bfloat16: self.descriptor.supports_bfloat16}
-        amp = torch.is_autocast_enabled(device) and supported.get(dtype, False)
-        with torch.autocast(device, dtype, enabled=amp):    # spandrel supports batches of one picture only
-            sr = torch.cat([self.descriptor(picture) for picture in x.split(1)])
-        return sr.view(-1, 3, *sr.shape[-2:])
+        with torch.autocast(x.device.type, enabled=False):      # some architectures need fp32
+            return torch.cat([self.descriptor(picture) for picture in x.split(1)])      # batches of one only
 
 
 def load_any(path, device="cpu"):
@@ -62,10 +54,10 @@ def load_any(path, device="cpu"):
         raise WeightsError(f"{load_error}; for other architectures: pip install spandrel") from None
     except Exception as e:      # spandrel infers sizes from names and shapes, which can fail in any way
         raise WeightsError(f"{load_error}; spandrel cannot load it either ({type(e).__name__})") from None
-    name, channels = descriptor.architecture.name, (descriptor.input_channels, descriptor.output_channels)
-    if descriptor.scale < 2 or channels not in ((3, 3), (1, 1)):
-        raise WeightsError(f"{path}: this {name} model has scale {descriptor.scale}, {channels[0]} input and "
-                           f"{channels[1]} output channels; choose scale 2 or more, and 3 and 3 or 1 and 1")
+    channels = descriptor.input_channels, descriptor.output_channels
+    if descriptor.scale < 2 or channels != (3, 3):
+        raise WeightsError(f"{path}: this {descriptor.architecture.name} has scale {descriptor.scale} and "
+                           f"{channels} channels; choose a model with scale 2 or more and (3, 3) channels")
     return SpandrelModel(descriptor.eval().to(torch.device(device)))
 
 
@@ -83,20 +75,6 @@ def export_hat(model, path):
     write_atomic(path, buffer.getvalue())
 
 
-class AnySizeHAT(torch.nn.Module):
-    """HAT for sides of at least one window. It mirrors like pad_to(), but only with operations of ONNX."""
-    def __init__(self, hat):
-        super().__init__()
-        self.hat = hat
-
-    def forward(self, lr):
-        hat, (h, w) = self.hat, lr.shape[-2:]
-        for dim, n in (2, h), (3, w):
-            i = torch.arange((n + hat.window - 1) // hat.window * hat.window, device=lr.device)
-            lr = lr.index_select(dim, n - 1 - (n - 1 - i).abs())
-        return hat(lr)[..., :h * hat.scale, :w * hat.scale]
-
-
 def export_onnx(model, path):
     """Write the plain HAT of a HATRefiner as ONNX, fp32: input lr, output sr, free height and width. Raises
     WeightsError if the packages onnx and onnxscript are missing, and OSError."""
@@ -107,9 +85,8 @@ def export_onnx(model, path):
     window, side = model.hat_model.window, torch.export.Dim
     sizes = {2: side("height", min=window), 3: side("width", min=window)}
     lr = torch.rand(1, 3, 6 * window + 5, 8 * window + 6)       # no multiples of the window
-    program = torch.onnx.export(AnySizeHAT(model.hat_model).eval(), (lr,), dynamo=True, opset_version=18,
-                                dynamic_shapes={"lr": sizes}, input_names=["lr"], output_names=["sr"],
-                                verbose=False)
+    program = torch.onnx.export(model.hat_model, (lr,), dynamo=True, opset_version=18, verbose=False,
+                                dynamic_shapes={"x": sizes}, input_names=["lr"], output_names=["sr"])
     write_atomic(path, program.model_proto.SerializeToString())
 
 
@@ -169,16 +146,13 @@ def run(args):
     if args.out.exists() and not args.overwrite:
         raise WeightsError(f"{args.out} exists; --overwrite replaces it")
     note = ""
-    try:
-        if args.command == "blend":
-            model = blend(args.weights, (1 - args.alpha, args.alpha))
-            save(model, args.out, model.header)
-        else:
-            model = load(args.weights)
-            note = " without the trained refiner" if model.use_refiner else ""
-            (export_onnx if args.out.suffix == ".onnx" else export_hat)(model, args.out)
-    except OSError as e:
-        raise WeightsError(f"cannot write {args.out}: {e.strerror or e}") from None
+    if args.command == "blend":
+        model = blend(args.weights, (1 - args.alpha, args.alpha))
+        save(model, args.out, model.header)
+    else:
+        model = load(args.weights)
+        note = " without the trained refiner" if model.use_refiner else ""
+        (export_onnx if args.out.suffix == ".onnx" else export_hat)(model, args.out)
     print(f"wrote {args.out}{note}")
 
 

@@ -38,6 +38,7 @@ import pairs
 PATCH_SIZE = 256        # default side of a patch in pixels
 MIN_SIDE = 128          # default: skip pictures whose shorter side is below this
 MAX_WORKERS = 8         # each worker process holds one decoded picture in memory
+WORKERS_HELP = f"processes that read pictures (default: one per core, at most {MAX_WORKERS})"
 
 # Smaller copies made by `clean.py multiscale`: the suffix of the file name, and the factor of the size.
 COPY_SCALES = {"075": 3 / 4, "050": 1 / 2, "033": 1 / 3}
@@ -78,14 +79,13 @@ def run_parallel(function, jobs, workers, label, log):
     results = torch.utils.data.DataLoader(
         jobs, batch_size=None, num_workers=min(workers, len(jobs)), worker_init_fn=init_worker,
         collate_fn=functools.partial(run_job, function), generator=torch.Generator())
-    progress, start = images.ProgressLine(), time.time()
-    for done, (result, note) in enumerate(results, 1):
+    progress = images.ProgressLine()
+    for result, note in results:
         if note:
-            images.ProgressLine.clear()
+            progress.clear()
             log(note)
         yield result
-        rate = done / (time.time() - start + 1e-9)
-        progress(f"{label} {done}/{len(jobs)}  {rate:.1f} pictures/s  {(len(jobs) - done) / rate:.0f} s left")
+        progress.step("pictures", label, len(jobs))
     images.ProgressLine.clear()
 
 
@@ -200,20 +200,6 @@ def write_patch_file(path, size, scale, fingerprint, pictures):
 
 # ------------------------------------------------------------------ pictures to patches
 
-def seeded_rng(name):
-    """Return a random generator seeded by a hash of `name`."""
-    return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogateescape")))
-
-
-def draw_background(name, height, width):
-    """Draw a plain color, a gradient, or soft spots behind a transparent picture: (3, H, W) in [0, 1]."""
-    rng = seeded_rng(name)
-    cells = rng.choice([1, 2, int(rng.integers(4, 12))])
-    grid = rng.integers(0, 256, 3) + rng.normal(0, 45 if cells > 1 else 0, (cells, cells, 3))
-    background = Image.fromarray(np.uint8(grid.clip(0, 255))).resize((width, height), Image.BICUBIC)
-    return torch.from_numpy(np.array(background)).permute(2, 0, 1).float() / 255
-
-
 def cut_patches(rgb, size, step=1):
     """Cut a whole picture (3, H, W) in [0, 1] into squares: uint8 (n, size, size, 3).
 
@@ -228,7 +214,7 @@ def cut_patches(rgb, size, step=1):
     return np.stack([pixels[y:y + size, x:x + size] for y in starts[0] for x in starts[1]])
 
 
-def cut_job(job, size, seed, min_side, scale):
+def cut_job(job, size, min_side, scale):
     """Read one picture and its LR picture, if there is one, and cut them into patches.
 
     job: (path, name, LR path or None). Returns ((name, patches, LR patches or None, details), note). Raises
@@ -245,16 +231,8 @@ def cut_job(job, size, seed, min_side, scale):
         if (h // scale, w // scale) != (lr_h, lr_w):
             raise images.UserError(f"{images.printable(lr_path)}: {lr_w}x{lr_h} is not {w}x{h} / {scale}")
         h, w = lr_h * scale, lr_w * scale
-
-    # degrade.py puts transparent pictures on white before it makes LR pictures, so do the same with the HR.
-    white = lr is not None and (hr.alpha is None) != (lr.alpha is None)
-
-    def flatten_alpha(picture):
-        background = 1.0 if white else draw_background(f"{seed}/{name}", *picture.rgb.shape[1:])
-        return images.composite(picture, background)
-
-    hr_patches = cut_patches(flatten_alpha(hr)[:, :h, :w], size, scale)
-    lr_patches = cut_patches(flatten_alpha(lr), size // scale) if lr else None
+    hr_patches = cut_patches(images.composite(hr, 1.0)[:, :h, :w], size, scale)
+    lr_patches = cut_patches(images.composite(lr, 1.0), size // scale) if lr else None
     details = np.array([detail(patch) for patch in hr_patches]).round(3).tolist()
     return (name, hr_patches, lr_patches, details), hr.note and f"{images.printable(path)}: {hr.note}"
 
@@ -278,14 +256,13 @@ def match_lr(folders, lr_dir):
     raise images.UserError(f"no pair in {images.printable(folders[0])} can be read")
 
 
-def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, overwrite=False, lr_dir=None,
+def pack(folders, out, size=PATCH_SIZE, min_side=MIN_SIDE, log=print, overwrite=False, lr_dir=None,
          workers=None, without=()):
     """Pack the pictures of folders (with subfolders) and files into one patch file. Returns Path(out).
 
     size: side of a patch. Sides below `size` are extended by reflection. Pictures with a side below min_side
-    and unreadable pictures are logged and skipped. Colors become sRGB. seed: for the backgrounds of
-    transparent pictures. lr_dir: one folder of LR pictures per folder. workers: see run_parallel.
-    without: paths to leave out.
+    and unreadable pictures are logged and skipped. Colors become sRGB, transparent areas white. lr_dir: one
+    folder of LR pictures per folder. workers: see run_parallel. without: paths to leave out.
 
     A file with the same pictures and settings is reused, another patch file is replaced. `overwrite`: replace
     any file. Raises images.UserError, and OSError if the file cannot be written.
@@ -300,14 +277,14 @@ def pack(folders, out, size=PATCH_SIZE, seed=0, min_side=MIN_SIDE, log=print, ov
             if path in partners and os.path.realpath(path) not in without]
     stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
              for path, name, lr_path in jobs for p in (path, lr_path) if p and p.exists()]
-    version = 3     # of the patches; change it together with the code that cuts them
-    key = json.dumps([version, size, seed, min_side, scale, stats])
+    version = 4     # of the patches; change it together with the code that cuts them
+    key = json.dumps([version, size, min_side, scale, stats])
     fingerprint = hashlib.sha256(key.encode()).hexdigest()
     if out.exists() and not overwrite and open_patch_file(out)[0]["fingerprint"] == fingerprint:
         log(f"{out} is packed already")
         return out
 
-    job = functools.partial(cut_job, size=size, seed=seed, min_side=min_side, scale=scale)
+    job = functools.partial(cut_job, size=size, min_side=min_side, scale=scale)
     pictures = filter(None, run_parallel(job, jobs, workers, "packing", log))
     patch_count, count = write_patch_file(out, size, scale if lr_dir else 0, fingerprint, pictures)
     log(f"{out}: {patch_count} patches of {size}x{size} from {count} pictures in "
@@ -341,10 +318,7 @@ def hold_out(folders, folder, count=8, side=512):
         h, w = picture.rgb.shape[1:]
         if min(h, w) < 64:      # too small for a validation metric
             continue
-        if picture.note:
-            print(f"{images.printable(path)}: {picture.note}", file=sys.stderr)
-        rgb = images.composite(picture, draw_background(names[path], h, w))
-        squares.append(max(cut_patches(rgb, min(side, h, w)), key=detail))
+        squares.append(max(cut_patches(images.composite(picture, 1.0), min(side, h, w)), key=detail))
         held_out += [path, *copies]
     if not squares:
         raise images.UserError("too few pictures for validation; give at least 10, or a folder with --val")
@@ -381,8 +355,7 @@ def pack_folders(folders, sides, held_out, out, log=print):
     """Pack the folders of a training run into patch files inside the folder `out`.
 
     folders: folders or patch files, with shares as for split_shares. sides: sides of the HR crops of the
-    training. held_out: paths to leave out. Returns (patch files, their shares or None). Raises
-    images.UserError.
+    training. held_out: paths to leave out. Returns (patch files, [share or None]). Raises images.UserError.
     """
     size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger than a crop: random corners
 
@@ -393,16 +366,11 @@ def pack_folders(folders, sides, held_out, out, log=print):
         name = f"{Path(group[0]).name}-{zlib.crc32(key.encode()):08x}-{size}-{min(sides)}.safetensors"
         return pack(group, Path(out) / name, size, min_side=min(sides), log=log, without=held_out)
 
-    folders, shares = zip(*split_shares(folders))
-    if all(share is None for share in shares):
-        groups = [[folder] for folder in folders if is_patch_file(folder)]
-        groups.append([folder for folder in folders if not is_patch_file(folder)])
-        return [pack_group(group) for group in groups if group], None
-    files = [pack_group([folder]) for folder in folders]
-    counts = [len(open_patch_file(file)[1]["patches"]) for file in files]
-    free = sum(count for count, share in zip(counts, shares) if share is None)
-    rest = 1 - sum(filter(None, shares))        # split in proportion to the counts
-    return files, [rest * count / free if share is None else share for count, share in zip(counts, shares)]
+    found = split_shares(folders)
+    plain = [folder for folder, share in found if share is None and not is_patch_file(folder)]
+    groups = [([folder], share) for folder, share in found if folder not in plain]
+    groups += [(plain, None)] if plain else []
+    return [pack_group(group) for group, _ in groups], [share for _, share in groups]
 
 
 # ------------------------------------------------------------------ batches
@@ -415,8 +383,8 @@ class Batches(torch.utils.data.Dataset):
     proportion to the area. recipe: a recipe or mix of degrade.py; files of pairs have their own LR patches.
 
     A crop has a random corner and one of 8 orientations. It is the one with most detail of `crop_candidates`
-    crops from different patches. Each patch is a candidate once per epoch. With `shares`, the probability of
-    each file, the candidates are drawn at random instead.
+    crops of one file. shares: the probability of each file, or None for files that divide the rest by their
+    number of patches.
 
     A batch depends only on (seed, step). In distributed training, rank r of `ranks` gets the r-th part of the
     batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises
@@ -428,9 +396,8 @@ class Batches(torch.utils.data.Dataset):
         self.files = images.as_paths(patch_files)
         self.patches = [patch] if isinstance(patch, int) else sorted(patch)
         self.steps, self.batch, self.scale, self.recipe, self.seed = steps, batch, scale, recipe, seed
-        self.crop_candidates, self.shares, self.rank, self.ranks = crop_candidates, shares, rank, ranks
+        self.crop_candidates, self.rank, self.ranks = crop_candidates, rank, ranks
         self.arrays = None          # memory maps, opened in each worker process
-        self.epoch, self.order = None, None
         needed, counts = self.patches[-1] * scale, []
         for file in self.files:
             metadata, arrays = open_patch_file(file)
@@ -441,7 +408,11 @@ class Batches(torch.utils.data.Dataset):
                 raise images.UserError(f"{file} has patches of {size} pixels, but --patch {self.patches[-1]} "
                                        f"needs {needed}; pack with a larger --size")
             counts.append(count)
-        self.ends = np.cumsum(counts)   # patch numbers run through all files; ends[k] is where file k ends
+        shares = shares or [None] * len(counts)
+        free = sum(count for count, share in zip(counts, shares) if share is None)
+        rest = 1 - sum(filter(None, shares))
+        shares = [rest * count / free if share is None else share for count, share in zip(counts, shares)]
+        self.counts, self.shares = np.array(counts), np.array(shares) / sum(shares)
 
     def __len__(self):
         return self.steps
@@ -453,39 +424,18 @@ class Batches(torch.utils.data.Dataset):
         """Return the number of crops in a batch with LR crops of this side."""
         return max(1, round(self.batch * (self.patches[0] / patch) ** 2))
 
-    def epoch_order(self, epoch):
-        """Return the patch numbers in the order of this epoch."""
-        if self.epoch != epoch:
-            rng = np.random.default_rng((self.seed, epoch, 1))
-            self.epoch, self.order = epoch, rng.permutation(self.ends[-1])
-        return self.order
-
-    def draw_patches(self, rng, step, total):
-        """Draw the patch numbers of a step: (total, crop_candidates)."""
-        n = self.crop_candidates
-        if self.shares is None:
-            first = step * self.batch * self.ranks * n
-            turns = [divmod(turn, int(self.ends[-1])) for turn in range(first, first + total * n)]
-            numbers = np.array([self.epoch_order(epoch)[k] for epoch, k in turns])
-        else:       # one file for all candidates of a crop, so that choosing by detail keeps the shares
-            file = rng.choice(len(self.files), total, p=np.array(self.shares) / sum(self.shares)).repeat(n)
-            counts = np.diff(self.ends, prepend=0)
-            numbers = self.ends[file] - 1 - (rng.random(total * n) * counts[file]).astype(int)
-        return numbers.reshape(total, n)
-
-    def crop(self, number, corner, patch):
-        """Cut one crop. corner: (y, x) in [0, 1). Returns (hr, lr or None), uint8 (side, side, 3)."""
-        file = int(np.searchsorted(self.ends, number, "right"))
+    def crop(self, file, number, corner, patch):
+        """Cut one crop. number: of the patch in the file. corner: (y, x) in [0, 1).
+        Returns (hr, lr or None), uint8 (side, side, 3)."""
         patches, lr_patches = self.arrays[file]["patches"], self.arrays[file].get("lr")
         grid = 1 if lr_patches is None else self.scale      # crops of pairs begin at a whole LR pixel
         side = patch * self.scale
         y, x = (corner * ((patches.shape[1] - side) // grid + 1)).astype(int) * grid
-        k = number - self.ends[file] + len(patches)
-        hr = patches[k, y:y + side, x:x + side]
+        hr = patches[number, y:y + side, x:x + side]
         if lr_patches is None:
             return hr, None
         y, x = y // grid, x // grid
-        return hr, lr_patches[k, y:y + patch, x:x + patch]
+        return hr, lr_patches[number, y:y + patch, x:x + patch]
 
     def __getitem__(self, step):
         if not 0 <= step < self.steps:
@@ -498,7 +448,8 @@ class Batches(torch.utils.data.Dataset):
         patch = self.patches[rng.integers(len(self.patches)) if len(self.patches) > 1 else 0]
         batch = self.batch_size(patch)
         total = batch * self.ranks
-        numbers = self.draw_patches(rng, step, total)
+        files = rng.choice(len(self.files), total, p=self.shares)       # of all candidates of a crop
+        numbers = (rng.random((total, self.crop_candidates)) * self.counts[files][:, None]).astype(int)
         corners = rng.random((total, self.crop_candidates, 2))
         orientations = rng.integers(8, size=total)
         seeds = rng.integers(0, 2**31, total)
@@ -506,7 +457,8 @@ class Batches(torch.utils.data.Dataset):
         hr_crops, lr_crops = [], []
         own = range(self.rank * batch, (self.rank + 1) * batch)
         for i in own:
-            candidates = [self.crop(numbers[i, k], corners[i, k], patch) for k in range(self.crop_candidates)]
+            candidates = [self.crop(files[i], number, corner, patch)
+                          for number, corner in zip(numbers[i], corners[i])]
             hr, lr = max(candidates, key=lambda c: detail(c[0])) if len(candidates) > 1 else candidates[0]
             hr_crops.append(orient(hr, orientations[i]))
             lr_crops.append(None if lr is None else orient(lr, orientations[i]))
@@ -544,39 +496,29 @@ def make_loader(batches, start, workers):
 
 # ------------------------------------------------------------------ command
 
-WORKERS_HELP = f"processes that read pictures (default: one per core, at most {MAX_WORKERS})"
-
-
-def add_pack_flags(add):
-    """Add the flags that `data.py pack` and `clean.py mine` share. add: the add_argument of a parser."""
-    add("--out", "-o", required=True, metavar="FILE", help="the patch file")
-    add("--lr-dir", nargs="+", metavar="DIR",
-        help="LR pictures with the names of the HR pictures, one folder for each folder of HR pictures")
-    add("--size", type=int, default=PATCH_SIZE, help="side of a patch in pixels (default: %(default)s)")
-    add("--min-side", type=int, default=MIN_SIDE,
-        help="skip pictures with a shorter side (default: %(default)s)")
-    add("--seed", type=int, default=0, help="for random choices (default: 0)")
-    add("--workers", type=int, metavar="N", help=WORKERS_HELP)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description="Pack pictures into the patch file that training reads.",
         epilog="example: python data.py pack cleaned/pictures smaller -o patches/all.safetensors")
     parser.add_argument("command", choices=["pack"])
     parser.add_argument("data", nargs="+", metavar="DIR", help="folders of pictures, with their subfolders")
-    add_pack_flags(parser.add_argument)
-    parser.add_argument("--overwrite", action="store_true",
-                        help="replace FILE (default: reuse it for the same pictures and settings)")
+    add = parser.add_argument
+    add("--out", "-o", required=True, metavar="FILE", help="the patch file")
+    add("--lr-dir", nargs="+", metavar="DIR",
+        help="LR pictures with the names of the HR pictures, one folder for each folder of HR pictures")
+    add("--size", type=int, default=PATCH_SIZE, help="side of a patch in pixels (default: %(default)s)")
+    add("--min-side", type=int, default=MIN_SIDE,
+        help="skip pictures with a shorter side (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help=WORKERS_HELP)
+    add("--overwrite", action="store_true",
+        help="replace FILE (default: reuse it for the same pictures and settings)")
     args = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
     try:
-        pack(args.data, args.out, args.size, args.seed, args.min_side, overwrite=args.overwrite,
-             lr_dir=args.lr_dir, workers=args.workers)
+        pack(args.data, args.out, args.size, args.min_side, overwrite=args.overwrite, lr_dir=args.lr_dir,
+             workers=args.workers)
     except images.UserError as error:
         images.fail(error)
-    except OSError as error:
-        images.fail(f"cannot write {images.printable(args.out)}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw
 
 ANY_KERNEL = dict(bicubic=0.7, lanczos=0.1, bilinear=0.1, area=0.1)
 ANY_OFFSET = (0, 15)        # of the codec's block grid, in pixels; random, as in a cropped picture
-CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}       # for JPEG; the other codecs always use 4:2:0
+CHROMA = {"4:2:0": 0.7, "4:4:4": 0.3}       # for JPEG; WebP always uses 4:2:0
 JPEG, JPEG_WEBP = dict(jpeg=1.0), dict(jpeg=0.85, webp=0.15)
 
 REAL_SHAPE = {"iso": 0.45, "aniso": 0.25, "generalized iso": 0.12, "generalized aniso": 0.03,
@@ -65,12 +65,6 @@ RECIPES = {
         dict(op="downscale", kernel=dict(bicubic=0.55, lanczos=0.2, area=0.15, bilinear=0.1))]),
     "web": web(offset=ANY_OFFSET),
     "gallery": web(offset=(0, 0)),      # an uncropped picture
-    # Compression only, from weak to very strong.
-    "jpeg": dict(clean=0.1, chain=[
-        dict(op="downscale", kernel=ANY_KERNEL),
-        dict(op="compress", p=0.3, codec=JPEG, quality=dict(jpeg=(50, 95))),
-        dict(op="compress", p=1.0, codec=JPEG, quality=dict(jpeg=(30, 95))),
-    ]),
     # A reposted drawing: compressed, resized badly, blurred, with ringing, and compressed again.
     "light": dict(clean=0.1, chain=[
         dict(op="compress", p=0.7, codec=JPEG_WEBP, quality=dict(jpeg=(70, 95), webp=(70, 95))),
@@ -102,15 +96,6 @@ RECIPES = {
              quality=dict(jpeg=(85, 97), webp=(85, 97))),
         dict(op="kernel_blur", p=0.95, size=(5, 11), sinc=0.25, cutoff={0: (math.pi / 2.5, math.pi / 1.25)},
              shape={"iso": 0.5, "generalized iso": 0.5}, sigma=(0.3, 1.1), beta=dict(generalized=(0.5, 1.0))),
-    ]),
-    # Animation frames, after APISR (Wang et al. 2024). AVIF needs Pillow 11.3.
-    "line": dict(clean=0.1, chain=[
-        dict(op="compress", p=0.8, codec=dict(jpeg=0.5, webp=0.5),
-             quality=dict(jpeg=(20, 95), webp=(20, 95))),
-        REAL_BLUR | dict(p=0.5, size=(7, 13), sinc=0.2, sigma=(0.2, 1.2)),
-        dict(op="downscale", kernel=dict(bicubic=0.4, bilinear=0.3, area=0.3)),
-        dict(op="compress", p=1.0, codec=dict(jpeg=0.4, webp=0.3, avif=0.3),
-             quality=dict(jpeg=(20, 95), webp=(20, 95), avif=(20, 95))),
     ]),
 }
 
@@ -264,7 +249,7 @@ def noise(x, rng, kind, strength, gray):
 
 
 def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
-    """Encode and decode (3, H, W) with a codec: jpeg, webp, or avif.
+    """Encode and decode (3, H, W) with a codec: jpeg or webp.
 
     quality: 1 to 100. chroma: 4:2:0 or 4:4:4 (JPEG only). offset: (rows, columns) of mirrored pixels that are
     added before encoding and removed afterwards, to move the block grid of the codec.
@@ -272,9 +257,9 @@ def compress(x, codec, quality, chroma="4:2:0", offset=(0, 0)):
     dy, dx = offset
     pixels = to_8_bit(x).mul(255).byte().permute(1, 2, 0).numpy()
     pixels = np.pad(pixels, ((dy, 0), (dx, 0), (0, 0)), "symmetric")
-    options = dict(jpeg=dict(subsampling=chroma), webp={}, avif=dict(speed=8, max_threads=1))[codec]
+    options = dict(subsampling=chroma) if codec == "jpeg" else {}
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, codec.upper(), quality=quality, **options)
+    Image.fromarray(pixels).save(file, codec, quality=quality, **options)
     with Image.open(file) as picture:
         pixels = np.array(picture.convert("RGB"))
     return torch.from_numpy(pixels[dy:, dx:]).permute(2, 0, 1).float().div(255)
@@ -503,7 +488,7 @@ def artifact(hr, kind, strength, seeds):
 
 # ---- the command
 
-def draw_sheet(hr, scale, seed, columns=5):
+def draw_sheet(hr, scale, seed, columns=4):
     """Return a Pillow image: the center of hr (3, H, W) and its LR picture of every recipe, in a grid."""
     side = min(*hr.shape[-2:], 256) // scale * scale
     top, left = ((n - side) // 2 for n in hr.shape[-2:])

@@ -1,10 +1,9 @@
-"""Draw demo pictures from a seed: scenes for a first training run, and textures.
+"""Draw demo pictures from a seed: landscapes for a first training run, and textures.
 
-    python demo.py runs/demo                        # 28 + 6 scenes in runs/demo/train and runs/demo/val
+    python demo.py runs/demo                        # 28 + 6 landscapes in runs/demo/train and runs/demo/val
     python demo.py runs/textures --textures 35      # stars, screentone, hatching, grain, dithering, text, ...
 
-To add a scene, write a function (canvas, rng) such as `meadow` and add it to SCENES. This changes the demo
-pictures. To add a texture, write a function (rng, height, width) such as `hatching` that returns pixels
+To add a texture, write a function (rng, height, width) such as `hatching` that returns pixels
 (H, W) or (H, W, 3) from 0 to 255, and add it to TEXTURES. Needs numpy and Pillow.
 """
 import argparse
@@ -15,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-# Coordinates are pixels (x, y) of the finished picture. Colors are (r, g, b) or (r, g, b, alpha), 0 to 255.
+# Coordinates are pixels (x, y) of the finished picture. Colors are (r, g, b), 0 to 255.
 
-SIZE = 768, 512         # width and height of a scene
-SUPER = 3               # supersampling factor: scenes are drawn SUPER times larger, then reduced
+SIZE = 768, 512         # width and height of a landscape
+SUPER = 3               # supersampling factor: landscapes are drawn SUPER times larger, then reduced
 WHITE = np.full(3, 255.0)
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 40)), np.sin(np.linspace(0, 2 * np.pi, 40))], 1)
 SKIES = {               # zenith, middle, horizon, light, land
@@ -36,10 +35,10 @@ def mix(a, b, t):
     return np.asarray(a, float) * (1 - t) + np.asarray(b, float) * t
 
 
-def vivid(rng, n=1, strength=0.75):
-    """Draw n random colors (n, 3) with a saturation of `strength`."""
+def vivid(rng, n=1):
+    """Draw n random saturated colors (n, 3)."""
     hue = np.abs((rng.random((n, 1)) * 6 + (0, 4, 2)) % 6 - 3) - 1
-    return mix(WHITE, hue.clip(0, 1) * 255, strength) * rng.uniform(0.6, 1, (n, 1))
+    return mix(WHITE, hue.clip(0, 1) * 255, 0.75) * rng.uniform(0.6, 1, (n, 1))
 
 
 def curve(rng, start, end, bend=0.0):
@@ -84,31 +83,22 @@ class Canvas:
     def __init__(self, width, height):
         self.w, self.h, self.size = width, height, np.array([width, height])
         self.image = Image.new("RGB", (width * SUPER, height * SUPER))
-        self.pen = ImageDraw.Draw(self.image, "RGBA")
-        self.set_axes()
+        self.pen = ImageDraw.Draw(self.image)
 
-    def set_axes(self, origin=(0, 0), unit=1, tilt=0.0):
-        """Set the coordinates of fill(), discs() and strokes(). unit: length in pixels. tilt: in radians."""
-        rotation = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))])
-        self.axes, self.origin = rotation * unit * SUPER, np.asarray(origin) * SUPER
-
-    def fill(self, shapes, colors, edge=None):
-        """Fill one polygon (k, 2) or n polygons (n, k, 2). edge: color of an outline."""
-        shapes = np.asarray(shapes, float) @ self.axes + self.origin
+    def fill(self, shapes, colors):
+        """Fill one polygon (k, 2) or n polygons (n, k, 2) with one color (3,) or n colors (n, 3)."""
+        shapes = SUPER * np.asarray(shapes, float)
         shapes = shapes.reshape(-1, shapes.shape[-2] * 2).tolist()
         colors = np.clip(colors, 0, 255).astype(int)
-        colors = np.broadcast_to(colors, (len(shapes), colors.shape[-1])).tolist()
-        for shape, color in zip(shapes, colors):
+        for shape, color in zip(shapes, np.broadcast_to(colors, (len(shapes), 3)).tolist()):
             self.pen.polygon(shape, fill=tuple(color))
-            if edge is not None:
-                self.pen.line(shape + shape[:2], tuple(np.int64(edge)), width=2 * SUPER, joint="curve")
 
-    def discs(self, xy, radius, colors, squash=1.0, edge=None):
+    def discs(self, xy, radius, colors, squash=1.0):
         """Fill ellipses. radius: horizontal. The vertical radius is radius * squash."""
         ring = CIRCLE * (1, squash)
-        self.fill(np.atleast_2d(xy)[:, None] + ring * np.reshape(radius, (-1, 1, 1)), colors, edge)
+        self.fill(np.atleast_2d(xy)[:, None] + ring * np.reshape(radius, (-1, 1, 1)), colors)
 
-    def strokes(self, curves, width, colors, edge=None, tip=False):
+    def strokes(self, curves, width, colors, tip=False):
         """Draw brush strokes along cubic curves (n, 4, 2). Both ends taper, or only the last with `tip`."""
         t = np.linspace(0, 1, 14)[None, :, None]
         a, b, c, d = (curves[:, i, None] for i in range(4))
@@ -117,7 +107,7 @@ class Canvas:
         across = along[..., ::-1] * (-1, 1) / (np.linalg.norm(along, axis=2, keepdims=True) + 1e-6)
         profile = np.minimum(1, 1.25 * (1 - t) ** 0.8) if tip else np.sin(np.pi * t.clip(0.02, 0.98)) ** 0.75
         half = across * profile * np.reshape(width, (-1, 1, 1)) / 2
-        self.fill(np.concatenate([path + half, (path - half)[:, ::-1]], 1), colors, edge)
+        self.fill(np.concatenate([path + half, (path - half)[:, ::-1]], 1), colors)
 
     def wash(self, mask, color):
         """Blend a color over the picture. mask: opacity in [0, 1], of any resolution."""
@@ -139,7 +129,7 @@ class Canvas:
         return Image.fromarray(np.uint8(pixels.clip(0, 1) * 255 + 0.5))
 
 
-# ---- parts of scenes
+# ---- parts of the landscape
 
 def draw_sky(canvas, rng, time):
     """Draw the sky at a time of day, a key of SKIES. Returns its five colors."""
@@ -179,73 +169,7 @@ def draw_leaves(canvas, rng, at, spread, n, dark, light, size=7):
     canvas.strokes(leaves, length * 0.45, mix(dark, light, np.sort(lit)))
 
 
-def draw_head(canvas, rng, center, r, hair, skin, iris, ink):
-    """Draw a head with hair and shoulders. ink: color of the outlines.
-
-    Coordinates are in units of r pixels, relative to the center. The head is about 2 units high.
-    """
-    canvas.set_axes(center, r, rng.normal(0, 0.12))
-    n, length = 46, rng.uniform(1.3, 3.2)       # hair behind the head
-    start = np.c_[rng.uniform(-0.6, 0.6, n), np.full(n, -0.7)]
-    end = start * (1.6, 0) + rng.normal((0, length), (0.75, 0.3), (n, 2))
-    locks = curve(rng, start, end, rng.uniform(0.05, 0.22))
-    canvas.strokes(locks, rng.uniform(0.15, 0.5, n), mix(hair, ink, rng.uniform(0.15, 0.5, n)), ink, tip=True)
-    canvas.discs((0, -0.25), 0.93, mix(hair, ink, 0.15), 0.95, ink)
-
-    cloth = vivid(rng, strength=0.5)[0] * rng.uniform(0.4, 1)
-    canvas.fill([(0.24, 0.8), (0.3, 1.6), (-0.3, 1.6), (-0.24, 0.8)], mix(skin, ink, 0.18))
-    body = np.array([(0, 1.95), (0.3, 1.35), (1.15, 1.65), (1.5, 2.4), (1.7, 6)])
-    canvas.fill(np.r_[body, body[::-1] * (-1, 1)], cloth, ink)
-    collar = np.array([(0.28, 1.3), (0.95, 1.75), (0.75, 2.3), (0, 2.05)])
-    canvas.fill([collar, collar * (-1, 1)], mix(cloth, WHITE, 0.55), ink)
-    cheek = [(0.8, 0.2), (0.7, 0.55), (0.45, 0.86), (0.14, 1.04), (0, 1.06)]
-    face = np.r_[CIRCLE[30:] * (0.8, 0.9) - (0, 0.1), cheek]
-    canvas.fill(np.r_[face, face[::-1] * (-1, 1)], skin, ink)
-    canvas.discs([(-0.5, 0.57), (0.5, 0.57)], 0.2, (*mix(skin, (240, 90, 90), 0.35), 130), 0.5)     # blush
-    for side in (-1, 1):
-        draw_eye(canvas, rng, side, iris, ink)
-    canvas.strokes(curve(rng, (0.02, 0.58), (-0.02, 0.65)), 0.03, mix(skin, ink, 0.5))              # nose
-    canvas.strokes(curve(rng, (-0.14, 0.8), (0.14, 0.8), 0.03), 0.03, mix(skin, ink, 0.8))          # mouth
-    draw_fringe(canvas, rng, length, hair, ink)
-    canvas.set_axes()
-
-
-def draw_eye(canvas, rng, side, iris, ink):
-    """Draw an eye with lids and brow. side: -1 left, 1 right."""
-    x = 0.38 * side
-    canvas.discs((x, 0.24), 0.22, WHITE, rng.uniform(0.9, 1.1))
-    for k, dark in ((1, 0.8), (0.9, 0.45), (0.72, 0)):
-        canvas.discs((x, 0.47 - k * 0.22), 0.155 * k, mix(iris, ink, dark), 1.35)
-    canvas.discs((x, 0.22), 0.06, mix(iris, ink, 0.9), 1.4)
-    canvas.discs((x - 0.06, 0.14), 0.052, WHITE, 1.2)
-    lid = np.array([[(0.13, 0.14), (0.26, -0.06), (0.52, -0.08), (0.65, 0.2)]]) * (side, 1)
-    canvas.strokes(lid, 0.1, ink)
-    for y, width in ((-0.22, 0.045), (0.47, 0.02)):     # brow, lower lid
-        canvas.strokes(curve(rng, (0.22 * side, y), (0.57 * side, y - 0.02), 0.03), width, ink)
-
-
-def draw_fringe(canvas, rng, length, hair, ink):
-    """Draw the hair in front of the face: locks, single strands, and a highlight."""
-    n = int(rng.integers(9, 14))
-    x = np.linspace(-0.95, 0.95, n)
-    x = x[np.argsort(rng.normal(0, 0.2, n) - np.abs(x))]        # the outer locks first
-    drop = 0.05 + 0.55 * np.abs(x) ** 3 + rng.normal(0, 0.09, n) + length * 0.45 * (np.abs(x) > 0.7)
-    y = np.c_[-1.02 + 0.1 * x ** 2, np.full(n, -0.85), np.full(n, -0.3), drop]
-    locks = np.stack([np.outer(x, (0.4, 1.1, 1.12, 1)), y], 2)
-    canvas.strokes(locks, rng.uniform(0.28, 0.42, n), mix(hair, ink, rng.uniform(0, 0.12, n)), ink, tip=True)
-
-    strands = locks[rng.integers(0, n, 150)]
-    strands[..., 0] += np.outer(rng.normal(0, 0.055, 150), (0.6, 1, 1, 0.3))
-    tones = mix(hair, np.where(rng.random((150, 1)) < 0.5, ink, WHITE), rng.uniform(0, 0.55, 150))
-    canvas.strokes(strands, rng.uniform(0.006, 0.022, 150), tones)
-
-    angle = np.linspace(-1, 1, 60) + rng.normal(0, 0.02, 60)
-    start = np.c_[np.sin(angle) * 0.88, -0.1 - np.cos(angle) * 0.62]
-    end = start + np.c_[np.sin(angle) * 0.06, -rng.uniform(0.06, 0.2, 60)]
-    canvas.strokes(curve(rng, start, end), 0.04, (*mix(hair, WHITE, 0.75), 190))
-
-
-# ---- scenes
+# ---- the landscape
 
 def meadow(canvas, rng):
     """Draw hills, a tree in blossom, and grass with flowers."""
@@ -272,31 +196,6 @@ def meadow(canvas, rng):
     canvas.strokes(curve(rng, base, tips, 1 + 4 * depth), 0.6 + 2.6 * depth, tones, tip=True)
     canvas.discs(tips[::50], 1 + 4 * depth[::50], mix(tint, WHITE, rng.random(64)), 0.7)
     return canvas.finish(rng)
-
-
-def portrait(canvas, rng):
-    """Draw a head in front of a sky, a gradient or screentone, with blurred lights, foliage and petals."""
-    a, b, hair, iris = vivid(rng, 4, rng.uniform(0.3, 0.9))
-    if rng.random() < 0.5:
-        draw_sky(canvas, rng, rng.choice(list(SKIES)))
-    else:
-        canvas.gradient(mix(a, WHITE, 0.2), mix(a, b, 0.5), mix(b, WHITE, 0.5))
-        dots = screen(rng, canvas.h * SUPER, canvas.w * SUPER, rng.uniform(4, 8) * SUPER, "dots", 0.1)
-        canvas.wash(dots * rng.choice([0, 0.6]), b)
-    lights = np.c_[mix(vivid(rng, 40), WHITE, 0.5), rng.uniform(30, 130, 40)]       # out of focus
-    canvas.discs(rng.random((40, 2)) * canvas.size, rng.uniform(15, 50, 40), lights)
-    foliage = (canvas.w * rng.random(), canvas.h)
-    draw_leaves(canvas, rng, foliage, (canvas.w * 0.4, 50), 900, b * 0.4, mix(b, (200, 255, 150), 0.5), 15)
-
-    hair = hair * rng.uniform(0.3, 1)
-    skin = mix((255, 232, 216), (226, 180, 150), rng.random())
-    center, r = rng.uniform((0.3, 0.4), (0.7, 0.48)) * canvas.size, canvas.h * rng.uniform(0.2, 0.3)
-    draw_head(canvas, rng, center, r, hair, skin, iris * 0.8, mix(hair, (22, 14, 34), 0.85))
-    draw_leaves(canvas, rng, canvas.size / 2, canvas.size / 2, 60, (255, 180, 200), WHITE, 10)      # petals
-    return canvas.finish(rng)
-
-
-SCENES = (meadow, portrait)
 
 
 # ---- textures: (rng, height, width) -> pixels (H, W) or (H, W, 3) from 0 to 255
@@ -390,12 +289,10 @@ def save_pictures(folder, pictures):
 
 
 def draw_demo(folder, seed=0, train=28, val=6):
-    """Draw scenes as PNG files into folder/train and folder/val. All pictures are different."""
+    """Draw landscapes as PNG files into folder/train and folder/val. All pictures are different."""
     def pictures():
         for k, name, i in [(0, "train", i) for i in range(train)] + [(1, "val", i) for i in range(val)]:
-            scene = SCENES[i % len(SCENES)]
-            image = scene(Canvas(*SIZE), np.random.default_rng((seed, k, i)))
-            yield f"{name}/{i:03}_{scene.__name__}.png", image
+            yield f"{name}/{i:03}.png", meadow(Canvas(*SIZE), np.random.default_rng((seed, k, i)))
     save_pictures(folder, pictures())
 
 
@@ -411,9 +308,9 @@ def draw_textures(folder, count, seed=0, height=384, width=512):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw demo scenes, or textures.")
+    parser = argparse.ArgumentParser(description="Draw demo landscapes, or textures.")
     parser.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--textures", type=int, metavar="N", help="draw N textures into DIR, and no scenes")
+    parser.add_argument("--textures", type=int, metavar="N", help="draw N textures into DIR, and no landscapes")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     try:

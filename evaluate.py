@@ -2,7 +2,7 @@
 
     python evaluate.py --data HR --recipe web --weights runs/mine/best.safetensors
     python evaluate.py --data HR --lr-dir LR --sr waifu2x=FOLDER --weights a.safetensors rival.pth
-    python evaluate.py --lr-dir LR --metrics niqe,banding       # without HR pictures
+    python evaluate.py --lr-dir LR --metrics niqe,blocking      # without HR pictures
 
 The methods of the table: bicubic, Lanczos, other programs' results (--sr), and models (--weights). All
 methods are measured on the same pictures, rounded to 8 bits, after --border pixels are removed on each side.
@@ -39,7 +39,7 @@ TILE_PIXELS = 2**20             # LR pictures with more pixels run in tiles
 TILE_PAD = 32                   # context of a tile on each side, input pixels
 RESERVED = ["bicubic", "lanczos", "HR", "LR"]       # names that --sr and --weights must not use
 WITH_HR = "psnr_y,ssim_y,psnr_rgb,ssim_rgb,edge_psnr,faithfulness,seconds"
-WITHOUT_HR = "niqe,banding,blocking,faithfulness,seconds"
+WITHOUT_HR = "niqe,blocking,faithfulness,seconds"
 
 # the metrics of metrics.py, and the time, measured in evaluate_picture()
 COLUMNS = metrics.METRICS | {"seconds": Metric("s/MP", "", 3, "model", None)}      # per megapixel of SR
@@ -69,8 +69,7 @@ def prepare(args):
 
     if not args.weights and not args.sr:        # as tile.py
         import choose
-        default = choose.default_weights()
-        args.weights = [path for path in (default, choose.companion_weights(default)) if path]
+        args.weights = choose.SHIPPED
     args.models = load_models(args.weights or [], args.device)
     labels = RESERVED + [label for label, _ in args.sr] + [*args.models]
     if len(set(labels)) < len(labels):
@@ -146,10 +145,6 @@ def upscale(args, label, lr):
         return tile.upscale(args.models[label], lr, args.scale, tiler, args.device, args.amp)
     except FloatingPointError as e:
         raise images.PictureError(f"{label}: {e}; remove it from --weights") from None
-    except RuntimeError as e:
-        if not tile.out_of_memory(e):
-            raise
-        raise images.PictureError(f"{label}: out of memory; try --tile-size 64 or --device cpu") from None
 
 
 def evaluate_picture(args, lr, hr, results):
@@ -184,9 +179,8 @@ def evaluate_picture(args, lr, hr, results):
 
 # ---- the table
 
-def format_table(rows, columns, bold_best=False):
-    """Format the means of rows [{method: {column: value}}] as lines. bold_best: print the best values in
-    bold, by the escape codes of a terminal."""
+def format_table(rows, columns):
+    """Format the means of rows [{method: {column: value}}] as lines."""
     methods = list(rows[0])
     label_width = max(map(len, methods)) + 2
     head = " " * label_width
@@ -194,9 +188,8 @@ def format_table(rows, columns, bold_best=False):
     for column in columns:
         width = max(10, len(column.head) + 2)
         head += f"{column.head:>{width}}"
-        for method, (text, best) in average(rows, column)[0].items():
-            text = f"{text:>{width}}"
-            lines[method] += f"\033[1m{text}\033[0m" if bold_best and best else text
+        for method, (text, _) in average(rows, column)[0].items():
+            lines[method] += f"{text:>{width}}"
     return [head, *lines.values()]
 
 
@@ -278,7 +271,7 @@ def run(args):
 
     print(f"{len(rows)} pictures{f' ({len(skipped)} skipped)' if skipped else ''}, {args.description}, "
           f"border {args.border}", *args.notes, sep="\n")
-    print(*format_table(rows, args.columns, bold_best=sys.stdout.isatty()), sep="\n")
+    print(*format_table(rows, args.columns), sep="\n")
     if args.csv:
         write_file(args.csv, csv_text(names, rows, args.columns).encode("utf-8", "surrogateescape"))
     if page:

@@ -445,7 +445,7 @@ class ProgressLine:
     def step(self, unit, label, total):
         """Count one step of `total`, and show the number of steps, the speed, and the time left."""
         self.done += 1
-        rate = self.done / (time.time() - self.start)
+        rate = self.done / (time.time() - self.start + 1e-9)
         left = int((total - self.done) / rate)
         self(f"{self.done}/{total} {unit}  {rate:.2f} {unit}/s  {left // 60}:{left % 60:02d} left  {label}")
 

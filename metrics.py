@@ -112,10 +112,7 @@ def psnr(sr, hr, border=0, luma=True):
 
 
 def ssim_map(a, b):
-    """SSIM of each 11x11 window: (B, C, H, W) twice -> (B, C, H-10, W-10).
-
-    Strips of rows stay in the cache, which is several times faster for large pictures.
-    """
+    """SSIM of each 11x11 window: (B, C, H, W) twice -> (B, C, H-10, W-10)."""
     c1, c2, window, strips = 0.01 ** 2, 0.03 ** 2, gaussian_window(11, 1.5), []
     for top in range(0, a.shape[-2] - 10, 64):
         # Subtract 0.5: float32 keeps more digits of the variances of small numbers.
@@ -230,43 +227,6 @@ def ringing(sr, hr, border=0):
     mask = edge_mask(b, 6)
     overshoot = (torch.maximum(a - local_max(b, 3), -local_max(-b, 3) - a) * 255 - 1).clamp(min=0)
     return nan_mean((overshoot.double() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)))
-
-
-def banding(sr, border=0):
-    """Banding in smooth gradients: the part of the change in smooth areas that comes in stairs, 0 to 1.
-
-    A stair is a step of 3 to 16 levels (mean of R, G, B) over at most 3 pixels, with 4 flat pixels on both
-    sides and another stair in the same direction within 64 pixels. So the border of two flat colors does not
-    count.
-    """
-    gray = prepare(sr, border, False).mean(1) * 255                         # (B, H, W)
-    stairs, change = torch.zeros(2, len(gray), dtype=torch.float64, device=gray.device)
-    for x in (gray, gray.transpose(1, 2)):
-        if x.shape[-1] < 10:
-            continue
-        slope = x.diff(dim=-1).abs()
-        stair = find_stairs(x, slope)
-        near_stair = F.max_pool1d(F.pad(stair, (5, 5)), 3, 1) > 0           # slopes i + 3 to i + 5 of stair i
-        smooth = F.max_pool1d(slope, 9, 1, 4) < 16.5
-        stairs += (slope.double() * (near_stair & smooth)).sum((1, 2))
-        change += (slope.double() * smooth).sum((1, 2))
-    return nan_mean(stairs / change)
-
-
-def find_stairs(x, slope):
-    """Rows (B, H, W) in levels and their slope (B, H, W-1) -> (B, H, W-9): 1 where a stair begins, else 0."""
-    low, high, mean = -F.max_pool1d(-x, 4, 1), F.max_pool1d(x, 4, 1), F.avg_pool1d(x, 4, 1)
-    flat, step = high - low < 1.2, mean[..., 6:] - mean[..., :-6]           # 4 pixels, 2 between, 4 pixels
-    stair = flat[..., :-6] & flat[..., 6:] & (step.abs() > 2.5) & (step.abs() < 16.5)
-    stair &= F.avg_pool1d(slope, 3, 1)[..., 3:-3] * 3 < step.abs() + 1.5    # no line between the two
-    repeated = torch.zeros_like(step)
-    for same_direction in (stair & (step > 0), stair & (step < 0)):
-        n = stair.shape[-1]
-        count = F.pad(F.pad(same_direction.float().cumsum(-1), (65, 0)), (0, 64), "replicate")
-        after = count[..., 129:] - count[..., 68:68 + n]                    # stairs 4 to 64 pixels away
-        before = count[..., 61:61 + n] - count[..., :n]
-        repeated += same_direction & (after + before > 0)
-    return repeated
 
 
 def blocking(sr, border=0, period=8, offset=0):
@@ -427,11 +387,6 @@ def with_hr(function, **options):
     return lambda sr, hr, lr, scale, border: function(sr, hr, border, **options)
 
 
-def without_hr(function):
-    """Make Metric.run of a function of (sr, border)."""
-    return lambda sr, hr, lr, scale, border: function(sr, border)
-
-
 METRICS = {
     "psnr_y": Metric("PSNR-Y", "higher", 2, "hr", with_hr(psnr)),
     "ssim_y": Metric("SSIM-Y", "higher", 4, "hr", with_hr(ssim)),
@@ -442,8 +397,7 @@ METRICS = {
                            lambda sr, hr, lr, scale, border: faithfulness(sr, lr, scale)),
     "energy": Metric("Energy", "", 3, "hr", with_hr(gradient_energy)),
     "ringing": Metric("Ringing", "lower", 3, "hr", with_hr(ringing)),
-    "banding": Metric("Banding", "lower", 3, "", without_hr(banding)),
-    "blocking": Metric("Blocking", "lower", 3, "", without_hr(blocking)),
+    "blocking": Metric("Blocking", "lower", 3, "", lambda sr, hr, lr, scale, border: blocking(sr, border)),
     "highlights": Metric("Highlights", "higher", 3, "hr", with_hr(highlight_recall)),
     "niqe": Metric("NIQE-anime", "lower", 3, "",
                    lambda sr, hr, lr, scale, border: niqe(sr, load_niqe(), border)),

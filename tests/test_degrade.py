@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, features
+from PIL import Image
 
 import degrade
 import images
@@ -243,15 +243,6 @@ def test_compress_equals_pillow_on_a_shifted_grid():
     assert degrade.compress(torch.full((3, 1, 1), 0.5), "jpeg", 90, offset=(15, 15)).shape == (3, 1, 1)
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="Pillow has no AVIF")
-def test_avif():
-    x = smooth(1, 1, 65, 90)[0] * 0.7 + torch.tensor([0.2, 0.1, 0.0])[:, None, None]    # 4:2:0 does not change it
-    y, z = degrade.compress(x, "avif", 95), degrade.compress(x, "avif", 20)
-    assert (y - x).abs().mean() < 0.02 and 1.5 * (y - x).abs().mean() < (z - x).abs().mean() < 0.1
-    assert not torch.equal(degrade.compress(x, "avif", 20, offset=(3, 5)), z)
-    assert degrade.compress(torch.rand(3, 1, 1), "avif", 20, offset=(15, 0)).shape == (3, 1, 1)
-
-
 # ---- recipes
 
 def recorded(monkeypatch, recipe, count):
@@ -262,8 +253,7 @@ def recorded(monkeypatch, recipe, count):
 
 
 @pytest.mark.parametrize("recipe, result", [
-    ("web", "44c2345d481d"), ("light", "0a1261f08aa9"), ("real", "f4f2d52ace99"), ("soft", "a02830770934"),
-    ("jpeg", "7be4c51a78ed"), ("line", "23ef8a721b87")])
+    ("web", "44c2345d481d"), ("light", "0a1261f08aa9"), ("real", "f4f2d52ace99"), ("soft", "a02830770934")])
 def test_results_never_change(recipe, result, monkeypatch):
     """A resumed training run sees the same LR pictures."""
     lr, calls = recorded(monkeypatch, recipe, 30)
@@ -566,9 +556,9 @@ def test_sheet(tmp_path, monkeypatch, capsys):
     images.save_picture(picture, images.Picture(rgb=smooth(1, 3, 130, 200)[0]))
     assert command(monkeypatch, capsys, picture, "--sheet", out, "--seed", 3)[0] == 0
     page, crop = images.read_picture(out).rgb, images.read_picture(picture).rgb[None, :, :, 35:165]
-    assert page.shape == (3, 154 * 2, 130 * 5) and torch.equal(page[:, 24:154, :130], crop[0])
+    assert page.shape == (3, 154 * 2, 130 * 4) and torch.equal(page[:, 24:154, :130], crop[0])
     for i, name in enumerate(degrade.RECIPES, 1):
-        lr, top, left = degrade.degrade(crop, name, 2, [3])[0], i // 5 * 154 + 24, i % 5 * 130
+        lr, top, left = degrade.degrade(crop, name, 2, [3])[0], i // 4 * 154 + 24, i % 4 * 130
         cell = page[:, top:top + 130, left:left + 130]
         assert torch.equal(cell, lr.repeat_interleave(2, 1).repeat_interleave(2, 2))
     for wrong in ((picture, "--sheet", out), (tmp_path, "--sheet", tmp_path / "b.png")):

@@ -208,8 +208,6 @@ ARTIFACTS = [                                  # metric, weak artifact, strong a
     ("faithfulness", lambda x: x, lambda x: x.roll(1, 2)),
     ("ringing", lambda x: blur(x, 1), lambda x: sinc(x, 0.6)),
     ("ringing", lambda x: sinc(x, 0.6), lambda x: sinc(x, 0.4)),
-    ("banding", lambda x: x, lambda x: bands(x, 8)),
-    ("banding", lambda x: bands(x, 4), lambda x: bands(x, 8)),
     ("blocking", lambda x: x, lambda x: jpeg(x, 90)),
     ("blocking", lambda x: jpeg(x, 90), lambda x: jpeg(x, 40)),
     ("highlights", lambda x: blur(x, 0.4), lambda x: blur(x, 1)),
@@ -240,7 +238,7 @@ def test_metric_worsens_with_its_artifact(name, weak, strong):
 def test_the_true_picture_is_perfect():
     hr = drawing(220, 302)
     expected = dict(psnr_y=math.inf, ssim_y=1, psnr_rgb=math.inf, ssim_rgb=1,
-                    edge_psnr=math.inf, faithfulness=math.inf, ringing=0, highlights=1, banding=0)
+                    edge_psnr=math.inf, faithfulness=math.inf, ringing=0, highlights=1)
     for name, value in expected.items():
         assert run(name, hr, hr) == pytest.approx(value, abs=1e-9), name
     assert abs(run("blocking", hr, hr) - 1) < 0.1
@@ -252,14 +250,6 @@ def test_what_a_metric_must_ignore():
     assert metrics.edge_psnr(hue(hr, 1), hr) > 40 > metrics.edge_psnr(blur(hr, 1), hr)
     assert metrics.ringing(blur(hr, 1), hr) < 0.02
     assert metrics.highlight_recall(hue(hr, 6), hr) == 1
-    assert metrics.banding(noise(bands(hr, 8), 2)) < 0.01               # grain hides the bands
-    flat = torch.full((3, 64, 64), 0.5)
-    flat[:, :, 30:] += 8 / 255
-    assert metrics.banding(flat) == 0                                   # the border of two flat colors
-    panels = (torch.arange(200) // 20 * 5 + 100) / 255
-    assert metrics.banding(panels.expand(3, 40, 200)) > 0.9
-    panels[19::20] = 90 / 255                                           # lines between the tones: they are drawn
-    assert metrics.banding(panels.expand(3, 40, 200)) == 0
     lines = torch.full((3, 64, 64), 0.2)
     lines[:, 20] = lines[:, :, 40] = 1
     assert math.isnan(metrics.highlight_recall(lines, lines))           # lines are not highlights
@@ -269,14 +259,13 @@ def test_nan_where_there_is_nothing_to_measure():
     even = torch.full((3, 200, 200), 0.4)
     rough = textured(200, 200)
     for value in (metrics.edge_psnr(rough, even), metrics.ringing(rough, even), metrics.highlight_recall(rough, even),
-                  metrics.banding(even), metrics.blocking(even),
-                  metrics.niqe(even, metrics.load_niqe())):
+                  metrics.blocking(even), metrics.niqe(even, metrics.load_niqe())):
         assert math.isnan(value)
     for side in (1, 3, 8):
         small = torch.rand(3, side, side)
         for name in ("highlights",):
             assert math.isnan(metrics.METRICS[name].run(small, small, None, 2, 0))
-        for name in ("banding", "blocking", "ringing", "edge_psnr"):
+        for name in ("blocking", "ringing", "edge_psnr"):
             metrics.METRICS[name].run(small, small, None, 2, 0)
 
 

@@ -228,4 +228,3 @@ def test_devices():
     assert tile.pick_device("cpu", "fp16")[1] is torch.float16
     assert tile.out_of_memory(MemoryError()) and not tile.out_of_memory(RuntimeError("shapes"))
     assert tile.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
-    assert tile.memory_peak(torch.device("cpu")) > 2**20

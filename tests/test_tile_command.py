@@ -1,7 +1,4 @@
 """The upscaling command: alpha, sizes, files and folders, failures."""
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -259,7 +256,7 @@ def test_all_kinds_of_pictures(tmp_path, command):
     assert "transparency blended over white" in shown and "16 bit reduced to 8" in shown
 
 
-def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeypatch):
+def test_undamaged_pictures_use_the_plain_weights(tmp_path, command, monkeypatch):
     """But not with --weights."""
     dark, bright = picture_file(tmp_path / "in/dark.png"), tmp_path / "in/bright.png"
     Image.fromarray(RNG.integers(225, 246, (14, 20, 3), dtype=np.uint8)).save(bright)
@@ -270,8 +267,8 @@ def test_undamaged_pictures_use_the_companion_weights(tmp_path, command, monkeyp
         network.hat_model.conv_last.weight.data += 0.003 * torch.randn(network.hat_model.conv_last.weight.shape)
         path.parent.mkdir(exist_ok=True)
         model.save(network, path, {})
-    monkeypatch.setattr(choose, "default_weights", lambda: shipped["web"])
-    monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, plain_model, rgb: rgb.mean() > 0.9)
+    monkeypatch.setattr(choose, "SHIPPED", [*shipped.values()])
+    monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, rgb: rgb.mean() > 0.9)
     assert command(tmp_path / "in", "-o", tmp_path / "out", weights=None)[0] == 0
     for name, path in shipped.items():
         command(tmp_path / "in", "-o", tmp_path / name, weights=path)
@@ -371,24 +368,3 @@ def test_faults_on_one_tile(tmp_path, command, monkeypatch):
     assert (code, made) == (0, "abc") and err.count("out of memory") == 2
     code, err, made = outcome(starving)
     assert (code, made) == (1, "ac") and "b.png: out of memory" in err
-
-
-def test_processes_share_a_folder(tmp_path, weights):
-    """As torchrun starts them: each picture once, one of them bad, and the same exit code."""
-    for i in range(4):
-        picture_file(tmp_path / f"in/{i}.png", (8, 8))
-    (tmp_path / "in/bad.png").write_text("text")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    args = [sys.executable, tile.__file__, tmp_path / "in", "-o", tmp_path / "out", "--weights", weights,
-            "--device", "cpu"]
-    shared = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
-    processes = [subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                  env=shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
-    outputs = [p.communicate(timeout=240) for p in processes]
-    assert [p.returncode for p in processes] == [1, 1], outputs
-    lines = "".join(out for out, _ in outputs)
-    assert "4 done, 0 skipped, 1 failed" in outputs[0][0] and "failed" not in outputs[1][0]
-    assert all(lines.count(f"{i}.png  8x8 -> 16x16") == 1 for i in range(4))
-    assert all(out.count("->") == 2 for out, _ in outputs)
