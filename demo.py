@@ -310,7 +310,7 @@ def draw_textures(folder, count, seed=0, height=384, width=512):
 def main():
     parser = argparse.ArgumentParser(description="Draw demo landscapes, or textures.")
     parser.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--textures", type=int, metavar="N", help="draw N textures into DIR, and no landscapes")
+    parser.add_argument("--textures", type=int, metavar="N", help="draw N textures into DIR instead")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     try:
