@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
-# tiny is for tests. low and mid use few, wide heads: the cost of attention grows with the number of heads
+# tiny is for tests. fast, low and mid use few, wide heads: the cost of attention grows with their number
 PRESETS = {
     "tiny": dict(embed_dim=16, depths=(2,) * 2, heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),
+    "fast": dict(embed_dim=48, depths=(4,), heads=1, window=8, compress=4, squeeze=4, refiner_dim=16),
     "low": dict(embed_dim=60, depths=(4,) * 3, heads=2, window=8, compress=6, squeeze=6, refiner_dim=32),
     "mid": dict(embed_dim=96, depths=(6,) * 4, heads=3, window=16, compress=6, squeeze=6, refiner_dim=48),
     "high": dict(embed_dim=180, depths=(6,) * 6, heads=6, window=16, compress=3, squeeze=30, refiner_dim=64),
