@@ -63,7 +63,7 @@ def prepare(args):
     if args.csv and args.csv.exists() and not args.overwrite:
         raise images.UserError(f"{args.csv} exists; choose another name or give --overwrite")
     args.device, args.amp = tile.pick_device(args.device, args.amp)
-    args.tiler = tile.Tiler(args.tile_size or tile.TILE_SIZE[args.device.type], TILE_PAD)
+    args.tiler = tile.Tiler(args.tile_size or tile.TILE_SIZE, TILE_PAD)
     sides = {"HR": args.data, "LR": args.lr_dir, **dict(args.sr)}
     args.jobs, args.notes = match_pairs({side: path for side, path in sides.items() if path})
 

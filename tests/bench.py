@@ -286,7 +286,7 @@ def compare_picture(args):
         ours, x = ours.to(args.device, memory_format=torch.channels_last), torch.rand(3, 1080, 1920)
         fast.prepare(ours)
         window = PRESETS[preset]["window"]
-        side = tile.TILE_SIZE[torch.device(args.device).type] // window * window
+        side = tile.TILE_SIZE // window * window
         tiler = tile.Tiler(side, 2 * window, align=window)
         jobs = {"ours": lambda m=ours, t=tiler: tile.upscale(m, x, 2, t, args.device, amp)}
         if theirs:
@@ -308,7 +308,7 @@ side, device, amp = int(sys.argv[1]), sys.argv[2], torch.bfloat16 if sys.argv[3]
 fast.keep_freed_memory()
 net = model.HATRefiner.from_preset("tiny").eval().to(device)
 fast.prepare(net)
-tile.upscale(net, torch.rand(3, side, side), 2, tile.Tiler(384, 8, align=4), device, amp)
+tile.upscale(net, torch.rand(3, side, side), 2, tile.Tiler(tile.TILE_SIZE, 8, align=4), device, amp)
 print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 """
     print("\n| input megapixels | peak MiB | both pictures in fp32, MiB |\n|---|---|---|")

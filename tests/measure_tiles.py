@@ -183,7 +183,7 @@ def picture(args, network):
     """Compare the seconds for 1920x1080 with those of the model alone on the same tiles."""
     device, amp = torch.device(args.device), {"bf16": torch.bfloat16, "off": None}[args.amp]
     window, x = network.hat_model.window, torch.cat(list(gradients_and_lines(1080, 1920)), 1)
-    tiler = tile.Tiler(tile.TILE_SIZE[device.type], args.pads[0], window)
+    tiler = tile.Tiler(tile.TILE_SIZE, args.pads[0], window)
     (h, rows), (w, columns) = tiler.spans(1080, 1), tiler.spans(1920, 1)
     start = time.time()
     tile.upscale(network, x, network.scale, tiler, device, amp)
@@ -224,7 +224,7 @@ def main():
     p.add_argument("--no-hard", action="store_true", help="quality: leave hard crops out")
     p.add_argument("--size", type=lambda s: tuple(map(int, s.split("x"))), default=(12000, 8000),
                    help="big (default: 12000x8000)")
-    p.add_argument("--tile-size", type=int, default=384, help="big: that of tile.py")
+    p.add_argument("--tile-size", type=int, default=tile.TILE_SIZE, help="big: that of tile.py")
     p.add_argument("--limit-gib", type=float, help="big: memory limit (ulimit -d)")
     args = p.parse_args()
     fast.keep_freed_memory()
