@@ -1,9 +1,9 @@
 """Choose the shipped weights for a picture: those that also repair damage, or those that only enlarge.
 
-    repair, plain = SHIPPED             # paths; `plain` only enlarges, with sharper results
-    if is_undamaged(load(repair), rgb):         # then use `plain`
+    repair, plain = SHIPPED             # paths of weights files; `plain` only enlarges, with sharper results
+    weights = plain if is_undamaged(model.load(repair), rgb) else repair
 
-Needs torch; copy this file and it works alone.
+Needs torch, a model such as those of model.py, and the weights files in weights/.
 """
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-MIN_FIDELITY = 57.5     # dB, of is_undamaged(); docs/upscaling.md has the scores of drawings
+MIN_FIDELITY = 57.5     # dB, for kabegami-low; docs/upscaling.md has the scores of drawings
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}-low.safetensors" for name in ("kabegami", "clean")]
 
 
@@ -21,7 +21,7 @@ def detail_map(x):
 
 
 def detailed_crops(rgb, side):
-    """Four square crops from the most detailed quarter of rgb (3, H, W): (up to 4, 3, side, side)."""
+    """Up to four square crops from the most detailed quarter of rgb (3, H, W): (n, 3, side, side)."""
     cells = []
     for y in range(0, rgb.shape[1] - side + 1, side):       # row by row, to save memory
         row = F.avg_pool2d(detail_map(rgb[None, :, y:y + side]), side).flatten()
@@ -33,7 +33,7 @@ def detailed_crops(rgb, side):
 
 @torch.inference_mode()
 def is_undamaged(repair_model, rgb):
-    """Whether a model that also repairs finds nothing to repair in rgb (3, H, W), [0, 1], on the CPU.
+    """Whether repair_model, an nn.Module, has nothing to repair in rgb (3, H, W), in [0, 1], on the CPU.
 
     Enlarge four detailed crops, downscale them again, and compare them with the input. The score of a crop is
     10 log10(d / r^2), where r is the mean squared difference and d the mean detail of the input. Undamaged if

@@ -105,7 +105,7 @@ def blockiness(squares, jpeg=False):
 def thumbnails(pixels):
     """Return two thumbnails of uint8 (H, W, 3): layout, float32 (65,), and texture, int8 (128, 128).
 
-    layout: gray 8x8 without its mean and a constant, as a unit vector. With the constant, all single-color
+    layout: gray 8x8 minus its mean, then a constant 1, as a unit vector. With the constant, all single-color
     pictures are alike. texture: gray 128x128 minus its blurred copy, times 8.
     """
     small = Image.fromarray(pixels).convert("L").convert("F").resize((128, 128), Image.Resampling.BOX)
@@ -121,8 +121,8 @@ def similarity(texture, other):
     """Return the correlation of two textures: 1 for the same picture, near 0 for different pictures.
 
     Compute the correlation of 64 squares. Try shifts of up to 2 pixels for each, because a copy may be
-    cropped. The result is the lower of two quantiles: 25% of all squares with texture, 10% of those with
-    strong texture.
+    cropped. The result is the lower of two values: the 25% quantile of all squares with texture, and the 10%
+    quantile of those with strong texture. Pictures without texture: 1.
     """
     def squares(x):
         return x.astype(np.float32).reshape(8, 16, 8, 16).swapaxes(1, 2).reshape(64, 256)
@@ -448,7 +448,7 @@ def parse():
 
 def main():
     args = parse()
-    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         if args.command == "clean":
             clean(args.data, args.out, args.min_side, args.workers, keep_text=args.keep_text)

@@ -157,7 +157,7 @@ def run(args):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")       # a Windows console cannot print every file name
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         run(parse())
     except WeightsError as e:

@@ -383,8 +383,8 @@ class Batches(torch.utils.data.Dataset):
     proportion to the area. recipe: a recipe or mix of degrade.py; files of pairs have their own LR patches.
 
     A crop has a random corner and one of 8 orientations. It is the one with most detail of `crop_candidates`
-    crops of one file. shares: the probability of each file, or None for files that divide the rest by their
-    number of patches.
+    crops of one file. shares: the probability of each file, or None; files with None share the rest in
+    proportion to their numbers of patches.
 
     A batch depends only on (seed, step). In distributed training, rank r of `ranks` gets the r-th part of the
     batch that one rank with batch * ranks would get, up to rounding for larger sides. Raises
@@ -513,7 +513,7 @@ def main():
     add("--overwrite", action="store_true",
         help="replace FILE (default: reuse it for the same pictures and settings)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         pack(args.data, args.out, args.size, args.min_side, overwrite=args.overwrite, lr_dir=args.lr_dir,
              workers=args.workers)

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 # ---- recipes
 #   clean                  probability of bicubic downscaling alone, without the chain
 #   chain                  list of entries: the operations in their order
-#   last_early             probability that the last operation is moved two places forward
+#   last_early             probability that the last operation is applied two places earlier
 # In an entry:
 #   op                     a name of OPERATIONS; the other keys are arguments of its function
 #   p                      probability of the operation (default: always applied)
@@ -279,6 +279,7 @@ def pick(rng, probabilities):
 
 
 def random_rescale(x, rng, sizes, base, direction, factor, kernel, aliased):
+    """Resize by a random factor of sizes[base]. aliased: probability of no antialiasing."""
     factors = dict(up=rng.uniform(1.0, factor[1]), down=rng.uniform(factor[0], 1.0), keep=1.0)
     chosen = factors[pick(rng, direction)]
     size = [max(1, int(n * chosen)) for n in sizes[base]]
@@ -286,6 +287,7 @@ def random_rescale(x, rng, sizes, base, direction, factor, kernel, aliased):
 
 
 def random_kernel_blur(x, rng, sizes, size, sinc, cutoff, shape=None, sigma=None, beta=None):
+    """Blur with blur_kernel(), or with the probability `sinc` with sinc_kernel()."""
     size = 2 * rng.integers(size[0] // 2, size[1] // 2 + 1) + 1         # odd
     if rng.random() < sinc:
         limits = cutoff[max(smallest for smallest in cutoff if smallest <= size)]
@@ -378,6 +380,7 @@ def degrade(hr, recipe, scale, seeds):
 
     hr: (B, 3, H, W) float in [0, 1] on the CPU; H and W are multiples of the integer scale. recipe: a name of
     RECIPES or a mix such as "web:0.7,bicubic:0.3"; one recipe is sampled for each picture. seeds: B integers.
+    Raises RecipeError for an unknown recipe.
     """
     if hr.ndim != 4 or hr.shape[1] != 3 or any(n % scale for n in hr.shape[-2:]):
         raise ValueError(f"hr must be (B, 3, H, W), H and W multiples of {scale}, not {tuple(hr.shape)}")
@@ -431,7 +434,7 @@ def shift_picture(x, dy, dx):
 
 
 def add_seam(x, rng, color, sigma, shift):
-    """Change the color, sharpness, or position of one or two tiles, as upscaling in tiles without overlap."""
+    """Change the color, sharpness, or position of one or two tiles, as tiles without overlap do."""
     vertical = rng.random() < 0.5
     x = x.transpose(1, 2).contiguous() if vertical else x
     n = x.shape[1]

@@ -7,7 +7,6 @@ To add a texture, write a function (rng, height, width) such as `hatching` that 
 (H, W) or (H, W, 3) from 0 to 255, and add it to TEXTURES. Needs numpy and Pillow.
 """
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def ramp(rng, height, width):
 
 
 def screen(rng, height, width, pitch, shape, edge):
-    """Return the opacity (height, width) of a print screen whose elements grow along a ramp.
+    """Return the opacity (height, width) of a halftone screen that grows denser along a ramp.
     pitch: distance of the elements in pixels. shape: dots, lines, crossed. edge: softness of the borders."""
     angle = np.deg2rad(15 * rng.integers(12))
     yy, xx = np.mgrid[0:height, 0:width] * (2 * np.pi / pitch)
@@ -319,8 +318,7 @@ def main():
         else:
             draw_textures(args.folder, args.textures, args.seed)
     except OSError as error:
-        print(f"error: cannot write {args.folder}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(f"cannot write {args.folder}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

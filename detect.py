@@ -56,7 +56,8 @@ class ArtifactBatches(data.Batches):
     """Training batches: batches[step] -> (pictures (4 B, 3, side, side), class probabilities (4 B, 8)).
 
     Each crop gives four versions: clean, with a weak artifact, with the same artifact but stronger, with
-    another artifact. A barely visible artifact is partly `clean`. The minimum strength falls during training.
+    another artifact. The label of a barely visible artifact is partly `clean`. The minimum strength falls
+    during training.
     """
 
     def __getitem__(self, step):
@@ -90,7 +91,7 @@ def add_artifact(clean, weakest, rng):
 
 
 def detector_loss(detector, pictures, targets):
-    """Return the cross-entropy, plus a penalty for log odds not in the order clean < weak < strong, other."""
+    """Return the cross-entropy, plus a penalty for log odds against clean < weak < strong, other."""
     logits = detector(pictures)
     clean, weak, strong, other = artifact_log_odds(logits).view(-1, 4).unbind(1)
     order_penalty = F.softplus(torch.stack([clean - weak, weak - strong, clean - other])).mean()
@@ -193,7 +194,7 @@ def train(args):
 # ---- command -----------------------------------------------------------------------------------------------
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to show a Japanese name
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     for run in (train, measure, inspect):
@@ -202,7 +203,7 @@ def main():
         p.add_argument("--device", default="cpu", help="cpu, cuda, or mps (default: cpu)")
         if run is not train:
             p.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, or folders of pictures")
-            p.add_argument("--detector", metavar="FILE", help="default: weights/detector.safetensors")
+            p.add_argument("--detector", metavar="FILE", help="default: that in weights/")
     a = commands.choices["train"].add_argument
     a("--data", nargs="+", required=True, metavar="DIR", help="folders of clean pictures, or patch files")
     a("--val", required=True, metavar="DIR", help="pictures to validate on that are not in --data")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import choose
 import degrade
 import images
 import metrics
@@ -32,7 +33,7 @@ from report import Column, Report, average, write_file
 
 try:
     import fast
-except ModuleNotFoundError:     # fast.py is optional
+except ImportError:     # fast.py is optional
     fast = None
 
 TILE_PIXELS = 2**20             # LR pictures with more pixels run in tiles
@@ -67,10 +68,8 @@ def prepare(args):
     sides = {"HR": args.data, "LR": args.lr_dir, **dict(args.sr)}
     args.jobs, args.notes = match_pairs({side: path for side, path in sides.items() if path})
 
-    if not args.weights and not args.sr:        # as tile.py
-        import choose
-        args.weights = choose.SHIPPED
-    args.models = load_models(args.weights or [], args.device)
+    weights = args.weights or ([] if args.sr else choose.SHIPPED)
+    args.models = load_models(weights, args.device)
     labels = RESERVED + [label for label, _ in args.sr] + [*args.models]
     if len(set(labels)) < len(labels):
         raise images.UserError(f"two methods have the same name; choose other names: {', '.join(labels)}")
@@ -129,7 +128,7 @@ def choose_columns(args):
             continue
         if metric.run:
             metric.run(x, x.flip(2), x[:, ::2, ::2], 2, 0)      # find missing packages and files now
-        # times are averaged by the median, because the first run is slower
+        # the median of the times, because the first run is slower
         mean = statistics.median if name == "seconds" else statistics.fmean
         columns.append(Column(name, metric.head, metric.better, metric.digits, mean))
     return columns
@@ -194,7 +193,7 @@ def format_table(rows, columns):
 
 
 def csv_text(names, rows, columns):
-    """Format a line for each picture and method as CSV. A missing value is an empty cell."""
+    """Format the values as CSV, one line per picture and method. A missing value is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["picture", "method", *(column.key for column in columns)])
@@ -210,8 +209,8 @@ def csv_text(names, rows, columns):
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", nargs="+", metavar="FILE",
-                   help="model files; the package spandrel adds other architectures (default: the weights "
-                        "between which tile.py chooses; no model if --sr is given)")
+                   help="model files; the package spandrel adds other architectures (default: the two "
+                        "models of tile.py; with --sr no model)")
     g = p.add_argument_group("pictures")
     g.add_argument("--data", type=Path, help="folder of HR pictures, or one picture")
     g.add_argument("--recipe", help="make LR pictures from --data: "
@@ -279,7 +278,7 @@ def run(args):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")       # the console of Windows cannot print every name
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         run(parse())
     except (images.UserError, WeightsError, degrade.RecipeError, metrics.MetricError) as e:

@@ -22,7 +22,7 @@ from model import CONV_SCALE, FEATURES, HATRefiner, attention, join_windows, pad
 
 STRIP_PIXELS = 4096         # pixels per strip and thread: their activations fit the cache
 MERGE_PIXELS = 64 * 64      # smallest input for which merging the upsampler saves time
-CHECK_SIZE = 61, 67         # picture of check(): sides that are no multiples of the window, >= MERGE_PIXELS
+CHECK_SIZE = 61, 67         # picture of check(): sides that are not multiples of the window, >= MERGE_PIXELS
 TOLERANCE = 3e-5            # largest difference, relative to the largest output; rounding gives 3e-6
 
 
@@ -50,7 +50,7 @@ def install(hat):
 
 @torch.no_grad()
 def check(model):
-    """Compare the fast forward with the plain one on a copy of the model. Returns one line, or None."""
+    """Compare the fast forward with the plain one on a copy of the model. Returns the problem, or None."""
     generator = torch.Generator().manual_seed(0)        # leaves the global random state alone
     model = copy.deepcopy(model).cpu().float().eval()
     for p in model.parameters():        # a branch whose weights are zero would hide a difference
@@ -115,7 +115,7 @@ class MLP:
 
 
 def strip_rows(x, window=1):
-    """Rows of a strip of x (B, H, W, C), a multiple of window."""
+    """Number of rows of a strip of x (B, H, W, C), a multiple of window."""
     pixels = STRIP_PIXELS * torch.get_num_threads()
     return window * max(1, round(pixels / (len(x) * x.shape[2] * window)))
 
@@ -212,8 +212,8 @@ def enlarge(hat, x):
 def capture_training_graphs(model, shapes):
     """Record the forward and the backward of model(lr) as CUDA graphs, which avoids the launch cost of
     thousands of small kernels. Returns a callable(lr) for batches of these `shapes` only, or None, with a
-    printed line, if the GPU cannot record the model. Call it under the autocast of the training, with
-    cache_enabled=False. Each backward overwrites the previous gradients."""
+    printed line, if the GPU cannot record the model. Call this function under the autocast of the training,
+    with cache_enabled=False. Each backward overwrites the previous gradients."""
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording uses its own stream
     device, graphs = next(model.parameters()).device, {}
     try:

@@ -56,8 +56,8 @@ class PictureError(UserError):
 class Picture:
     """A picture and all data that saving must keep.
 
-    rgb: (3, H, W) float32 in [0, 1], orientation applied. alpha: (1, H, W) in [0, 1] or None.
-    gray, depth (8 or 16): how the file stores the pixels. icc, exif, xmp: raw bytes or None.
+    rgb: (3, H, W) float32 in [0, 1], upright, in the colors of `icc` or `color`, otherwise sRGB.
+    alpha: (1, H, W) in [0, 1] or None. gray, depth (8 or 16): as in the file. icc, exif, xmp: bytes or None.
     note: changes and losses during reading. text: PNG text by keyword, such as Author.
     color: contents of the PNG chunks COLOR_CHUNKS by name; empty for sRGB. nclx of AVIF is stored as cICP.
     """
@@ -305,7 +305,7 @@ def composite(picture, background):
 # ------------------------------------------------------------------ saving
 
 def save_picture(path, picture):
-    """Save a Picture to a file. See save_strips()."""
+    """Save a Picture to a file in an existing folder. See save_strips()."""
     planes = [picture.rgb] if picture.alpha is None else [picture.rgb, picture.alpha]
     save_strips(path, [torch.cat(planes)], picture.rgb.shape[1:], picture)
 

@@ -6,9 +6,9 @@
     loss = SRLoss("rmse=1,luma,edge=0.5,lock")      # the weighted sum of terms from the table TERMS
     total, values = loss(sr, hr, lr)                # total: differentiable; values: {name: detached value}
 
-To add a term, write one function or class and add one entry to TERMS (search for "the table of terms").
-Needs torch and safetensors; works when copied alone. The term `perc` needs torchvision or two packages, see
-load_lite0(). The terms `art_cls` and `art_feat` need weights/detector.safetensors.
+To add a term, write one function or class and add one entry to TERMS. Needs torch and safetensors; works when
+copied alone. The term `perc` needs the two packages of load_lite0(), or torchvision and a file, see
+Perceptual. The terms `art_cls` and `art_feat` need weights/detector.safetensors.
 
 Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. A level is 1/255. Each term is a
 scalar that can be differentiated. Under autocast only the networks of `perc` and `adv` use half precision.
@@ -94,7 +94,7 @@ def charbonnier_loss(sr, hr, eps=1e-3):
 
 def rmse_loss(sr, hr, eps=1e-3):
     """Smooth root mean square error of each patch: mean(sqrt(MSE + eps^2) - eps) over the batch.
-    Large errors dominate, as in PSNR, and flat and busy patches weigh the same.
+    Large errors dominate, as in PSNR. Its gradient has the same norm for flat and busy patches.
     Source: the function of Charbonnier et al., ICIP 1994, applied to the MSE of a patch."""
     mse = (sr - hr).square().flatten(1).mean(1)
     return (torch.sqrt(mse + eps ** 2) - eps).mean()
@@ -134,7 +134,7 @@ def soft_canny(y, low=0.05, high=0.1, width=0.02):
 
 
 def edge_loss(sr, hr):
-    """L1 distances of slope, soft Canny map, and color near the edges of hr, weighted by EDGE_WEIGHTS.
+    """L1 distances of slope, of soft Canny map, and of color near the edges of hr, weighted by EDGE_WEIGHTS.
     Source: Canny, PAMI 1986; Sobel and Feldman, 1968."""
     y_sr, y_hr = to_luma(sr), to_luma(hr)
     slope_sr, slope_hr = sobel(y_sr)[2], sobel(y_hr)[2]
@@ -238,8 +238,8 @@ class FeatureDistance(nn.Module):
 
 class Perceptual(nn.Module):
     """Perceptual distance of two pictures (B, 3, H, W) of at least 16x16 pixels; 0 for equal pictures.
-    The weights select the network: VGG19, the Danbooru ResNet50, the mean of both (APISR, CVPR 2024), or
-    without weights EfficientNet-Lite0 from pip packages. Raises LossError."""
+    The files select the network: VGG19, the Danbooru ResNet50, the mean of both (APISR, CVPR 2024); without
+    files EfficientNet-Lite0 from pip packages. Raises LossError."""
 
     def __init__(self, vgg_weights=None, anime_weights=None):
         super().__init__()
@@ -289,7 +289,7 @@ class UNetDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """Three UNetDiscriminators, for the picture (at least 32x32) at 1, 1/2, and 1/4 of its size, by area.
+    """Three UNetDiscriminators, for the picture (at least 32x32) and its area averages of 2x2 and 4x4.
     Output: list of float32 logits (B, 1, H, W), (B, 1, H/2, W/2), (B, 1, H/4, W/4)."""
 
     def __init__(self, features=64):
@@ -303,8 +303,8 @@ class MultiScaleDiscriminator(nn.Module):
 
 def generator_loss(discriminator, sr, hr):
     """Relativistic average GAN loss of the generator, averaged over the scales of the discriminator.
-    With the logits f of sr and r of hr: 1/2 [BCE(r - mean f, 0) + BCE(f - mean r, 1)]. The discriminator does
-    not change; pass the module itself, not its DDP wrapper.
+    With the logits f of sr and r of hr: 1/2 [BCE(r - mean f, 0) + BCE(f - mean r, 1)]. discriminator: returns
+    a list of logits and gets no gradient; pass the module itself, not its DDP wrapper.
     Source: Jolicoeur-Martineau, ICLR 2019."""
     training = discriminator.training
     discriminator.eval().requires_grad_(False)      # eval: no step of the power iteration
@@ -320,7 +320,7 @@ def generator_loss(discriminator, sr, hr):
 
 
 def discriminator_loss(discriminator, sr, hr):
-    """Relativistic average GAN loss of the discriminator, in train mode -> (loss, {name: detached value}).
+    """Relativistic average GAN loss of a discriminator in train mode -> (loss, {name: detached value}).
     1/2 [BCE(r - mean f, 1) + BCE(f - mean r, 0)], with the means and sr detached. Values: mean logits d_real
     and d_fake, accuracy d_acc.
     Source: Jolicoeur-Martineau, ICLR 2019."""
@@ -401,7 +401,7 @@ def pool(x, sharpness):
 
 
 def load_detector(path=None, device="cpu"):
-    """Load a frozen detector. path: default weights/detector.safetensors by this file. Raises LossError."""
+    """Load a frozen detector (default: weights/detector.safetensors beside this file). Raises LossError."""
     state, header = read_tensors(path or Path(__file__).parent / "weights" / "detector.safetensors")
     if header.get("classes") != list(CLASSES):
         raise LossError(f"{path} is not an artifact detector with the classes {', '.join(CLASSES)}")
@@ -425,7 +425,7 @@ def artifact_losses(detector, sr, hr):
 
 
 def clipped_artifact_losses(detector, sr, hr, pixel_loss, eps=1e-3):
-    """Reattach artifact_losses() to sr and clip the per-image gradient norms to that of pixel_loss(sr, hr).
+    """Return artifact_losses(). For each picture, clip their gradient norms at sr to that of pixel_loss().
     The gradients of a confident detector can be thousands of times larger than those of a pixel loss."""
     leaf = sr.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -450,7 +450,7 @@ class Term(NamedTuple):
     `needs`."""
     weight: float               # used if --loss gives only the name
     compute: Callable           # x -> scalar; a function, or a class that SRLoss creates without arguments
-    needs: str = ""             # the field of x that `compute` needs and other terms may lack
+    needs: str = ""             # an optional field of x that `compute` needs
     autocast: bool = False      # True: half precision is allowed
 
 

@@ -4,9 +4,9 @@
     METRICS["edge_psnr"].run(sr, hr, lr, scale, border)         # any metric by its name
 
 Pictures are float RGB (3, H, W) or (B, 3, H, W) in [0, 1]: sr is the one to measure, hr the true one. They
-are rounded to 8 bits, and `border` pixels are cut off at each side. A metric returns one float, the mean over
-the batch, or nan where there is nothing to measure. It raises MetricError where a picture is too small or a
-package is missing. Y is the luma of BT.601, 16 to 235. A level is 1/255.
+are rounded to 8 bits. `border` pixels are cut off at each side, but not for feat and faithfulness. A metric
+returns one float, the mean over the batch, or nan where there is nothing to measure. It raises MetricError
+where a picture is too small or a package is missing. Y is the luma of BT.601, 16 to 235. A level is 1/255.
 
 To add a metric, write a function and add an entry to METRICS at the end of this file.
 
@@ -152,7 +152,8 @@ def edge_psnr(sr, hr, border=0):
 def faithfulness(sr, lr, scale):
     """PSNR of RGB in dB between the downscaled sr (antialiased bicubic) and lr.
 
-    It is low where a model invents, thickens, or shifts. sr: (3, h * scale, w * scale) for lr (3, h, w).
+    It is low where a model invents details, thickens lines, or shifts the picture.
+    sr: (3, h * scale, w * scale) for lr (3, h, w).
     """
     if sr.shape != (*lr.shape[:-2], lr.shape[-2] * scale, lr.shape[-1] * scale):
         raise ValueError(f"sr {tuple(sr.shape)} is not {scale} times lr {tuple(lr.shape)}")
@@ -209,7 +210,7 @@ def feature_distance(sr, hr):
 # ---- sharpness and single artifacts
 
 def gradient_energy(sr, hr, border=0):
-    """Energy of the gradient of Y, sum(dx^2) + sum(dy^2), of sr over that of hr.
+    """Energy of the gradient of Y, sum(dx^2) + sum(dy^2), of sr divided by that of hr.
 
     Below 1: sr is softer than hr. Above 1: it is oversharpened or noisy.
     """
@@ -219,7 +220,7 @@ def gradient_energy(sr, hr, border=0):
 
 
 def ringing(sr, hr, border=0):
-    """Overshoot in levels of Y, averaged over the pixels within 6 of an edge of hr.
+    """Overshoot in levels of Y, averaged over the pixels within 6 pixels of an edge of hr.
 
     Overshoot: the distance of sr from the range of hr in the 7x7 around the pixel, less 1 level for rounding.
     """
@@ -230,7 +231,7 @@ def ringing(sr, hr, border=0):
 
 
 def blocking(sr, border=0, period=8, offset=0):
-    """JPEG blocks: jump of the gradient of Y across the block borders over the jump halfway between them.
+    """JPEG blocks: jump of the gradient of Y at the block borders, divided by the jump halfway between them.
 
     About 1 without blocks. A jump is the slope between two rows or columns minus the mean of the two
     neighboring slopes, at most 4 levels, so that the edges of the drawing have little weight. period 16 finds
@@ -369,7 +370,7 @@ def load_niqe(path=None):
         state = load_file(path)
         return NiqeModel(state["mean"].double(), state["covariance"].double())
     except (OSError, SafetensorError, KeyError) as error:
-        raise MetricError(f"{path} is not a NIQE model: {error}") from None
+        raise MetricError(f"cannot read the NIQE model {path}: {error}") from None
 
 
 # ---- the table of metrics

@@ -1,8 +1,9 @@
 """HAT (Hybrid Attention Transformer) with a small residual refiner, for super-resolution by 2, 3 or 4.
 
     model = load("weights/kabegami-low.safetensors")    # or HATRefiner.from_preset("low", scale=2)
-    sr = model(lr).clamp(0, 1)          # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), any H and W
-    sr = model(lr, tiler=Tiler(64, 32))     # HAT in tiles (tile.py), then the refiner on the whole picture
+    with torch.inference_mode():
+        sr = model(lr).clamp(0, 1)      # (B, 3, H, W) in [0, 1] -> (B, 3, 2H, 2W), any H and W
+        sr = model(lr, tiler)           # HAT in tiles (Tiler of tile.py), then the refiner, if it is trained
 
 HAT: Chen et al., "Activating More Pixels in Image Super-Resolution Transformer", CVPR 2023, arXiv 2205.04437.
 Parameters have the official names, so official HAT files load here and exported files load elsewhere.
@@ -270,7 +271,9 @@ def pad_to(x, multiple):
 class HAT(nn.Module):
     """HAT. forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped. Any H, W >= 1.
 
-    grad_checkpoint (attribute): recompute each block in the backward; slower, with far less memory."""
+    embed_dim: channels, a multiple of heads. depths: number of HABs of each group. window: its side, a
+    multiple of 4. compress, squeeze: the channels inside CAB are divided by them.
+    grad_checkpoint (attribute): recompute each block in the backward, to save memory."""
     def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6):
         super().__init__()
         if scale not in (2, 3, 4):
@@ -476,7 +479,7 @@ def load(path, device="cpu"):
         sizes = header.get("sizes") or infer_sizes(state)
         sizes.pop("drop_path", None)        # a size in files of older versions
         model = HATRefiner(**sizes)
-    except ValueError as e:
+    except (ValueError, TypeError) as e:        # TypeError: a size that this version does not know
         raise WeightsError(f"{path}: {e}") from None
     fit_weights(model, state, path)
     model.header = {"preset": preset_name(sizes), "scale": model.scale, **header}

@@ -63,10 +63,10 @@ def orthogonalize(x, iterations=5):
 def build_optimizers(model, name="muon", conv_lr_scale=1.0):
     """Return {"adam": optimizer} or {"adam": ..., "muon": ...} for the parameters of `model` that learn.
 
-    name: "adam", or "muon": Muon for the matrices of attention and MLP, Adam for everything else.
-    conv_lr_scale: factor on the learning rate of 3x3 convolutions. Adam moves every weight by about the
-    learning rate, so an output that sums over n inputs moves by n times as much: a 3x3 convolution of HAT
-    sums over some 550 inputs, a linear layer over 60.
+    name: "adam", or "muon": Muon for matrices with both sides >= MIN_MATRIX_SIDE, Adam for everything else.
+    conv_lr_scale: factor on the learning rate of the weights of 3x3 convolutions. Adam moves every weight by
+    up to about the learning rate, so an output that sums over n inputs moves by up to n times as much: a 3x3
+    convolution of HAT sums over 540 inputs, a linear layer over 60.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     convs = {id(m.weight) for m in model.modules()

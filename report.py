@@ -144,7 +144,7 @@ def average(rows, column):
     """Average one column of rows [{method: {key: value}}] -> ({method: (text, is best)}, pictures averaged).
 
     Only pictures for which every method has a value are averaged, so that all methods are compared on the
-    same pictures. A method without any value is ignored, and its mean is nan.
+    same pictures. A method without any value is ignored, and its text is "-".
     """
     by_method = values_by_method(rows, column)
     measured = [values for values in by_method.values() if not all(map(math.isnan, values))]

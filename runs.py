@@ -30,7 +30,7 @@ FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrit
                  "vgg_weights", "anime_weights", "detector"}
 NOT_LOSSES = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y"}
 COLORS = [(200, 40, 90), (30, 90, 200), (20, 140, 70), (200, 120, 0), (120, 60, 180), (0, 140, 160)]
-PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 720, 220, 70, 24     # of the curves, in pixels
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 720, 220, 70, 24     # size and margins of a panel, in pixels
 
 
 @dataclass
@@ -92,17 +92,14 @@ class Run:
         state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
         return {**state, "progress": Progress(**state["progress"])}
 
-    def start(self, settings, rank=0):
-        """On rank 0, create the folder and write args.json. Remove the files of an older run, unless this
-        run resumes it."""
-        if rank == 0:
-            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-            if not self.settings():
-                for pattern in ("state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png"):
-                    for path in self.folder.glob(pattern):
-                        path.unlink()
-            write_atomic(self.folder / "args.json", json.dumps(settings, indent=1).encode())
-        self.overwrite = False      # from here on load_state() reads the state of this run
+    def start(self, settings):
+        """Create the folder and write args.json. Remove the files of an older run that is not resumed."""
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        if not self.settings():
+            for pattern in ("state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png"):
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+        write_atomic(self.folder / "args.json", json.dumps(settings, indent=1).encode())
 
     def save_state(self, state, progress):
         """Write state.pt. state: dict of state dicts. progress: Progress."""
@@ -181,9 +178,9 @@ def read_log(folder):
 def draw_curves(runs):
     """Draw {name: rows of log.csv}: one panel for validation PSNR-Y and each loss, one line per run."""
     runs = {name: [{k: float(v) for k, v in row.items()} for row in rows] for name, rows in runs.items()}
-    columns = dict.fromkeys(c for rows in runs.values() for row in rows for c in row
-                            if c not in NOT_LOSSES and not c.endswith("_grad"))
-    columns = ["psnr_y", *(c for c in columns if c != "psnr_y")]
+    columns = [c for rows in runs.values() for row in rows for c in row
+               if c not in NOT_LOSSES and not c.endswith("_grad")]
+    columns = list(dict.fromkeys(["psnr_y", *columns]))
     image = Image.new("RGB", (PANEL_WIDTH, len(columns) * PANEL_HEIGHT), "white")
     for i, column in enumerate(columns):
         draw_panel(ImageDraw.Draw(image), i * PANEL_HEIGHT, column, runs)

@@ -56,7 +56,7 @@ class ScrapeError(ValueError):
 
 
 class RequestError(ScrapeError):
-    """One URL cannot be downloaded. The run continues with the next picture."""
+    """One URL cannot be downloaded. If it is a picture, the run continues with the next one."""
 
 
 def clean(text):
@@ -217,7 +217,7 @@ def search(client, settings, skipped):
     Adds the reason for each skipped post to the Counter `skipped`. Raises ScrapeError if a page fails, or if
     it has no usable new post: then the board has probably changed its answers.
     """
-    # Boards refuse high page numbers, and an upload shifts the posts of numbered pages.
+    # Search by id where possible: boards refuse high page numbers, and each upload shifts numbered pages.
     by_id = not any(tag.startswith(("order:", "id:")) for tag in settings.tags)
     number, below_id, seen = 1, None, set()
     while True:
@@ -312,11 +312,8 @@ def fetch_all(client, settings, totals, skipped):
             raise ScrapeError(f"{failures} pictures in a row failed; run the command again later")
         if totals["found"] >= settings.max:
             return
-        seconds = max(monotonic() - start, 0.001)
-        left = int((settings.max - totals["found"]) * seconds / totals["found"])
-        rate = totals["bytes"] / 1e6 / seconds
-        report(f"{totals['found']} of at most {settings.max} pictures  {rate:.2f} MB/s  "
-               f"at most {left // 60}:{left % 60:02d} left", end="")
+        rate = totals["bytes"] / 1e6 / max(monotonic() - start, 0.001)
+        report(f"{totals['found']} of at most {settings.max} pictures  {rate:.2f} MB/s", end="")
 
 
 def parse():
@@ -327,7 +324,7 @@ def parse():
                    help='search tags as on the board, in quotes: "landscape -chibi" (default: all posts)')
     p.add_argument("-o", "--out", type=Path, required=True, help="folder for the pictures and manifest.csv")
     p.add_argument("--contact", required=True, help="your mail or web address, sent to the board")
-    p.add_argument("--max", type=int, default=300, help="number of pictures of all runs (default: 300)")
+    p.add_argument("--max", type=int, default=300, help="pictures, including earlier runs (default: 300)")
     p.add_argument("--min-width", type=int, default=3840, help="smallest width in pixels (default: 3840)")
     p.add_argument("--rating", choices="sqe", default="s",
                    help="s: safe or general, q: questionable or sensitive, e: explicit (default: s)")

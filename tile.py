@@ -57,10 +57,10 @@ class Span:
 
 
 class Tiler:
-    """Run a forward tile by tile, without seams: tiler(forward, x, scale) returns forward(x). Differentiable.
+    """Apply `forward` in tiles, without seams: tiler(forward, x, scale) returns forward(x). Differentiable.
 
-    Neighboring tiles start at most tile_size input pixels apart and overlap by 2 * tile_pad. The outer
-    quarter of the overlap is dropped on each side, since a model is least accurate at the border of its
+    A tile has at most tile_size + 2 * tile_pad input pixels a side. Neighbors overlap by 2 * tile_pad. The
+    outer quarter of the overlap is dropped on each side, since a model is least accurate at the border of its
     input. The middle half is a linear crossfade. If an output pixel depends on input pixels at most
     tile_pad / 2 away, the output is the same as without tiles.
 
@@ -178,8 +178,9 @@ def run_checked(function, device, amp, x):
 def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None):
     """Upscale rgb (3, H, W) -> generator of strips (3, h, W * scale), top to bottom, float32 in [0, 1], CPU.
 
-    The device holds one tile. The CPU holds the picture and one row of tiles. A HATRefiner runs in two steps:
-    its hat_model on the tiles, then its refiner on the joined picture. amp: dtype of autocast, or None.
+    The device holds the weights of forward and one tile, the CPU rgb and one row of tiles. A HATRefiner runs
+    in two steps: its hat_model on the tiles, then its refiner on the joined picture. Flat areas keep their
+    color, see keep_flat_colors(). amp: dtype of autocast, or None.
     progress() is called after each tile. Raises FloatingPointError if the output is NaN, infinite, or black,
     even in fp32.
     """
@@ -377,7 +378,7 @@ def parse():
     p.add_argument("--overwrite", action="store_true", help="replace results that exist (default: skip them)")
     p.add_argument("--tile-size", type=int, help="input pixels from tile to tile; halved if memory runs out "
                                                  f"(default: {TILE_SIZE})")
-    p.add_argument("--tile-pad", type=int, help="overlap in input pixels on each side of a tile "
+    p.add_argument("--tile-pad", type=int, help="input pixels that a tile adds on each side "
                                                 "(default: two windows of the model)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
     p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native)")
@@ -423,7 +424,7 @@ def load_models(weights, device):
     import convert
     paths = [weights] if weights else choose.SHIPPED
     models = [convert.load_any(path, device) for path in paths]
-    with contextlib.suppress(ModuleNotFoundError):      # fast.py is optional
+    with contextlib.suppress(ImportError):      # fast.py is optional
         import fast
         fast.keep_freed_memory()
         for network in models:
@@ -523,7 +524,7 @@ def run(args):
 
 def main():
     from model import WeightsError
-    sys.stdout.reconfigure(errors="backslashreplace")       # for terminals without Japanese letters
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         sys.exit(run(parse()))
     except (images.UserError, WeightsError) as error:

@@ -52,7 +52,6 @@ STAGES = {
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-DEMO_STEPS = 560                # maximum on demo pictures; more steps gain little there
 CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
@@ -84,8 +83,8 @@ def parse(argv=None):
     a("--data", nargs="+", action="extend", type=path, metavar="DIR", help="folders of HR pictures, or patch "
       "files of data.py; DIR@0.3 takes 30%% of the patches from there (default: demo pictures)")
     a("--val", type=path, metavar="DIR", help="validation pictures, or a folder with hr/ and lr/ (default: a "
-      "tenth of --data is held out)")
-    a("--val-count", type=int, default=8, metavar="N", help="use at most N of them, 0: all (default: 8)")
+      "tenth of --data, at most 8 pictures, is held out)")
+    a("--val-count", type=int, default=8, metavar="N", help="use at most N of them, or 0: all (default: 8)")
     a("--recipe", default="bicubic", help=f"degradation: {', '.join(degrade.RECIPES)}, or a mix such as "
       "web:0.7,bicubic:0.3 (default: bicubic)")
     a("--crop-candidates", type=int, default=4, metavar="N", help="each patch is the most detailed of N "
@@ -100,8 +99,8 @@ def parse(argv=None):
       "stage: residual_block,out_conv; none; hat_model)")
     a = p.add_argument_group("schedule").add_argument
     a("--stage", type=int, choices=STAGES, default=1, help="1 foundation, 2 tiling, 3 refiner (default: 1)")
-    a("--patch", type=sides, metavar="N", help="side of the LR patches; of a list such as 256,384,512 each "
-      "step draws one (default by stage: 64, 128, 256)")
+    a("--patch", type=sides, metavar="N", help="side of the LR patches, or sides such as 256,384,512; each "
+      "step draws one (default by stage: 64, 128, 256; on a GPU in stage 3: 256,384,512)")
     a("--steps", type=int, help="optimizer steps (default by stage: 560, 200, 200; on a GPU with --data: "
       "50000, 10000, 5000)")
     a("--minutes", type=float, help="train for this long, instead of --steps")
@@ -112,12 +111,13 @@ def parse(argv=None):
     a("--optimizer", choices=("muon", "adam"), default="muon", help="muon: Muon for the matrices of "
       "attention and MLP, Adam for the rest (default: muon)")
     a("--optimiser", dest="optimizer", choices=("muon", "adam"), help=argparse.SUPPRESS)
-    a("--ema", type=float, default=0.999, help="decay of the average that is saved (default: 0.999)")
-    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: 10 in a run)")
+    a("--ema", type=float, default=0.999, help="decay of the average, which is saved (default: 0.999)")
+    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default, and "
+      "with --minutes: 10 validations in a run, 5 with tiling)")
     a = p.add_argument_group("loss").add_argument
     a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; losses.py "
       "lists them (default: rmse,luma)")
-    a("--gan-after", type=int, default=0, metavar="STEP", help="the term adv begins here (default: 0)")
+    a("--gan-after", type=int, default=0, metavar="STEP", help="first step of the term adv (default: 0)")
     a("--vgg-weights", metavar="FILE", help="VGG19 for the term perc")
     a("--anime-weights", metavar="FILE", help="ResNet50 trained on Danbooru tags, for the term perc")
     a("--detector", metavar="FILE", help="artifact detector for the terms art_cls and art_feat (default: "
@@ -148,7 +148,7 @@ def complete(args):
     on_gpu = pick_device(args.device, args.amp)[0].type != "cpu"
     defaults = {**STAGES[args.stage], **(GPU[args.stage] if on_gpu else {})}
     if not args.data:
-        defaults["steps"] = min(defaults["steps"], DEMO_STEPS)
+        defaults["steps"] = STAGES[args.stage]["steps"]         # more steps gain little on demo pictures
     if args.stage == 1 and args.optimizer == "adam":
         defaults["lr"] = 1e-3
     defaults["workers"] = min(8, os.cpu_count() or 1) if on_gpu else 1
@@ -188,14 +188,14 @@ def choose_validation(args):
         args.val = args.val or str(DEMO / "val")
     elif args.val:
         roots = {Path(folder).resolve() for folder in folders}
-        inside = [p.resolve() for p in find_pictures([args.val]) if roots & set(p.resolve().parents)]
-        args.held_out = [str(path) for path in inside]
-        if inside:
-            print(f"{len(inside)} pictures of --val are also in --data; they are not trained on")
+        pictures = [path.resolve() for path in find_pictures([args.val])]
+        args.held_out = [str(path) for path in pictures if roots & {*path.parents}]
+        if args.held_out:
+            print(f"{len(args.held_out)} pictures of --val are also in --data; they are not trained on")
     else:
         folder, held_out = data.hold_out(folders, PATCHES)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
-        print(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has parts of them")
+        print(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has a crop of each")
 
 
 class Learner:
@@ -256,8 +256,8 @@ class Learner:
             if self.discriminator:
                 self.ddp_discriminator = DistributedDataParallel(self.discriminator, broadcast_buffers=False)
         # a recorded backward overwrites the gradients, so gradient accumulation cannot use it
-        plain = not (args.use_tiling or args.grad_checkpoint or args.grad_accum > 1 or ranks > 1)
-        if fast and plain and device.type == "cuda":
+        can_capture = not (args.use_tiling or args.grad_checkpoint or args.grad_accum > 1 or ranks > 1)
+        if fast and can_capture and device.type == "cuda":
             with torch.autocast("cuda", amp, enabled=amp is not None, cache_enabled=False):
                 self.graphs = fast.capture_training_graphs(self.model, lr_shapes)
 
@@ -282,19 +282,18 @@ class BatchStream:
 
     def __init__(self, args, files, shares, rank, ranks):
         self.args, self.position = args, None
-        self.batches = [
-            data.Batches(files, args.steps * args.grad_accum, args.batch, args.patch, args.scale, args.recipe,
-                         args.seed, crop_candidates, shares, rank, ranks)
-            for crop_candidates in (args.crop_candidates, math.ceil(args.crop_candidates / 2))]
-        size = self.batches[0].batch_size
-        self.lr_shapes = [(size(side), 3, side, side) for side in sorted(args.patch)]
+        self.batches = data.Batches(files, args.steps * args.grad_accum, args.batch, args.patch, args.scale,
+                                    args.recipe, args.seed, args.crop_candidates, shares, rank, ranks)
+        size = self.batches.batch_size
+        self.lr_shapes = [(size(side), 3, side, side) for side in self.batches.patches]
 
     def next_step(self, step, fraction):
         """Return the batches of a step, a list of (lr, hr). fraction: the finished part of the run."""
         calm = fraction >= CALM_FRACTION
         if self.position != (step, calm):       # the first step, or the first calm step
+            self.batches.crop_candidates = math.ceil(self.args.crop_candidates / (2 if calm else 1))
             start = step * self.args.grad_accum
-            self.loader = iter(data.make_loader(self.batches[calm], start, self.args.workers))
+            self.loader = iter(data.make_loader(self.batches, start, self.args.workers))
         self.position = step + 1, calm
         return [next(self.loader) for _ in range(self.args.grad_accum)]
 
@@ -328,7 +327,8 @@ def set_up(args, device, amp, rank, ranks):
         progress = state["progress"]
     if ranks > 1:
         dist.barrier()          # all ranks have read the state
-    run.start(settings, rank)
+    if rank == 0:
+        run.start(settings)
     parameters = sum(p.numel() for p in learner.learning)
     print(f"{args.preset} {args.scale}x, {parameters:,} parameters learn, stage {args.stage}, "
           f"{f'{ranks} x ' if ranks > 1 else ''}{device} {str(amp or 'fp32').removeprefix('torch.')}, "
@@ -370,7 +370,7 @@ def backward(learner, batches, adversarial, measure_gradients):
 
 
 def clip_gradients(learner, adversarial):
-    """Undo the loss scaling and clip the gradients. Returns their norm before clipping, a tensor."""
+    """Undo the loss scaling and clip the gradients. Returns the norm before clipping, of all networks."""
     for optimizer in learner.active_optimizers(adversarial):
         learner.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(learner.learning, MAX_GRAD_NORM)
@@ -381,7 +381,7 @@ def clip_gradients(learner, adversarial):
 
 
 def update(learner, step, adversarial, finite):
-    """Update the weights and their averages, unless a gradient is not finite. Clear the gradients."""
+    """If `finite`, update the weights and their averages. Clear the gradients."""
     for optimizer in learner.active_optimizers(adversarial):
         if finite:
             learner.scaler.step(optimizer)
@@ -443,7 +443,7 @@ class Validation:
         """Return (mean scores of the averaged weights, list of sample strips)."""
         scores, strips = [], []
         for lr, hr in self.pictures:
-            tiler = Tiler(256, 32) if lr[0].numel() > 2 ** 19 else learner.tiler
+            tiler = Tiler(256, 32) if lr[0].numel() > 2 ** 19 else learner.tiler        # bounds the memory
             with learner.autocast():
                 sr = learner.ema(lr[None].to(learner.device), tiler)
             sr = sr[0].float().clamp(0, 1).cpu()
@@ -465,7 +465,7 @@ def report(args, run, learner, validation, progress, gradients, rate, patch_rate
     """Validate; save weights, samples, log and state. Returns text for the terminal."""
     scores, strips = validation.run(learner)
     adversarial = learner.discriminator and progress.step > args.gan_after
-    better = bool(adversarial or scores["psnr_y"] > progress.best_psnr)     # a GAN may lower PSNR
+    better = adversarial or scores["psnr_y"] > progress.best_psnr       # a GAN may lower PSNR
     progress.best_psnr = scores["psnr_y"] if better else progress.best_psnr
     progress.rows.append(dict(
         step=progress.step, **{name: f"{value:.6g}" for name, value in progress.mean_losses().items()},
@@ -547,7 +547,7 @@ def train(args):
         progress.record({name: scalars[name] for name in losses}, finite)
         bad_steps = 0 if finite else bad_steps + 1
         if bad_steps == MAX_BAD_STEPS:
-            raise UserError(f"step {step}: {bad_steps} steps in a row are not finite; start a new run with "
+            raise UserError(f"loss or gradient not finite in {bad_steps} steps in a row; start a run with "
                             f"--weights {run.folder}/last.safetensors and a lower --lr")
         progress.step += 1
 
