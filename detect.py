@@ -55,9 +55,8 @@ def augment(x, rng):
 class ArtifactBatches(data.Batches):
     """Training batches: batches[step] -> (pictures (4 B, 3, side, side), class probabilities (4 B, 8)).
 
-    Each crop gives four versions: clean, with a weak artifact, with the same artifact but stronger, with
-    another artifact. The label of a barely visible artifact is partly `clean`. The minimum strength falls
-    during training.
+    Each crop gives four versions: clean, with a weak artifact, with the same but stronger, with another. The
+    label of a barely visible artifact is partly `clean`. The minimum strength falls during training.
     """
 
     def __getitem__(self, step):

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-import choose
 import degrade
 import images
 import metrics
@@ -68,8 +67,10 @@ def prepare(args):
     sides = {"HR": args.data, "LR": args.lr_dir, **dict(args.sr)}
     args.jobs, args.notes = match_pairs({side: path for side, path in sides.items() if path})
 
-    weights = args.weights or ([] if args.sr else choose.SHIPPED)
-    args.models = load_models(weights, args.device)
+    if not args.weights and not args.sr:        # the default of tile.py
+        import choose
+        args.weights = choose.SHIPPED
+    args.models = load_models(args.weights or [], args.device)
     labels = RESERVED + [label for label, _ in args.sr] + [*args.models]
     if len(set(labels)) < len(labels):
         raise images.UserError(f"two methods have the same name; choose other names: {', '.join(labels)}")

@@ -82,9 +82,7 @@ def printable(path):
 
 def as_paths(paths):
     """Convert one path or a list of paths to a list of Path."""
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    return [Path(path) for path in paths]
+    return [Path(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
 
 
 def find_pictures(paths):

@@ -227,6 +227,7 @@ def test_large_pictures_run_in_tiles(hr_folder, tmp_path, monkeypatch, capsys):
         return real(forward, rgb, scale, tiler, *args)
     monkeypatch.setattr(tile, "upscale", spy)
     monkeypatch.setattr(evaluate, "TILE_PIXELS", 400)
+    monkeypatch.setattr(tile, "TILE_SIZE", 384)
     save(hr_folder / "wide.png", smooth(32, 2000))
     args = "--data", hr_folder, "--weights", weights(tmp_path / "one.safetensors")
     assert command(monkeypatch, capsys, *args)[0] == 0
