@@ -117,7 +117,8 @@ def parse(argv=None):
     a = p.add_argument_group("loss").add_argument
     a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; losses.py "
       "lists them (default: rmse,luma)")
-    a("--gan-after", type=int, default=0, metavar="STEP", help="first step of the term adv (default: 0)")
+    a("--gan-after", type=int, default=0, metavar="STEP", help="first step of the term adv; its "
+      "discriminator learns from the start (default: 0)")
     a("--vgg-weights", metavar="FILE", help="VGG19 for the term perc")
     a("--anime-weights", metavar="FILE", help="ResNet50 trained on Danbooru tags, for the term perc")
     a("--detector", metavar="FILE", help="artifact detector for the terms art_cls and art_feat (default: "
@@ -237,13 +238,13 @@ class Learner:
         self.loss = SRLoss(args.loss, vgg_weights=args.vgg_weights, anime_weights=args.anime_weights,
                            detector=args.detector).to(device)
         self.loss_weights = dict(self.loss.weights)
-        self.discriminator = self.discriminator_optimizer = None
+        self.discriminator, self.all_optimizers = None, [*self.optimizers.values()]
         if "adv" in self.loss_weights:
             self.discriminator = MultiScaleDiscriminator(64 if device.type != "cpu" else 16).to(device)
-            self.discriminator_optimizer = torch.optim.Adam(
-                self.discriminator.parameters(), lr=LR_DISCRIMINATOR, betas=(0.9, 0.99), fused=True)
+            self.all_optimizers.append(torch.optim.Adam(
+                self.discriminator.parameters(), lr=LR_DISCRIMINATOR, betas=(0.9, 0.99), fused=True))
             self.parts.update(discriminator=self.discriminator,
-                              discriminator_optimizer=self.discriminator_optimizer)
+                              discriminator_optimizer=self.all_optimizers[-1])
 
         # ---- compiled code, several processes, CUDA graphs
         if fast:
@@ -263,9 +264,6 @@ class Learner:
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-
-    def active_optimizers(self, adversarial):
-        return [*self.optimizers.values()] + [self.discriminator_optimizer] * adversarial
 
     def state_dict(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
@@ -345,7 +343,8 @@ def set_up(args, device, amp, rank, ranks):
 def backward(learner, batches, adversarial, measure_gradients):
     """Run forward and backward for the batches of one step. The parameters accumulate the gradients.
 
-    batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)).
+    batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). adversarial: False leaves out the
+    term adv; the discriminator learns in any case.
     Returns ({loss: unweighted value}, {loss: norm of its weighted gradient at SR, if measured})."""
     loss, scaler, discriminator = learner.loss, learner.scaler, learner.discriminator
     loss.weights = {name: w for name, w in learner.loss_weights.items() if name != "adv" or adversarial}
@@ -359,7 +358,7 @@ def backward(learner, batches, adversarial, measure_gradients):
             gradients = loss.gradient_norms(sr, hr, lr, discriminator)
         total = sum(loss.weights[name] * value for name, value in terms.items())
         scaler.scale(total / len(batches)).backward()
-        if adversarial:
+        if discriminator:
             with learner.autocast():
                 d_loss, d_statistics = discriminator_loss(learner.ddp_discriminator, sr, hr)
             scaler.scale(d_loss / len(batches)).backward()
@@ -369,20 +368,20 @@ def backward(learner, batches, adversarial, measure_gradients):
     return losses, gradients
 
 
-def clip_gradients(learner, adversarial):
+def clip_gradients(learner):
     """Undo the loss scaling and clip the gradients. Returns the norm before clipping, of all networks."""
-    for optimizer in learner.active_optimizers(adversarial):
+    for optimizer in learner.all_optimizers:
         learner.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(learner.learning, MAX_GRAD_NORM)
-    if adversarial:
+    if learner.discriminator:
         parameters = learner.discriminator.parameters()
         norm = norm + torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM_DISCRIMINATOR)
     return norm
 
 
-def update(learner, step, adversarial, finite):
+def update(learner, step, finite):
     """If `finite`, update the weights and their averages. Clear the gradients."""
-    for optimizer in learner.active_optimizers(adversarial):
+    for optimizer in learner.all_optimizers:
         if finite:
             learner.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -531,9 +530,8 @@ def train(args):
         report_due = (step + 1) % args.val_every == 0
         if args.minutes:
             report_due = len(progress.rows) <= REPORTS * fraction
-        adversarial = learner.discriminator is not None and step >= args.gan_after
-        losses, gradients = backward(learner, batches, adversarial, report_due)
-        grad_norm = clip_gradients(learner, adversarial)
+        losses, gradients = backward(learner, batches, step >= args.gan_after, report_due)
+        grad_norm = clip_gradients(learner)
 
         # ---- all ranks get the same numbers
         seconds, step_began = progress.seconds + time.time() - step_began, time.time()
@@ -543,7 +541,7 @@ def train(args):
         finite = all(map(math.isfinite, scalars.values()))
 
         # ---- update
-        update(learner, step, adversarial, finite)
+        update(learner, step, finite)
         progress.record({name: scalars[name] for name in losses}, finite)
         bad_steps = 0 if finite else bad_steps + 1
         if bad_steps == MAX_BAD_STEPS:

@@ -468,10 +468,11 @@ def test_bad_pictures_are_named_and_skipped(drawings, tmp_path, run_here):
 # ---- the discriminator, the clock
 
 
-def test_discriminator_starts_late(drawings, tmp_path, run_here):
+def test_discriminator_learns_before_the_term_adv(drawings, tmp_path, run_here):
     run = tmp_path / "run"
     assert run_here(flags(drawings, run, loss="rmse,adv", gan_after=6))[0] == 0
-    assert [bool(r["d"]) for r in rows(run)] == [False, False, False, True, True]
+    assert [bool(r["d"]) for r in rows(run)] == [False, True, True, True, True]
+    assert [bool(r["adv"]) for r in rows(run)] == [False, False, False, True, True]
 
 
 def test_minutes_end_the_run(drawings, tmp_path, run_here, monkeypatch):
