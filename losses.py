@@ -480,7 +480,10 @@ def parse_loss(text):
             weights[name] = float(value) if equals else TERMS[name].weight
         except ValueError:
             raise LossError(f"'{part}': a weight is a number, as in {name}={TERMS[name].weight}") from None
-    return {name: weight for name, weight in weights.items() if weight}
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
+        raise LossError(f"'{text}': no term has a weight above 0")
+    return weights
 
 
 class SRLoss(nn.Module):

@@ -540,6 +540,8 @@ def test_parse_loss():
     first, second = list(TERMS)[:2]
     assert L.parse_loss(f"{first}=1, {second} = 0.25") == {first: 1.0, second: 0.25}
     assert L.parse_loss(f"{first}=0,{second}=2") == {second: 2.0}
+    with pytest.raises(LossError):
+        L.parse_loss(f"{first}=0")
     assert L.parse_loss(",".join(TERMS)) == {name: term.weight for name, term in TERMS.items()}
     for wrong in ("pixel=1", "pix,ssim", "", "pix,"):
         with pytest.raises(LossError, match=", ".join(TERMS)):
