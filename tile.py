@@ -365,7 +365,7 @@ def width_by_height(text):
 def parse():
     p = argparse.ArgumentParser(
         description="Upscale pictures. Alpha, gray, 16 bit, and metadata are kept if the format holds them.",
-        epilog="Exit code: 0 all done, 1 some pictures failed (they are named), 2 nothing was done.")
+        epilog="Exit code: 0 no picture failed, 1 some failed (they are named), 2 it could not start.")
     p.add_argument("inputs", nargs="+", metavar="IN", help="pictures, or folders of pictures")
     p.add_argument("-o", "--out", type=Path, help="file, or folder of the results (default: beside IN)")
     p.add_argument("--weights", help="model file (default: weights/kabegami-low, and weights/clean-low for "
