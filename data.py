@@ -136,7 +136,7 @@ def open_patch_file(path):
         for name, entry in header.items():
             offset = 8 + length + entry["data_offsets"][0]
             arrays[name] = np.memmap(path, DTYPES[entry["dtype"]], "r", offset, tuple(entry["shape"]))
-        metadata["fingerprint"], arrays["patches"], arrays["detail"]
+        metadata["fingerprint"], arrays["patches"], arrays["detail"]        # KeyError if one is missing
     except OSError as error:
         raise images.UserError(f"cannot read {images.printable(path)}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -274,7 +274,7 @@ def pack(folders, out, size=PATCH_SIZE, min_side=MIN_SIDE, log=print, overwrite=
     if size % scale:
         raise images.UserError(f"--size {size} is not a multiple of the scale {scale} of the pairs")
     jobs = [(path, name, partners[path]) for path, name in names.items()
-            if path in partners and os.path.realpath(path) not in without]
+            if os.path.realpath(path) not in without]
     stats = [(name, p.stat().st_size, p.stat().st_mtime_ns)
              for path, name, lr_path in jobs for p in (path, lr_path) if p and p.exists()]
     version = 4     # of the patches; change it together with the code that cuts them
@@ -445,10 +445,10 @@ class Batches(torch.utils.data.Dataset):
 
         # All random numbers of the step come first, for all ranks, so that every rank draws the same.
         rng = np.random.default_rng((self.seed, step))
-        patch = self.patches[rng.integers(len(self.patches)) if len(self.patches) > 1 else 0]
+        patch = self.patches[rng.integers(len(self.patches))]
         batch = self.batch_size(patch)
         total = batch * self.ranks
-        files = rng.choice(len(self.files), total, p=self.shares)       # of all candidates of a crop
+        files = rng.choice(len(self.files), total, p=self.shares)       # one for all candidates of a crop
         numbers = (rng.random((total, self.crop_candidates)) * self.counts[files][:, None]).astype(int)
         corners = rng.random((total, self.crop_candidates, 2))
         orientations = rng.integers(8, size=total)
@@ -459,7 +459,7 @@ class Batches(torch.utils.data.Dataset):
         for i in own:
             candidates = [self.crop(files[i], number, corner, patch)
                           for number, corner in zip(numbers[i], corners[i])]
-            hr, lr = max(candidates, key=lambda c: detail(c[0])) if len(candidates) > 1 else candidates[0]
+            hr, lr = max(candidates, key=lambda c: detail(c[0]))
             hr_crops.append(orient(hr, orientations[i]))
             lr_crops.append(None if lr is None else orient(lr, orientations[i]))
 

@@ -237,7 +237,7 @@ def noise(x, rng, kind, strength, gray):
     gaussian: strength is the standard deviation, 0 to 255. poisson: shot noise times strength. The number of
     photons at full brightness is the number of levels in x, rounded up to a power of two (Real-ESRGAN).
     """
-    rng = np.random.default_rng(rng.integers(2**63))
+    rng = np.random.default_rng(rng.integers(2**63))     # later draws must not depend on the size of x
     base = 0.299 * x[:1] + 0.587 * x[1:2] + 0.114 * x[2:] if gray else x
     base = to_8_bit(base).double().numpy()
     if kind == "gaussian":
@@ -279,7 +279,7 @@ def pick(rng, probabilities):
 
 
 def random_rescale(x, rng, sizes, base, direction, factor, kernel, aliased):
-    """Resize by a random factor of sizes[base]. aliased: probability of no antialiasing."""
+    """Resize to sizes[base] times a random factor. aliased: probability of no antialiasing."""
     factors = dict(up=rng.uniform(1.0, factor[1]), down=rng.uniform(factor[0], 1.0), keep=1.0)
     chosen = factors[pick(rng, direction)]
     size = [max(1, int(n * chosen)) for n in sizes[base]]

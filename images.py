@@ -32,7 +32,7 @@ ORIENTATION = 0x0112                        # EXIF tag
 ICC_SPACE = slice(16, 20)                   # color space in an ICC profile, such as b"RGB " or b"GRAY"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_XMP = "XML:com.adobe.xmp"               # keyword of the PNG text that holds XMP
-PNG_EXIF = "Raw profile type exif"          # keyword of the PNG text that holds EXIF in older files
+PNG_EXIF = "Raw profile type exif"          # keyword of PNG text with EXIF in older files: 3 lines, hex
 COLOR_CHUNKS = (b"cICP", b"mDCV", b"cLLI", b"sRGB", b"gAMA", b"cHRM")
 SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)      # gamma; x, y of white and primaries
 # EXIF tags and XMP of the size, orientation, subject area, and thumbnail. They are removed.
@@ -225,7 +225,7 @@ def load_upright(im):
 
 
 def remove_size_tags(exif):
-    """Remove SIZE_TAGS and the thumbnail from raw EXIF -> raw EXIF, None if invalid. Keep non-ASCII text."""
+    """Remove SIZE_TAGS and the thumbnail from raw EXIF -> raw EXIF, None if invalid. Other bytes stay."""
     exif = bytearray(exif.removeprefix(b"Exif\0\0"))        # WebP and PNG lack this prefix
     order = "<" if exif.startswith(b"II") else ">"
     with contextlib.suppress(struct.error):

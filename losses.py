@@ -321,8 +321,8 @@ def generator_loss(discriminator, sr, hr):
 
 def discriminator_loss(discriminator, sr, hr):
     """Relativistic average GAN loss of a discriminator in train mode -> (loss, {name: detached value}).
-    1/2 [BCE(r - mean f, 1) + BCE(f - mean r, 0)], with the means and sr detached. Values: mean logits d_real
-    and d_fake, accuracy d_acc.
+    With the logits r of hr and f of sr: 1/2 [BCE(r - mean f, 1) + BCE(f - mean r, 0)]; sr and the means are
+    detached. Values: mean logits d_real and d_fake, accuracy d_acc.
     Source: Jolicoeur-Martineau, ICLR 2019."""
     logits = discriminator(torch.cat([hr, sr.detach()]))
     total, values = 0, []
@@ -432,7 +432,7 @@ def clipped_artifact_losses(detector, sr, hr, pixel_loss, eps=1e-3):
         values = artifact_losses(detector, leaf, hr)
         pixel_gradient, = torch.autograd.grad(pixel_loss(leaf, hr, eps), leaf)
     max_norm = pixel_gradient.flatten(1).norm(dim=1)
-    zero = sr - leaf.detach()       # its gradient reaches sr
+    zero = sr - leaf.detach()       # is 0, but passes a gradient on to sr
     clipped = []
     for value in values:
         gradient, = torch.autograd.grad(value, leaf, retain_graph=True)
@@ -445,9 +445,9 @@ def clipped_artifact_losses(detector, sr, hr, pixel_loss, eps=1e-3):
 # ---- the table of terms, and their sum ---------------------------------------------------------------------
 
 class Term(NamedTuple):
-    """An entry of TERMS. Its function `compute` gets an object x with these fields: sr, hr: the picture and
-    its target. eps: of charbonnier_loss() and rmse_loss(). lr, discriminator, perceptual, artifacts: see
-    `needs`."""
+    """An entry of TERMS. Its function `compute` gets an object x with the fields sr, hr, lr (pictures), eps,
+    discriminator, perceptual (a Perceptual), and artifacts (art_cls, art_feat). The last three and lr may be
+    None."""
     weight: float               # used if --loss gives only the name
     compute: Callable           # x -> scalar; a function, or a class that SRLoss creates without arguments
     needs: str = ""             # an optional field of x that `compute` needs

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch.utils.checkpoint import checkpoint
 
-# tiny is for tests. fast, low and mid use few, wide heads: the cost of attention grows with their number
+# tiny is for tests. fast, low and mid have few heads: each head costs time
 PRESETS = {
     "tiny": dict(embed_dim=16, depths=(2,) * 2, heads=2, window=4, compress=4, squeeze=4, refiner_dim=8),
     "fast": dict(embed_dim=48, depths=(4,), heads=1, window=8, compress=4, squeeze=4, refiner_dim=16),
@@ -262,7 +262,7 @@ def pad_to(x, multiple):
     for dim in (2, 3):
         n = x.shape[dim]
         i = torch.arange((n + multiple - 1) // multiple * multiple, device=x.device)
-        if n < multiple:        # mirror more than once; ONNX export cannot trace this line
+        if n < multiple:        # mirror more than once; ONNX export assumes n >= multiple
             i = i % max(2 * n - 2, 1)
         x = x.index_select(dim, n - 1 - (n - 1 - i).abs())
     return x
@@ -271,8 +271,8 @@ def pad_to(x, multiple):
 class HAT(nn.Module):
     """HAT. forward: (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped. Any H, W >= 1.
 
-    embed_dim: channels, a multiple of heads. depths: number of HABs of each group. window: its side, a
-    multiple of 4. compress, squeeze: the channels inside CAB are divided by them.
+    embed_dim: channels, a multiple of heads. depths: number of HABs of each group. window: side of a
+    window in pixels, a multiple of 4. compress, squeeze: the channels inside CAB are divided by them.
     grad_checkpoint (attribute): recompute each block in the backward, to save memory."""
     def __init__(self, scale=2, embed_dim=60, depths=(4, 4, 4), heads=2, window=8, compress=6, squeeze=6):
         super().__init__()
@@ -382,9 +382,7 @@ class HATRefiner(nn.Module):
     @classmethod
     def from_preset(cls, name, scale=2, **changes):
         """Create a model with the sizes PRESETS[name]. `changes` replace sizes."""
-        model = cls(scale=scale, **{**PRESETS[name], **changes})
-        model.header = dict(preset=name)
-        return model
+        return cls(scale=scale, **{**PRESETS[name], **changes})
 
     def forward(self, lr, tiler=None):
         sr = self.hat_model(lr) if tiler is None else tiler(self.hat_model, lr, self.scale)
@@ -479,7 +477,7 @@ def load(path, device="cpu"):
         sizes = header.get("sizes") or infer_sizes(state)
         sizes.pop("drop_path", None)        # a size in files of older versions
         model = HATRefiner(**sizes)
-    except (ValueError, TypeError) as e:        # TypeError: a size that this version does not know
+    except ValueError as e:
         raise WeightsError(f"{path}: {e}") from None
     fit_weights(model, state, path)
     model.header = {"preset": preset_name(sizes), "scale": model.scale, **header}

@@ -59,10 +59,10 @@ class Span:
 class Tiler:
     """Apply `forward` in tiles, without seams: tiler(forward, x, scale) returns forward(x). Differentiable.
 
-    A tile has at most tile_size + 2 * tile_pad input pixels a side. Neighbors overlap by 2 * tile_pad. The
-    outer quarter of the overlap is dropped on each side, since a model is least accurate at the border of its
-    input. The middle half is a linear crossfade. If an output pixel depends on input pixels at most
-    tile_pad / 2 away, the output is the same as without tiles.
+    A tile has at most tile_size + 2 * tile_pad input pixels a side and overlaps its neighbor by 2 * tile_pad
+    or more. The outer quarter of the overlap is dropped on each side, since a model is least accurate at the
+    border of its input. The middle half is a linear crossfade. If an output pixel depends on input pixels at
+    most tile_pad / 2 away, the output is the same as without tiles.
 
     All tiles have the same size and start at multiples of `align`, the window of the model, so that the
     windows have the same positions as without tiles. A side that is not a multiple of align is extended by
@@ -371,10 +371,10 @@ def parse():
     p.add_argument("--weights", help="model file (default: weights/kabegami-low, and weights/clean-low for "
                                      "undamaged pictures)")
     size = p.add_mutually_exclusive_group()
-    size.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size, by cropping")
+    size.add_argument("--fit", type=width_by_height, metavar="WxH", help="exactly this size; cuts off edges")
     size.add_argument("--scale", type=float, help="factor, such as 1.5 or 4 (default: that of the model)")
     p.add_argument("--format", default="png", choices=["png", "webp", "avif", "jpg"],
-                   help="of results in a folder (default: png)")
+                   help="of results, unless --out is a file (default: png)")
     p.add_argument("--overwrite", action="store_true", help="replace results that exist (default: skip them)")
     p.add_argument("--tile-size", type=int, help="input pixels from tile to tile; halved if memory runs out "
                                                  f"(default: {TILE_SIZE})")

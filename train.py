@@ -52,7 +52,7 @@ STAGES = {
 }
 GPU = {1: dict(batch=16, steps=50000), 2: dict(batch=8, steps=10000),
        3: dict(batch=4, steps=5000, patch=[256, 384, 512])}
-CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: the learning rate of 3x3 convolutions, see optim.py
+CONV_LR_SCALE = {1: 0.3, 2: 1.0, 3: 1.0}    # by stage: factor on the learning rate of 3x3 convolutions
 WARMUP = 20                     # steps over which the learning rate rises
 MAX_GRAD_NORM = 0.5
 CALM_FRACTION = 2 / 3           # after this part of the run, half as many crop candidates: more flat areas
@@ -60,7 +60,7 @@ LR_DISCRIMINATOR = 1e-4
 MAX_GRAD_NORM_DISCRIMINATOR = 10.0
 MAX_BAD_STEPS = 10              # steps in a row whose loss or gradient is not finite; then the run stops
 STATE_SECONDS = 600             # state.pt is saved at least this often
-REPORTS = 10                    # validations in a run; half as many with tiling, because it is slow
+REPORTS = 10                    # validations in a run; with --steps and tiling, which is slow, half as many
 MANY_STEPS = 10 ** 8            # value of --steps in a run with --minutes
 DEMO = Path("demo")
 PATCHES = Path("patches")       # packed patch files
@@ -112,8 +112,8 @@ def parse(argv=None):
       "attention and MLP, Adam for the rest (default: muon)")
     a("--optimiser", dest="optimizer", choices=("muon", "adam"), help=argparse.SUPPRESS)
     a("--ema", type=float, default=0.999, help="decay of the average, which is saved (default: 0.999)")
-    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default, and "
-      "with --minutes: 10 validations in a run, 5 with tiling)")
+    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: 10 "
+      "in a run, 5 with tiling; with --minutes always 10)")
     a = p.add_argument_group("loss").add_argument
     a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; losses.py "
       "lists them (default: rmse,luma)")
@@ -196,7 +196,7 @@ def choose_validation(args):
     else:
         folder, held_out = data.hold_out(folders, PATCHES)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
-        print(f"no --val: {len(held_out)} pictures of --data are held out; {folder} has a crop of each")
+        print(f"no --val: {len(held_out)} pictures of --data are held out, with smaller copies; see {folder}")
 
 
 class Learner:
@@ -345,18 +345,15 @@ def backward(learner, batches, adversarial, measure_gradients):
 
     batches: list of (lr (B, 3, h, w), hr (B, 3, h * scale, w * scale)). adversarial: False leaves out the
     term adv; the discriminator learns in any case.
-    Returns ({loss: unweighted value}, {loss: norm of its weighted gradient at SR, if measured})."""
+    Returns ({loss: unweighted value}, {loss: norm of its weighted gradient at the last SR, if measured})."""
     loss, scaler, discriminator = learner.loss, learner.scaler, learner.discriminator
     loss.weights = {name: w for name, w in learner.loss_weights.items() if name != "adv" or adversarial}
-    losses, gradients = {}, {}
+    losses = {}
     for lr, hr in batches:
         lr, hr = (x.to(learner.device, non_blocking=True) for x in (lr, hr))
         with learner.autocast():
             sr = learner.graphs(lr) if learner.graphs else learner.ddp_model(lr, learner.tiler)
-            terms = loss.terms(sr, hr, lr, discriminator)
-        if measure_gradients:
-            gradients = loss.gradient_norms(sr, hr, lr, discriminator)
-        total = sum(loss.weights[name] * value for name, value in terms.items())
+            total, terms = loss(sr, hr, lr, discriminator)
         scaler.scale(total / len(batches)).backward()
         if discriminator:
             with learner.autocast():
@@ -365,11 +362,11 @@ def backward(learner, batches, adversarial, measure_gradients):
             terms.update(d=d_loss, **d_statistics)
         for name, value in terms.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(batches)
-    return losses, gradients
+    return losses, loss.gradient_norms(sr, hr, lr, discriminator) if measure_gradients else {}
 
 
 def clip_gradients(learner):
-    """Undo the loss scaling and clip the gradients. Returns the norm before clipping, of all networks."""
+    """Undo the loss scaling and clip the gradients. Returns the norm before, summed over the networks."""
     for optimizer in learner.all_optimizers:
         learner.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(learner.learning, MAX_GRAD_NORM)
@@ -419,7 +416,7 @@ class Validation:
         if len(jobs) > count:           # from all parts of the list
             jobs = [jobs[i * len(jobs) // count] for i in range(count)]
         for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, self.recipe):
-            bicubic = degrade.resize(lr[None], hr.shape[-2:])[0]
+            bicubic = degrade.resize(lr, hr.shape[-2:])
             if min(hr.shape[1:]) < 11 + 2 * self.scale or torch.equal(bicubic, hr):     # SSIM's window is 11
                 pairs.report_skipped(name, "too small or without detail: nothing to measure")
                 continue
@@ -456,7 +453,7 @@ def sample_strip(lr, sr, hr, side=192):
     """Return bicubic | SR | HR of the center, each at most side x side, as one uint8 array (h, 3 * w, 3)."""
     h, w = min(side, hr.shape[1]), min(side, hr.shape[2])
     y, x = (hr.shape[1] - h) // 2, (hr.shape[2] - w) // 2
-    bicubic = degrade.resize(lr[None], hr.shape[-2:])[0].clamp(0, 1)
+    bicubic = degrade.resize(lr, hr.shape[-2:]).clamp(0, 1)
     return to_uint8(torch.cat([p[:, y:y + h, x:x + w] for p in (bicubic, sr, hr)], 2))
 
 
