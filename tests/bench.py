@@ -253,7 +253,7 @@ for path in images.find_pictures(sys.argv[1]):
             return lambda: run([sys.executable, *command, "--device", args.device, "--overwrite"])
 
         jobs = {"CUNet's layers": job("-c", cunet, f"{folder}/in")}
-        for name in "clean-low", "kabegami-low", "default":
+        for name in "clean-low", "kabegami-low", "kabegami-fast", "default":
             weights = [] if name == "default" else ["--weights", f"weights/{name}.safetensors"]
             jobs[f"tile.py, {name}"] = job("tile.py", f"{folder}/in", "-o", f"{folder}/{name}", *weights)
         t = time_in_turn(jobs, args.rounds, args.device)
