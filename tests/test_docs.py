@@ -110,10 +110,11 @@ def test_three_commands_of_the_readme(tmp_path):
     for path in [*ROOT.glob("*.py"), ROOT / "weights"]:
         shutil.copytree(path, tmp_path / path.name) if path.is_dir() else shutil.copy(path, tmp_path)
     for command, more, result in (
-            ("python demo.py drawn", [], "drawn/val/000_meadow.png"),
+            ("python demo.py drawn", [], "drawn/val/000.png"),
             ("python tile.py wallpaper.png", [], "wallpaper-2x.png"),
-            ("python train.py --stage 1 --patch 64", ["--steps", "2", "--out", "runs/mine"], "runs/mine/curves.png"),
-            ("python convert.py export runs/mine/best.safetensors mine.pth", [], "mine.pth")):
+            ("python train.py --stage 1 --patch 64", ["--steps", "2", "--out", "runs/stage3-low-2x"],
+             "runs/stage3-low-2x/curves.png"),
+            ("python convert.py export runs/stage3-low-2x/best.safetensors mine.safetensors", [], "mine.safetensors")):
         assert command in read(ROOT / "README.md") or "demo.py" in command
         done = subprocess.run([sys.executable, *command.split()[1:], *more], cwd=tmp_path, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=900)
