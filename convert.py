@@ -84,7 +84,7 @@ def export_onnx(model, path):
         raise WeightsError("ONNX needs: pip install onnx onnxscript") from None
     window, side = model.hat_model.window, torch.export.Dim
     sizes = {2: side("height", min=window), 3: side("width", min=window)}
-    lr = torch.rand(1, 3, 6 * window + 5, 8 * window + 6)       # no multiples of the window
+    lr = torch.rand(1, 3, 6 * window + 5, 8 * window + 6)       # not multiples of the window
     program = torch.onnx.export(model.hat_model, (lr,), dynamo=True, opset_version=18, verbose=False,
                                 dynamic_shapes={"x": sizes}, input_names=["lr"], output_names=["sr"])
     write_atomic(path, program.model_proto.SerializeToString())

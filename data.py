@@ -86,7 +86,7 @@ def run_parallel(function, jobs, workers, label, log):
             log(note)
         yield result
         progress.step("pictures", label, len(jobs))
-    images.ProgressLine.clear()
+    progress.clear()
 
 
 # ------------------------------------------------------------------ pictures

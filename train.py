@@ -159,7 +159,7 @@ def complete(args):
             setattr(args, name, value)
     args.val_every = args.val_every or max(1, args.steps // (REPORTS // 2 if args.use_tiling else REPORTS))
     if args.minutes:
-        args.steps = args.val_every = MANY_STEPS
+        args.steps = MANY_STEPS
     if "adv" in parse_loss(args.loss) and args.gan_after >= args.steps:
         raise UserError(f"--gan-after {args.gan_after} is not below --steps {args.steps}: adv never begins")
     return args

@@ -146,9 +146,9 @@ def test_printed_commands_run(whole):
 
 @pytest.mark.slow
 def test_learns(drawings, tmp_path, run_here):
-    code, _, _ = run_here(flags(drawings, tmp_path / "run", steps=160, val_every=40, batch=4))
+    code, _, _ = run_here(flags(drawings, tmp_path / "run", steps=200, val_every=50, batch=4))
     psnr = [float(r["psnr_y"]) for r in rows(tmp_path / "run")]
-    assert code == 0 and psnr[-1] > psnr[0] + 0.4, psnr
+    assert code == 0 and psnr[-1] > psnr[0] + 0.5, psnr
 
 
 def test_stage_1_trains_hat_alone(whole):
