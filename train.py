@@ -561,6 +561,9 @@ def train(args):
             run.save_state(learner.state_dict(), progress)
             saved = progress.seconds
 
+    if ranks > 1:
+        dist.destroy_process_group()
+        time.sleep(0.1)     # a thread of gloo aborts if Python exits before it has freed its tensors
     if fraction < 1:
         print(f"stopped at step {progress.step}; the same command resumes"
               + (" (leave out --overwrite)" if args.overwrite else ""))
