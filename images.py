@@ -410,7 +410,7 @@ def write_png(file, rows, size, channels, depth, metadata, picture):
     PngImagePlugin.putchunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
     for name, data, *_ in info.chunks:
         PngImagePlugin.putchunk(file, name, data)
-    compressor, above = zlib.compressobj(6), np.zeros((1, width * channels * depth // 8), np.uint8)
+    compressor, above = zlib.compressobj(4), np.zeros((1, width * channels * depth // 8), np.uint8)
     for array in rows:
         samples = array.astype(f">u{depth // 8}").reshape(-1, width * channels).view(np.uint8)  # big-endian
         residuals = np.diff(np.concatenate([above, samples]), axis=0)       # PNG's filter 2, modulo 256
