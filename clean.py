@@ -44,9 +44,10 @@ LOW_DETAIL_SHARE = 0.1  # share of patches with little detail; select_patches() 
 
 def jpeg_quality(path):
     """Estimate the quality of a JPEG file, 1 to 100, from its quantization table. None for other formats."""
-    with Image.open(path) as im:
-        tables = getattr(im, "quantization", None)
-    if not tables:
+    try:
+        with Image.open(path, formats=["JPEG"]) as im:
+            tables = im.quantization
+    except OSError:
         return None
     # libjpeg scales the luma table of ITU-T T.81, annex K. The 64 numbers of that table add up to 3688.
     percent = 100 * sum(tables[min(tables)]) / 3688
@@ -310,10 +311,10 @@ def clean(folders, out, min_side=256, workers=None, log=print, keep_text=False):
     if (out / "pictures").exists():
         raise images.UserError(f"{images.printable(out / 'pictures')} exists; choose another --out")
     jobs = [(path, images.printable(name)) for path, name in data.list_inputs(folders).items()]
+    out.mkdir(parents=True, exist_ok=True)      # an error before the work is done
     rows = list(data.run_parallel(examine, jobs, workers, "examining", log))
     verdicts = decide(rows, min_side, keep_text)
-
-    (out / "pictures").mkdir(parents=True)
+    (out / "pictures").mkdir()
     for row in rows:
         verdict, target = verdicts[row.name]
         if verdict == "kept":
@@ -340,7 +341,7 @@ def copy_job(job, min_side):
     picture = images.read_picture(path, srgb=True)
     image = Image.fromarray(stack_planes(picture))
     short, count = min(image.size), 0
-    for suffix, factor in {**data.COPY_SCALES, data.COPY_SHORT_SIDE: data.COPY_SHORT_SIDE / short}.items():
+    for factor, suffix in {**data.COPY_SCALES, data.COPY_SHORT_SIDE / short: data.COPY_SHORT_SIDE}.items():
         if factor >= 1 or round(short * factor) < min_side:
             continue
         copy = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
@@ -357,14 +358,16 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
 
     NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same
     subfolder of `out`. No copy is larger than its picture or has a side below min_side. Of several pictures
-    with one name but different suffixes, the copies of one are kept. Raises images.UserError and OSError.
+    with one name, also in different folders, one is used. Raises images.UserError and OSError.
     """
-    jobs = [(path, str(Path(out) / name.split("/", 1)[1].removesuffix(path.suffix)))
-            for path, name in data.list_inputs(folders).items()]
+    names = data.list_inputs(folders)
+    jobs = {name.split("/", 1)[1].removesuffix(path.suffix): path for path, name in names.items()}
+    jobs = [(path, str(Path(out) / stem)) for stem, path in jobs.items()]
     job = functools.partial(copy_job, min_side=min_side)
     counts = list(data.run_parallel(job, jobs, workers, "resizing", log))
     count = sum(filter(None, counts))
-    log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {counts.count(None)} unreadable")
+    log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {counts.count(None)} unreadable, "
+        f"{len(names) - len(jobs)} with the name of another left out")
     return count
 
 

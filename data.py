@@ -40,8 +40,8 @@ MIN_SIDE = 128          # default: skip pictures whose shorter side is below thi
 MAX_WORKERS = 8         # each worker process holds one decoded picture in memory
 WORKERS_HELP = f"processes that read pictures (default: one per core, at most {MAX_WORKERS})"
 
-# Smaller copies made by `clean.py multiscale`: the suffix of the file name, and the factor of the size.
-COPY_SCALES = {"075": 3 / 4, "050": 1 / 2, "033": 1 / 3}
+# Smaller copies made by `clean.py multiscale`: the factor of the size, and the suffix of the file name.
+COPY_SCALES = {3 / 4: "075", 1 / 2: "050", 1 / 3: "033"}
 COPY_SHORT_SIDE = 400   # the fourth copy has this shorter side, and this number as its suffix
 
 
@@ -145,11 +145,6 @@ def open_patch_file(path):
     return metadata, arrays
 
 
-def is_patch_file(path):
-    """Return True for the path of a patch file. The suffix decides."""
-    return Path(path).suffix == ".safetensors"
-
-
 def write_patch_file(path, size, scale, fingerprint, pictures):
     """Write a patch file, completely or not at all. Returns (number of patches, number of pictures).
 
@@ -157,44 +152,41 @@ def write_patch_file(path, size, scale, fingerprint, pictures):
     identifies the contents. pictures: an iterable of (name, patches, LR patches or None, details).
     Raises images.UserError if there are no patches, and OSError if the file cannot be written.
     """
-    part, names, counts, details = Path(f"{path}.part"), [], [], []
-    part.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file, tempfile.TemporaryFile(dir=part.parent) as lr_file:
-            file.seek(8 + HEADER_BYTES)
-            for name, patches, lr_patches, patch_details in pictures:
-                file.write(patches)
-                if scale:
-                    lr_file.write(lr_patches)
-                names.append(images.printable(name))
-                counts.append(len(patches))
-                details.extend(patch_details)
-            if not details:
-                raise images.UserError("no patches: all pictures are broken, too small or of a single color")
-
-            count = len(details)
-            shapes = {"patches": ("U8", [count, size, size, 3])}
+    names, counts, details, folder = [], [], [], Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (images.atomic_path(path) as part, open(part, "wb") as file,
+          tempfile.TemporaryFile(dir=folder) as lr_file):
+        file.seek(8 + HEADER_BYTES)
+        for name, patches, lr_patches, patch_details in pictures:
+            file.write(patches)
             if scale:
-                shapes["lr"] = "U8", [count, size // scale, size // scale, 3]
-                lr_file.seek(0)
-                shutil.copyfileobj(lr_file, file, 2**24)
-            text = "\n".join(names).encode()
-            text += b"\n" * (-(file.tell() + len(text)) % 4)        # align the next tensor
-            picture = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-            for content in (text, picture, np.array(details, np.float32)):
-                file.write(content)
-            shapes |= {"names": ("U8", [len(text)]), "picture": ("I32", [count]), "detail": ("F32", [count])}
+                lr_file.write(lr_patches)
+            names.append(images.printable(name))
+            counts.append(len(patches))
+            details.extend(patch_details)
+        if not details:
+            raise images.UserError("no patches: all pictures are broken, too small or held out")
 
-            metadata = {"fingerprint": fingerprint} | ({"scale": str(scale)} if scale else {})
-            header, end = {"__metadata__": metadata}, 0
-            for name, (dtype, shape) in shapes.items():
-                begin, end = end, end + int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
-                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-            file.seek(0)
-            file.write(HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        count = len(details)
+        shapes = {"patches": ("U8", [count, size, size, 3])}
+        if scale:
+            shapes["lr"] = "U8", [count, size // scale, size // scale, 3]
+            lr_file.seek(0)
+            shutil.copyfileobj(lr_file, file, 2**24)
+        text = "\n".join(names).encode()
+        text += b"\n" * (-(file.tell() + len(text)) % 4)        # align the next tensor
+        picture = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        for content in (text, picture, np.array(details, np.float32)):
+            file.write(content)
+        shapes |= {"names": ("U8", [len(text)]), "picture": ("I32", [count]), "detail": ("F32", [count])}
+
+        metadata = {"fingerprint": fingerprint} | ({"scale": str(scale)} if scale else {})
+        header, end = {"__metadata__": metadata}, 0
+        for name, (dtype, shape) in shapes.items():
+            begin, end = end, end + int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        file.seek(0)
+        file.write(HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(HEADER_BYTES))
     return len(details), len(names)
 
 
@@ -301,7 +293,7 @@ def hold_out(folders, folder, count=8, side=512):
     images.UserError for fewer than 10 pictures.
     """
     names = list_inputs(folders)
-    copy_suffix = re.compile(rf"_({'|'.join(COPY_SCALES)}|{COPY_SHORT_SIDE})$")
+    copy_suffix = re.compile(rf"_({'|'.join(COPY_SCALES.values())}|{COPY_SHORT_SIDE})$")
     families = {}       # name without suffixes: [the picture, then its smaller copies]
     for path in sorted(names, key=lambda p: (len(names[p]), names[p])):
         _, name = names[path].split("/", 1)
@@ -360,14 +352,14 @@ def pack_folders(folders, sides, held_out, out, log=print):
     size = max(PATCH_SIZE, math.ceil(max(sides) * 1.5 / 64) * 64)       # larger than a crop: random corners
 
     def pack_group(group):
-        if is_patch_file(group[0]):
+        if Path(group[0]).suffix == ".safetensors":
             return Path(group[0])
         key = json.dumps([str(Path(folder).resolve()) for folder in group] + held_out)
         name = f"{Path(group[0]).name}-{zlib.crc32(key.encode()):08x}-{size}-{min(sides)}.safetensors"
         return pack(group, Path(out) / name, size, min_side=min(sides), log=log, without=held_out)
 
     found = split_shares(folders)
-    plain = [folder for folder, share in found if share is None and not is_patch_file(folder)]
+    plain = [folder for folder, share in found if share is None and Path(folder).suffix != ".safetensors"]
     groups = [([folder], share) for folder, share in found if folder not in plain]
     groups += [(plain, None)] if plain else []
     return [pack_group(group) for group, _ in groups], [share for _, share in groups]

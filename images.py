@@ -188,19 +188,20 @@ def decode(data, srgb, note=""):
     if not data:
         raise ValueError("empty file (0 bytes)")
     with Image.open(io.BytesIO(data), formats=READ_FORMATS) as im:
-        png_layout = im.tile[0][-1] if im.format == "PNG" else ""       # such as "RGB;16B"
+        layout = str(im.tile[0][-1]) if im.format in ("PNG", "TIFF") else ""        # such as "RGB;16B"
         raw_exif, color = load_upright(im), read_color(im, data)
-        pixels = read_samples(im, data, png_layout)
+        pixels = read_samples(im, data, layout)
         icc, exif = im.info.get("icc_profile"), remove_size_tags(raw_exif)
-        notes = [note, "invalid EXIF left behind" if raw_exif and not exif else ""]
         xmp = SIZE_XMP.sub(b"", im.info.get("xmp") or im.info.get(PNG_XMP, "").encode()) or None
         text = {k: str(v) for k, v in getattr(im, "text", {}).items() if k not in (PNG_XMP, PNG_EXIF)}
-        if im.mode == "CMYK":
-            notes.append("CMYK converted to RGB")
-        if im.format == "TIFF":
-            notes.append("TIFF tags left behind")
-        if getattr(im, "n_frames", 1) > 1:
-            notes.append(f"first of {im.n_frames} frames")
+        frames, is_16_bit = getattr(im, "n_frames", 1), pixels.dtype == np.uint16
+        notes = [note,
+                 "invalid EXIF left behind" if raw_exif and not exif else "",
+                 "CMYK converted to RGB" if im.mode == "CMYK" else "",
+                 "TIFF tags left behind" if im.format == "TIFF" else "",
+                 "16 bit reduced to 8" if ";16" in layout and not is_16_bit else "",
+                 "transparent color left behind" if is_16_bit and "transparency" in im.info else "",
+                 f"first of {frames} frames" if frames > 1 else ""]
         if icc and (srgb or im.mode == "CMYK"):
             pixels, note = convert_to_srgb(im, pixels, icc)
             icc, color = None, {}
@@ -240,12 +241,12 @@ def remove_size_tags(exif):
         return b"Exif\0\0" + bytes(exif)
 
 
-def read_samples(im, data, png_layout):
+def read_samples(im, data, layout):
     """Convert a decoded image to (H, W, C) uint8 or uint16. C: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
-    if png_layout in ("RGB;16B", "RGBA;16B"):
+    if layout in ("RGB;16B", "RGBA;16B"):
         # Pillow keeps the high byte of each sample. Decode as little-endian to get the low byte.
         with Image.open(io.BytesIO(data)) as low:
-            low.tile = [(*low.tile[0][:3], png_layout.replace("16B", "16L"))]
+            low.tile = [(*low.tile[0][:3], layout.replace("16B", "16L"))]
             load_upright(low)
             return np.asarray(im).astype(np.uint16) << 8 | np.asarray(low)
     if im.mode == "F" or (im.mode == "I" and im.getextrema()[1] > 65535):
@@ -329,12 +330,12 @@ def save_strips(path, strips, size, picture):
         if format == "PNG":
             write_png(file, rows, size, (1 if gray else 3) + alpha, depth, metadata, picture)
             return
+        pixels = np.concatenate(list(rows))
         memory = io.BytesIO()       # Pillow would hide the reason if the disk is full
         try:
-            pixels = np.concatenate(list(rows))
             im = Image.fromarray(pixels[..., 0] if gray else pixels)
             im.save(memory, format, quality=QUALITY, subsampling="4:4:4", **metadata)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise PictureError(f"{printable(path)}: Pillow cannot write this {format}: {error}") from error
         file.write(memory.getbuffer())
 

@@ -117,11 +117,11 @@ class Report:
         return "\n".join(tables)
 
     def write_picture(self, name, pixels):
-        """Save (H, W, 3 or 4) uint8 as lossless WebP, and return its URL."""
-        memory = io.BytesIO()
-        Image.fromarray(pixels).save(memory, "webp", lossless=True, method=1, quality=0)
-        write_file(self.files / f"{name}.webp", memory.getbuffer())
-        return f"{FILES_FOLDER}/{name}.webp"
+        """Save (H, W, 3 or 4) uint8 without loss, and return its URL."""
+        memory, suffix = io.BytesIO(), "webp" if max(pixels.shape) < 2**14 else "png"      # WebP's limit
+        Image.fromarray(pixels).save(memory, suffix, lossless=True, method=1, quality=0)
+        write_file(self.files / f"{name}.{suffix}", memory.getbuffer())
+        return f"{FILES_FOLDER}/{name}.{suffix}"
 
 
 def write_file(path, data):

@@ -25,9 +25,8 @@ from PIL import Image, ImageDraw
 
 from images import UserError, fail, printable, write_atomic
 
-# settings that may change when a run resumes: speed, precision, paths of files
-FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers",
-                 "vgg_weights", "anime_weights", "detector"}
+# settings that may change when a run resumes
+FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers"}
 NOT_LOSSES = {"step", "lr", "patches_per_s", "seconds", "memory_mib", "skipped", "ssim_y"}
 COLORS = [(200, 40, 90), (30, 90, 200), (20, 140, 70), (200, 120, 0), (120, 60, 180), (0, 140, 160)]
 PANEL_WIDTH, PANEL_HEIGHT, LEFT, TOP = 720, 220, 70, 24     # size and margins of a panel, in pixels
@@ -96,7 +95,7 @@ class Run:
         """Create the folder and write args.json. Remove the files of an older run that is not resumed."""
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if not self.settings():
-            for pattern in ("state.pt", "*.safetensors", "log.csv", "curves.png", "samples/step_*.png"):
+            for pattern in "state.pt", "best.safetensors", "last.safetensors", "log.csv", "samples/step_*":
                 for path in self.folder.glob(pattern):
                     path.unlink()
         write_atomic(self.folder / "args.json", json.dumps(settings, indent=1).encode())

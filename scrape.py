@@ -243,7 +243,7 @@ def search(client, settings, skipped):
         if len(seen) == seen_before:
             raise ScrapeError(f"a page of {settings.base} has no usable new post: {problem}")
         if by_id:
-            below_id = min(seen)
+            below_id = min(p["id"] for p in posts if isinstance(p, dict) and type(p.get("id")) is int)
         else:
             number += 1
 

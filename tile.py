@@ -261,7 +261,7 @@ def upscale_picture(forward, picture, scale, tiler, size, progress=None, **optio
     total = sum(tiler.count(height * scale**k, width * scale**k) for k in range(passes))
     options["progress"] = progress and partial(progress, total)
 
-    rgb = picture.rgb if picture.alpha is None else bleed_colors(picture.rgb, picture.alpha)
+    rgb = bleed_colors(picture.rgb, picture.alpha)
     dtype = torch.float32 if picture.depth == 16 else torch.float16
     for _ in range(passes - 1 if exact else passes):
         rgb = upscale(forward, rgb, scale, tiler, dtype=dtype, **options)
@@ -304,10 +304,9 @@ def bleed_colors(rgb, alpha):
     """Spread the visible colors of rgb (3, H, W) into pixels whose alpha (1, H, W) is 0 -> (3, H, W).
 
     The color of these pixels is arbitrary, often black, and would cause a fringe at the edges. Downscale by 2
-    until all pixels have a color, then fill the gaps from coarse to fine.
+    until all pixels have a color, then fill the gaps from coarse to fine. alpha may be None.
     """
-    visible = alpha > 0
-    if visible.all() or not visible.any():
+    if alpha is None or alpha.min() > 0 or alpha.max() == 0:
         return rgb
     sums, weights = [rgb[None] * alpha], [alpha[None]]
     while not (weights[-1] > 0).all():
@@ -317,7 +316,7 @@ def bleed_colors(rgb, alpha):
     for total, weight in zip(sums[-2::-1], weights[-2::-1]):
         fill = F.interpolate(fill, scale_factor=2, mode="bilinear")[:, :, :total.shape[2], :total.shape[3]]
         fill = torch.where(weight > 0, total / weight.clamp(min=1e-8), fill)
-    return torch.where(visible, rgb, fill[0])
+    return torch.where(alpha > 0, rgb, fill[0])
 
 
 # ------------------------------------------------------------------ device and memory
@@ -382,7 +381,10 @@ def parse():
                                                 "(default: two windows of the model)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
     p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native)")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.scale is not None and not 0 < args.scale < math.inf or min(args.fit or [1]) < 1:
+        p.error("--scale and --fit must be positive")
+    return args
 
 
 def plan_jobs(inputs, out, suffix, tag):
@@ -390,26 +392,30 @@ def plan_jobs(inputs, out, suffix, tag):
 
     out: file, folder, or None: NAME becomes NAME-tag beside itself. Raises UserError if no picture is found.
     """
-    jobs, problems = {}, []
-    for given in map(Path, inputs):
-        beside = Path(f"{os.path.abspath(given)}-{tag}")
-        for source in images.find_pictures(given):
-            if out and given in out.parents and out in source.parents:      # a result of an earlier run
-                continue
-            if out and out.suffix.lower() in images.READ_SUFFIXES:
-                target = out
-            elif given.is_dir():
-                target = (out or beside) / source.relative_to(given).with_suffix(suffix)
-            elif out:
-                target = out / f"{source.stem}{suffix}"
-            else:
-                target = source.with_name(f"{source.stem}-{tag}{suffix}")
-            if os.path.realpath(source) == os.path.realpath(target):
-                problems.append(f"{source}: the result would replace the picture; choose another --out")
-            elif jobs.setdefault(target, source) != source:
-                problems.append(f"{source}: the result would replace that of {jobs[target]}")
-    if not out:     # leave out pictures that an earlier run wrote beside its inputs
-        jobs = {target: source for target, source in jobs.items() if source not in jobs}
+    jobs, problems, real = {}, [], os.path.realpath
+    found = [(given, source) for given in map(Path, inputs) for source in images.find_pictures(given)]
+    if out:         # leave out the results of an earlier run
+        home = Path(real(out))
+        found = [(given, source) for given, source in found
+                 if Path(real(given)) not in home.parents or home not in Path(real(source)).parents]
+    originals = {real(source) for _, source in found}
+    for given, source in found:
+        if out and out.suffix.lower() in images.READ_SUFFIXES:
+            target = out
+        elif given.is_dir():
+            folder = out or Path(f"{os.path.abspath(given)}-{tag}")
+            target = folder / source.relative_to(given).with_suffix(suffix)
+        elif out:
+            target = out / f"{source.stem}{suffix}"
+        else:
+            target = source.with_name(f"{source.stem}-{tag}{suffix}")
+        if out and real(target) in originals:
+            problems.append(f"{source}: the result would replace {target}; choose another --out")
+        elif jobs.setdefault(target, source) != source:
+            problems.append(f"{source}: the result would replace that of {jobs[target]}")
+    if not out:     # leave out the results that an earlier run wrote beside its inputs
+        results = set(map(real, jobs))
+        jobs = {target: source for target, source in jobs.items() if real(source) not in results}
     if not jobs:
         raise images.UserError([*problems, f"no picture in {', '.join(inputs)}"][0])
     return [(source, target) for target, source in jobs.items()], problems
@@ -444,7 +450,7 @@ def upscale_file(args, models, tiler, source, target, label):
     if len(models) > 1:
         import choose
         with torch.autocast(args.device.type, args.amp, enabled=args.amp is not None):
-            undamaged = choose.is_undamaged(network, picture.rgb)
+            undamaged = choose.is_undamaged(network, bleed_colors(picture.rgb, picture.alpha))
         if undamaged:
             network = models[1]
             notes.append("undamaged")

@@ -190,11 +190,11 @@ def choose_validation(args):
     elif args.val:
         roots = {Path(folder).resolve() for folder in folders}
         pictures = [path.resolve() for path in find_pictures([args.val])]
-        args.held_out = [str(path) for path in pictures if roots & {*path.parents}]
+        args.held_out = [str(path) for path in pictures if roots & {path, *path.parents}]
         if args.held_out:
             print(f"{len(args.held_out)} pictures of --val are also in --data; they are not trained on")
     else:
-        folder, held_out = data.hold_out(folders, PATCHES)
+        folder, held_out = data.hold_out(folders, PATCHES, args.val_count or 8)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
         print(f"no --val: {len(held_out)} pictures of --data are held out, with smaller copies; see {folder}")
 
@@ -271,7 +271,8 @@ class Learner:
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:     # a loss scaler that was off saves nothing
+                part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
 
 
@@ -417,7 +418,8 @@ class Validation:
             jobs = [jobs[i * len(jobs) // count] for i in range(count)]
         for name, lr, hr, _ in pairs.read_pairs(jobs[rank::ranks], args.scale, self.recipe):
             bicubic = degrade.resize(lr, hr.shape[-2:])
-            if min(hr.shape[1:]) < 11 + 2 * self.scale or torch.equal(bicubic, hr):     # SSIM's window is 11
+            no_detail = torch.allclose(bicubic, hr, rtol=0, atol=1 / 255)       # its PSNR may be infinite
+            if min(hr.shape[1:]) < 11 + 2 * self.scale or no_detail:      # SSIM's window is 11
                 pairs.report_skipped(name, "too small or without detail: nothing to measure")
                 continue
             self.pictures.append((lr, hr))
@@ -524,7 +526,7 @@ def train(args):
         batches = stream.next_step(step, fraction)
         rate = learning_rate(step, fraction, args.lr, WARMUP)
         set_learning_rate(learner.optimizers, rate)
-        report_due = (step + 1) % args.val_every == 0
+        report_due = (step + 1) % args.val_every == 0 or step + 1 == args.steps
         if args.minutes:
             report_due = len(progress.rows) <= REPORTS * fraction
         losses, gradients = backward(learner, batches, step >= args.gan_after, report_due)

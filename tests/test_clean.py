@@ -427,7 +427,26 @@ def test_wrong_folders(tmp_path):
         clean.clean([tmp_path / "in"], tmp_path / "out", **QUIET)
 
 
+def test_damaged_metadata_does_not_stop_the_others(tmp_path):
+    save(tmp_path / "in/a.png", painting(0, 300, 300))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b")
+    path = save(tmp_path / "in/b.png", painting(1, 300, 300), pnginfo=text)
+    path.write_bytes(path.read_bytes().replace(b"tEXta\0b", b"tEXta\0c"))        # a wrong checksum
+    verdicts = clean.clean([tmp_path / "in"], tmp_path / "out", **QUIET)
+    assert [verdict for verdict, _ in verdicts.values()] == ["kept", "kept"]
+
+
 # ------------------------------------------------------------------ smaller copies
+
+def test_copies_of_equal_names_and_sizes_are_made_once(tmp_path):
+    for folder in "ab":
+        save(tmp_path / folder / "x.png", painting(0, 800, 900))
+    lines = []
+    count = clean.multiscale([tmp_path / "a", tmp_path / "b"], tmp_path / "out", workers=0, log=lines.append)
+    assert count == 3 == len(list((tmp_path / "out").iterdir()))       # half of 800 is the copy of 400, too
+    assert "3 copies of 1 pictures" in lines[-1] and "1 with the name of another" in lines[-1]
+
 
 def test_copies_are_smaller_antialiased_and_named(tmp_path):
     save(tmp_path / "in/sub/wide 壁.webp", painting(0, 600, 901), lossless=True)

@@ -169,9 +169,21 @@ def test_an_interrupted_pack_leaves_no_file(zoo, packed, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pack([zoo], tmp_path / "p.safetensors")
     assert not list(tmp_path.iterdir())
-    (tmp_path / "p.safetensors.part").write_bytes(b"left by a killed process" * 10000)
+    monkeypatch.undo()
     assert pack([zoo], tmp_path / "p.safetensors").read_bytes() == packed[0].read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_two_packs_at_once_do_not_mix(zoo, packed, tmp_path, monkeypatch):
+    out, read = tmp_path / "p.safetensors", images.read_picture
+
+    def read_and_pack_again(path, srgb):
+        monkeypatch.setattr(images, "read_picture", read)
+        pack([zoo], out)
+        return read(path, srgb)
+    monkeypatch.setattr(images, "read_picture", read_and_pack_again)
+    assert pack([zoo], out, overwrite=True).read_bytes() == packed[0].read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_profiles_and_animations(tmp_path):

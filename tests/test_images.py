@@ -103,6 +103,18 @@ def test_16_bit(tmp_path, channels):
     assert read_picture(tmp_path / "c.jpg").depth == 8
 
 
+def test_what_is_lost_of_16_bit_files_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(png16(DEEP[..., :2]))          # Pillow has no mode for 16-bit gray + alpha
+    (tmp_path / "b.png").write_bytes(png16(DEEP[..., :3], chunk(b"tRNS", DEEP[0, 0, :3].astype(">u2").tobytes())))
+    assert "16 bit reduced to 8" in read_picture(tmp_path / "a.png").note
+    assert read_picture(tmp_path / "b.png").note == "transparent color left behind"
+
+
+def test_a_side_that_avif_cannot_hold(tmp_path):
+    with pytest.raises(images.PictureError, match="cannot write this AVIF"):
+        save_picture(tmp_path / "a.avif", Picture(torch.zeros(3, 2, 66000)))
+
+
 def test_16_bit_noise_and_gradients_roundtrip(tmp_path):
     ramp = torch.linspace(0, 1, 300).expand(3, 200, 300).clone()
     ramp[1] = torch.rand(200, 300)

@@ -99,6 +99,13 @@ def test_the_page_keeps_every_pixel_and_any_name(tmp_path):
     assert not list(page.folder.rglob("*.part"))
 
 
+def test_a_picture_wider_than_webp_allows(tmp_path):
+    page, wide = Report(tmp_path / "page", "wide", COLUMNS), picture(2, 16400)
+    page.add("wide", {"bicubic": wide, "HR": wide}, {"bicubic": {"psnr": 30}}, "HR")
+    page.finish()
+    assert np.array_equal(read_file(page, page_data(page)[0]["layers"][0]["file"]), wide)
+
+
 def test_best_and_missing_values(tmp_path):
     page = Report(tmp_path / "p", "t", COLUMNS)
     b = {"psnr": 32.001, "niqe": 4, "s": 2}

@@ -27,11 +27,13 @@ def test_state_and_settings_come_back(tmp_path):
 
 def test_overwrite_forgets_the_older_run(tmp_path):
     make_run(tmp_path / "a", [30.0])
-    (tmp_path / "a" / "best.safetensors").write_bytes(b"")
+    for name in "best", "last", "mine":
+        (tmp_path / "a" / f"{name}.safetensors").write_bytes(b"")
     run = Run(tmp_path / "a", overwrite=True)
     assert run.settings() == {} and run.load_state() is None
     run.start({"stage": 2})
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"args.json", "samples"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= {"args.json", "samples", "mine.safetensors"}
+    assert not {"state.pt", "best.safetensors", "last.safetensors"} & {p.name for p in (tmp_path / "a").iterdir()}
     assert run.settings() == {}     # no state yet
 
 

@@ -368,6 +368,14 @@ def test_some_unreadable_posts_are_skipped_and_counted(make, go, tmp_path):
     check_folder(tmp_path / "out", [1, 2, 3])
 
 
+def test_unreadable_posts_at_the_end_of_a_page_are_requested_once(make, go, tmp_path, monkeypatch):
+    monkeypatch.setattr(scrape, "POSTS_PER_PAGE", 4)
+    board = make(*(post(n, **({"md5": "../x"} if n in (3, 7) else {})) for n in range(10, 0, -1)))
+    code, printed, _ = go(board)
+    assert code == 0 and "2 posts skipped: unreadable" in printed
+    check_folder(tmp_path / "out", [1, 2, 4, 5, 6, 8, 9, 10])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Errors and waits
 # ------------------------------------------------------------------------------------------------------------

@@ -180,6 +180,25 @@ def test_a_name_clash_does_not_stop_the_others(tmp_path, command):
     assert code == 2 and (tmp_path / "in/b.png").read_bytes() == before and "choose another --out" in err
 
 
+def test_no_result_replaces_another_picture(tmp_path, command):
+    a = picture_file(tmp_path / "in/a.png").read_bytes()
+    picture_file(tmp_path / "in/a.jpg")
+    code, _, err = command(tmp_path / "in", "-o", tmp_path / "in", "--overwrite")
+    assert code == 2 and (tmp_path / "in/a.png").read_bytes() == a and "choose another --out" in err
+
+
+def test_results_of_an_earlier_run_are_not_upscaled_again(tmp_path, command, monkeypatch):
+    """Also if one path is relative and the other is absolute."""
+    picture_file(tmp_path / "in/a.png")
+    monkeypatch.chdir(tmp_path / "in")
+    for summary in "1 done, 0 skipped", "0 done, 1 skipped":
+        assert summary in command(tmp_path / "in", "-o", "out")[1]
+    monkeypatch.chdir(tmp_path)
+    picture_file(tmp_path / "walls/b.png")
+    for inputs, summary in (["walls"], "1 done, 0 skipped"), (["walls", "walls-2x"], "0 done, 1 skipped"):
+        assert summary in command(*inputs)[1]
+
+
 def test_captions_beside_pictures_are_skipped(tmp_path, command):
     picture_file(tmp_path / "in/a.png")
     for name in ("a.caption", "a.txt"):
@@ -202,7 +221,8 @@ def test_mistakes_of_the_user(tmp_path, command, monkeypatch):
             ((one, "-o", out, "--weights", tmp_path / "cut.safetensors"), "cut.safetensors")):
         code, _, err = command(*args)
         assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and reason in err, (args, err)
-    assert command(one, "-o", out, "--fit", "4k")[0] == 2
+    for size in ("--fit", "4k"), ("--fit", "0x5"), ("--scale", "-2"), ("--scale", "0"), ("--scale", "nan"):
+        assert command(one, "-o", out, *size)[0] == 2
     code, _, err = command(one, "-o", out / "a.bmp")
     assert code == 1 and "a.bmp" in err and not list(out.rglob("*.*"))
 
@@ -277,6 +297,15 @@ def test_undamaged_pictures_use_the_plain_weights(tmp_path, command, monkeypatch
         return (tmp_path / folder / path.name).read_bytes()
     assert result("out", dark) == result("web", dark) != result("clean", dark)
     assert result("out", bright) == result("clean", bright) != result("web", bright)
+
+
+def test_invisible_colors_do_not_choose_the_model(tmp_path, command, monkeypatch):
+    pixels = np.full((20, 30, 4), 200, np.uint8)
+    pixels[:, :15] = 0, 0, 0, 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    seen = []
+    monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, rgb: bool(seen.append(rgb)))
+    assert command(tmp_path / "a.png", weights=None)[0] == 0 and torch.allclose(seen[0], torch.tensor(200 / 255))
 
 
 def test_empty_or_truncated_result_is_made_again(tmp_path, command, monkeypatch):

@@ -256,7 +256,17 @@ def test_other_settings_are_refused_until_overwrite(drawings, tmp_path, run_here
     code, _, err = run_here(flags(drawings, run, steps=3, val_every=2))
     assert code == 2 and "--steps 2" in err
     assert run_here(flags(drawings, run, steps=3, val_every=2, overwrite=True))[0] == 0
-    assert [r["step"] for r in rows(run)] == ["0", "2", "3"]
+    assert [r["step"] for r in rows(run)] == ["0", "2", "3"] and float(rows(run)[-1]["rmse_grad"]) > 0
+
+
+def test_another_precision_resumes(drawings, tmp_path, run_here, monkeypatch):
+    """Only fp16 has a loss scaler."""
+    with monkeypatch.context() as m:
+        kill_in_step(m, 4)
+        with pytest.raises(Killed):
+            run_here(flags(drawings, tmp_path / "run"))
+    code, out, err = run_here(flags(drawings, tmp_path / "run", amp="fp16"))
+    assert code == 0 and "resumed at step 3" in out, err
 
 
 def test_run_from_before_a_new_flag_resumes(drawings, tmp_path, run_here, monkeypatch):
@@ -408,6 +418,21 @@ def test_val_inside_data_is_not_trained_on(drawings, tmp_path, run_here):
     assert code == 0
     held_out = json.loads((run / "args.json").read_text())["held_out"]
     assert sorted(Path(p).name for p in held_out) == ["壁紙 10.png", "壁紙 11.png"]
+
+
+def test_validation_files_among_the_data_are_held_out(drawings, tmp_path, run_here):
+    files = sorted((drawings / "train").iterdir())
+    more = flags(drawings, tmp_path / "run", data=None, val=files[0], steps=1, val_every=1)
+    code, out, err = run_here([*more, "--data", *map(str, files)])
+    assert code == 0 and "1 pictures of --val are also in --data" in out, err
+
+
+def test_flat_validation_pictures_are_skipped(drawings, tmp_path, run_here):
+    (tmp_path / "val").mkdir()
+    draw(tmp_path / "val/a.png", 3)
+    Image.new("RGB", (96, 96), (254, 30, 77)).save(tmp_path / "val/flat.png")
+    code, out, err = run_here(flags(drawings, tmp_path / "run", val=tmp_path / "val", steps=1, val_every=1))
+    assert code == 0 and "1 validation pictures" in out and "inf" not in out, err
 
 
 def test_without_val_pictures_are_held_out(tmp_path, run_here):
