@@ -311,7 +311,7 @@ def clean(folders, out, min_side=256, workers=None, log=print, keep_text=False):
     if (out / "pictures").exists():
         raise images.UserError(f"{images.printable(out / 'pictures')} exists; choose another --out")
     jobs = [(path, images.printable(name)) for path, name in data.list_inputs(folders).items()]
-    out.mkdir(parents=True, exist_ok=True)      # an error before the work is done
+    out.mkdir(parents=True, exist_ok=True)      # fails now if it fails, not after all pictures are examined
     rows = list(data.run_parallel(examine, jobs, workers, "examining", log))
     verdicts = decide(rows, min_side, keep_text)
     (out / "pictures").mkdir()
@@ -333,11 +333,11 @@ def clean(folders, out, min_side=256, workers=None, log=print, keep_text=False):
 # ------------------------------------------------------------------ multiscale
 
 def copy_job(job, min_side):
-    """Make the smaller copies of one picture. job: (path, target without suffix).
+    """Make the smaller copies of one picture. job: (target without suffix, path).
 
     Returns (number of copies, note). Raises images.PictureError for an unreadable picture.
     """
-    path, stem = job
+    stem, path = job
     picture = images.read_picture(path, srgb=True)
     image = Image.fromarray(stack_planes(picture))
     short, count = min(image.size), 0
@@ -357,14 +357,14 @@ def multiscale(folders, out, min_side=128, workers=None, log=print):
     """Make smaller copies of pictures: sRGB PNG, resized with Lanczos. Returns the number of copies.
 
     NAME becomes NAME_075.png, NAME_050.png, NAME_033.png and NAME_400.png (shorter side 400) in the same
-    subfolder of `out`. No copy is larger than its picture or has a side below min_side. Of several pictures
-    with one name, also in different folders, one is used. Raises images.UserError and OSError.
+    subfolder of `out`. No copy is larger than its picture or has a side below min_side. If pictures
+    in different folders have the same name, only one of them is used. Raises images.UserError and OSError.
     """
     names = data.list_inputs(folders)
-    jobs = {name.split("/", 1)[1].removesuffix(path.suffix): path for path, name in names.items()}
-    jobs = [(path, str(Path(out) / stem)) for stem, path in jobs.items()]
+    jobs = {str(Path(out) / name.split("/", 1)[1].removesuffix(path.suffix)): path
+            for path, name in names.items()}
     job = functools.partial(copy_job, min_side=min_side)
-    counts = list(data.run_parallel(job, jobs, workers, "resizing", log))
+    counts = list(data.run_parallel(job, list(jobs.items()), workers, "resizing", log))
     count = sum(filter(None, counts))
     log(f"{images.printable(out)}: {count} copies of {len(jobs)} pictures; {counts.count(None)} unreadable, "
         f"{len(names) - len(jobs)} with the name of another left out")

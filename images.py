@@ -226,7 +226,7 @@ def load_upright(im):
 
 
 def remove_size_tags(exif):
-    """Remove SIZE_TAGS and the thumbnail from raw EXIF -> raw EXIF, None if invalid. Other bytes stay."""
+    """Remove SIZE_TAGS and the thumbnail from raw EXIF. Returns raw EXIF, or None if it is invalid."""
     exif = bytearray(exif.removeprefix(b"Exif\0\0"))        # WebP and PNG lack this prefix
     order = "<" if exif.startswith(b"II") else ">"
     with contextlib.suppress(struct.error):

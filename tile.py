@@ -59,10 +59,10 @@ class Span:
 class Tiler:
     """Apply `forward` in tiles, without seams: tiler(forward, x, scale) returns forward(x). Differentiable.
 
-    A tile has at most tile_size + 2 * tile_pad input pixels a side and overlaps its neighbor by 2 * tile_pad
-    or more. The outer quarter of the overlap is dropped on each side, since a model is least accurate at the
-    border of its input. The middle half is a linear crossfade. If an output pixel depends on input pixels at
-    most tile_pad / 2 away, the output is the same as without tiles.
+    A side of a tile has at most tile_size + 2 * tile_pad input pixels. Neighboring tiles overlap by at least
+    2 * tile_pad. On each side, the outer quarter of the overlap is dropped, because a model is least accurate
+    at the border of its input. The middle half is a linear crossfade. If an output pixel depends on input
+    pixels at most tile_pad / 2 away, the output is the same as without tiles.
 
     All tiles have the same size and start at multiples of `align`, the window of the model, so that the
     windows have the same positions as without tiles. A side that is not a multiple of align is extended by
@@ -382,7 +382,7 @@ def parse():
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
     p.add_argument("--amp", choices=["bf16", "fp16", "off"], help="precision (default: bf16 if native)")
     args = p.parse_args()
-    if args.scale is not None and not 0 < args.scale < math.inf or min(args.fit or [1]) < 1:
+    if (args.scale is not None and not 0 < args.scale < math.inf) or min(args.fit or [1]) < 1:
         p.error("--scale and --fit must be positive")
     return args
 

@@ -194,7 +194,7 @@ def choose_validation(args):
         if args.held_out:
             print(f"{len(args.held_out)} pictures of --val are also in --data; they are not trained on")
     else:
-        folder, held_out = data.hold_out(folders, PATCHES, args.val_count or 8)
+        folder, held_out = data.hold_out(folders, PATCHES, args.val_count or math.inf)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
         print(f"no --val: {len(held_out)} pictures of --data are held out, with smaller copies; see {folder}")
 
