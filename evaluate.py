@@ -5,8 +5,8 @@
     python evaluate.py --lr-dir LR --metrics niqe,blocking      # without HR pictures
 
 The methods of the table: bicubic, Lanczos, other programs' results (--sr), and models (--weights). All
-methods are measured on the same pictures, rounded to 8 bits, after --border pixels are removed on each side.
-metrics.py defines the metrics.
+methods are measured on the same pictures, rounded to 8 bits, after --border pixels are removed on each side
+(not for feat and faithfulness). metrics.py defines the metrics.
 """
 import argparse
 import csv
@@ -218,7 +218,7 @@ def parse():
                                     f"{', '.join(degrade.RECIPES)}, or a mix (default: bicubic)")
     g.add_argument("--lr-dir", type=Path, help="folder of LR pictures, instead of --recipe")
     g.add_argument("--sr", action="append", type=name_and_folder, default=[], metavar="NAME=FOLDER",
-                   help="results of another program; repeatable. Pictures missing from a folder are ignored")
+                   help="results of another program; repeatable. A picture that a folder lacks is left out")
     g.add_argument("--scale", type=int, help="scale factor if there is no model (default: 2)")
     g.add_argument("--limit", type=int, help="stop after this many pictures")
     g = p.add_argument_group("models")

@@ -4,8 +4,8 @@
     forward = fast.capture_training_graphs(model, shapes)       # faster training on a GPU
     fast.keep_freed_memory()        # faster allocation on a CPU under Linux
 
-To change the network, edit model.py only: prepare() compares the two forwards and installs this one only
-where the outputs are equal up to rounding.
+Needs model.py, torch and einops. To change the network, edit model.py only: prepare() compares the two
+forwards and installs this one only where the outputs are equal up to rounding.
 """
 import copy
 import ctypes
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import CONV_SCALE, FEATURES, HATRefiner, attention, join_windows, pad_heads, split_windows, widen
+from model import CONV_SCALE, FEATURES, HATRefiner, attention, join_windows, pad_heads, split_windows
 
 STRIP_PIXELS = 4096         # pixels per strip and thread: their activations fit the cache
 MERGE_PIXELS = 64 * 64      # smallest input for which merging the upsampler saves time
@@ -162,22 +162,21 @@ def hybrid_block(block, x, index, mask):
 
 
 def overlapping_block(block, x, index):
-    """OCAB.forward, in place. A strip is one row of windows; its keys reach `edge` rows above and below."""
-    window, edge, (h, w) = block.window, block.edge, x.shape[1:3]
+    """OCAB.forward, in place. A strip is some rows of windows; its keys reach `edge` rows above and below."""
+    window, edge, h = block.window, block.edge, x.shape[1]
     y = layer_norm(block.norm1, x)
-    attn, mlp = Attention(block, index), MLP(block.mlp)
-    for top in range(0, h, window):
-        bottom = top + window
+    attn, mlp, rows, side = Attention(block, index), MLP(block.mlp), strip_rows(x, window), window + 2 * edge
+    for top in range(0, h, rows):
+        bottom = min(top + rows, h)
         first, last = max(top - edge, 0), min(bottom + edge, h)
         q, kv = attn.heads_of(y[:, first:last]).tensor_split((1,), 3)
-        q = q[:, top - first:bottom - first, :, 0]
-        kv = F.pad(kv, (0, 0) * 4 + (first - top + edge, bottom + edge - last))
-        kv = widen(kv, 2, window, edge)
-        q = rearrange(q, "b i (x j) h d -> (b x) (i j) h d", j=window)
-        k, v = rearrange(kv, "b i (x j) two h d -> two (b x) (i j) h d", j=window + 2 * edge)
-        a = join_windows(attn.attend(q, k, v, attn.bias), window, window, w)
-        z = x[:, top:bottom].add_(a.to(x.dtype))
-        z += mlp(block.norm2(z)).to(z.dtype)
+        q = split_windows(q[:, top - first:bottom - first].flatten(3), window).unflatten(2, (attn.heads, -1))
+        kv = F.pad(kv, (0, 0) * 3 + (edge, edge, first - top + edge, bottom + edge - last))
+        kv = kv.unfold(1, side, window).unfold(2, side, window)
+        k, v = rearrange(kv, "b y x two h d i j -> (b y x) (i j) two h d").unbind(2)
+        z = x[:, top:bottom]
+        z += join_windows(attn.attend(q, k, v, attn.bias), window, *z.shape[1:3])
+        z += mlp(block.norm2(z))
 
 
 # ------------------------------------------------------------------ merged upsampler

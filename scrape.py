@@ -3,8 +3,8 @@
     python scrape.py konachan --tags landscape --max 300 --contact me@example.org -o wallpapers
 
 Run the same command again to resume. Pictures in manifest.csv are not downloaded again. The scraper sends at
-most one request per second, waits longer if the board asks for it, and stops at a challenge page. Without an
-account, Danbooru accepts two tags. Posts with a parent or children are variants and are skipped.
+most one request per second, waits longer if the board asks for it, and stops at a challenge page. On
+Danbooru, more than two tags need an account. Posts with a parent or children are variants: they are skipped.
 
 The pictures belong to their artists. Read the terms of the board before you train on pictures or publish
 them, and skip artists who object (--opt-out).

@@ -6,7 +6,7 @@
 
     sr = Tiler(tile_size=64, tile_pad=32)(forward, lr, 2)   # forward: (B, 3, h, w) -> (B, 3, 2 * h, 2 * w)
 
-Needs torch, numpy, and Pillow. Works when copied alone, except for the command, which needs images.py,
+Needs torch, numpy, and Pillow. Without its command it works when copied alone. The command needs images.py,
 model.py, convert.py, and choose.py beside it. fast.py makes it faster.
 """
 import argparse
@@ -57,7 +57,7 @@ class Span:
 
 
 class Tiler:
-    """Apply `forward` in tiles, without seams: tiler(forward, x, scale) returns forward(x). Differentiable.
+    """Apply `forward` in tiles, without seams: tiler(forward, x, scale) is near forward(x). Differentiable.
 
     A side of a tile has at most tile_size + 2 * tile_pad input pixels. Neighboring tiles overlap by at least
     2 * tile_pad. On each side, the outer quarter of the overlap is dropped, because a model is least accurate
@@ -178,11 +178,10 @@ def run_checked(function, device, amp, x):
 def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None):
     """Upscale rgb (3, H, W) -> generator of strips (3, h, W * scale), top to bottom, float32 in [0, 1], CPU.
 
-    The device holds the weights of forward and one tile, the CPU rgb and one row of tiles. A HATRefiner runs
-    in two steps: its hat_model on the tiles, then its refiner on the joined picture. Flat areas keep their
-    color, see keep_flat_colors(). amp: dtype of autocast, or None.
-    progress() is called after each tile. Raises FloatingPointError if the output is NaN, infinite, or black,
-    even in fp32.
+    The device holds the weights of forward and one tile. The CPU holds rgb and one row of tiles. A
+    HATRefiner runs in two steps: its hat_model on the tiles, then its refiner on the joined picture. Flat
+    areas keep their color, see keep_flat_colors(). amp: dtype of autocast, or None. progress() is called
+    after each tile. Raises FloatingPointError if the output is NaN, infinite, or black, even in fp32.
     """
     device, is_hat = torch.device(device), hasattr(forward, "hat_model")
     run = partial(run_checked, forward.hat_model if is_hat else forward, device, amp)

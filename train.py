@@ -112,8 +112,8 @@ def parse(argv=None):
       "attention and MLP, Adam for the rest (default: muon)")
     a("--optimiser", dest="optimizer", choices=("muon", "adam"), help=argparse.SUPPRESS)
     a("--ema", type=float, default=0.999, help="decay of the average, which is saved (default: 0.999)")
-    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: 10 "
-      "in a run, 5 with tiling; with --minutes always 10)")
+    a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: a run "
+      "has 10 validations; 5 with tiling and --steps)")
     a = p.add_argument_group("loss").add_argument
     a("--loss", default="rmse,luma", help="terms and weights, such as rmse=1,luma=1,edge=0.5; losses.py "
       "lists them (default: rmse,luma)")
