@@ -11,7 +11,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-MIN_FIDELITY = 57.5     # dB, for kabegami-low; docs/upscaling.md has the scores of drawings
+MIN_FIDELITY = 59.5     # dB, for kabegami-low; docs/upscaling.md has the scores of drawings
 SHIPPED = [Path(__file__).parent / "weights" / f"{name}-low.safetensors" for name in ("kabegami", "clean")]
 
 
@@ -21,13 +21,13 @@ def detail_map(x):
 
 
 def detailed_crops(rgb, side):
-    """Up to four square crops from the most detailed quarter of rgb (3, H, W): (n, 3, side, side)."""
+    """Up to eight square crops from the most detailed third of rgb (3, H, W): (n, 3, side, side)."""
     cells = []
     for y in range(0, rgb.shape[1] - side + 1, side):       # row by row, to save memory
         row = F.avg_pool2d(detail_map(rgb[None, :, y:y + side]), side).flatten()
         cells += [(detail, y, side * i) for i, detail in enumerate(row.tolist())]
     cells.sort(reverse=True)
-    ranks = sorted({k * len(cells) // 12 for k in range(4)})
+    ranks = sorted({k * len(cells) // 24 for k in range(8)})
     return torch.stack([rgb[:, y:y + side, x:x + side] for _, y, x in (cells[rank] for rank in ranks)])
 
 
@@ -35,10 +35,10 @@ def detailed_crops(rgb, side):
 def is_undamaged(repair_model, rgb):
     """Whether repair_model, an nn.Module, has nothing to repair in rgb (3, H, W), in [0, 1], on the CPU.
 
-    Enlarge four detailed crops, downscale them again, and compare them with the input. The score of a crop is
+    Enlarge eight detailed crops, downscale them again, and compare them with the input. The score of a crop is
     10 log10(d / r^2), where r is the mean squared difference and d the mean detail of the input. Undamaged if
     the median score is above MIN_FIDELITY. A picture with a side of less than 32 pixels counts as damaged."""
-    side = min(96, *rgb.shape[1:]) // 16 * 16
+    side = min(48, *rgb.shape[1:]) // 16 * 16
     if side < 32:
         return False
     crops = detailed_crops(rgb, side)

@@ -175,7 +175,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x):
         # attention[0] would sum in bf16 under autocast
-        mean = x.mean(1, dtype=torch.promote_types(x.dtype, torch.float32)).mean(1)
+        mean = x.mean(2, dtype=torch.promote_types(x.dtype, torch.float32)).mean(1)
         return self.attention[1:](mean[:, :, None, None]).flatten(1)[:, None, None]
 
 

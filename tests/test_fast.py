@@ -45,7 +45,8 @@ def test_any_strip_height_gives_the_same(rows, batch, monkeypatch):
     monkeypatch.setattr(fast, "STRIP_PIXELS", rows * 28 * batch / torch.get_num_threads())
     assert fast.strip_rows(x.permute(0, 2, 3, 1), 4) == rows
     with torch.no_grad():
-        assert (prepared(x) - plain(x)).abs().max() < 1e-5
+        expected = plain(x)
+        assert (prepared(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_bf16_is_close():
