@@ -35,7 +35,7 @@ def detailed_crops(rgb, side):
 def is_undamaged(repair_model, rgb):
     """Whether repair_model, an nn.Module, has nothing to repair in rgb (3, H, W), in [0, 1], on the CPU.
 
-    Enlarge eight detailed crops, downscale them again, and compare them with the input. The score of a crop is
+    Enlarge eight detailed crops, downscale them, and compare them with the input. The score of a crop is
     10 log10(d / r^2), where r is the mean squared difference and d the mean detail of the input. Undamaged if
     the median score is above MIN_FIDELITY. A picture with a side of less than 32 pixels counts as damaged."""
     side = min(48, *rgb.shape[1:]) // 16 * 16

@@ -178,7 +178,7 @@ def run_checked(function, device, amp, x):
 def upscale_strips(forward, rgb, scale, tiler, device="cpu", amp=None, progress=None):
     """Upscale rgb (3, H, W) -> generator of strips (3, h, W * scale), top to bottom, float32 in [0, 1], CPU.
 
-    The device holds the weights of forward and one tile. The CPU holds rgb and one row of tiles. A
+    forward is on `device` already, which also holds one tile. The CPU holds rgb and one row of tiles. A
     HATRefiner runs in two steps: its hat_model on the tiles, then its refiner on the joined picture. Flat
     areas keep their color, see keep_flat_colors(). amp: dtype of autocast, or None. progress() is called
     after each tile. Raises FloatingPointError if the output is NaN, infinite, or black, even in fp32.
