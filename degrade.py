@@ -7,7 +7,7 @@
     python degrade.py picture.png --sheet sheet.png     # one picture through every recipe
 
 Each picture has its own random seed, so its result does not depend on the batch or the number of workers.
-Filters are sums of shifted pictures: library convolutions give slightly different sums for other shapes.
+Filters are sums of shifted pictures: in library convolutions, rounding depends on the size of the picture.
 Needs torch, numpy, and Pillow. Works when copied alone; only the command needs images.py.
 """
 import argparse

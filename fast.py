@@ -1,10 +1,10 @@
-"""Optional speed-ups with the same outputs. Without this file every command still works.
+"""Optional speed-ups with equal outputs up to rounding. Without this file every command still works.
 
     fast.prepare(model)             # faster inference of a HATRefiner, if its outputs stay the same
     forward = fast.capture_training_graphs(model, [lr.shape])   # faster training on a GPU
     fast.keep_freed_memory()        # faster allocation on a CPU under Linux
 
-Needs model.py, torch and einops. To change the network, edit model.py only: prepare() compares the two
+Needs model.py and its packages. To change the network, edit model.py only: prepare() compares the two
 forwards and installs this one only where the outputs are equal up to rounding.
 """
 import copy
