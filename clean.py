@@ -346,7 +346,6 @@ def copy_job(job, min_side):
             continue
         copy = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
         target = Path(f"{stem}_{suffix}.png")
-        target.parent.mkdir(parents=True, exist_ok=True)
         with images.atomic_path(target) as part:
             copy.save(part, "PNG", compress_level=3)        # level 6 takes three times longer
         count += 1
@@ -459,8 +458,8 @@ def main():
             multiscale(args.data, args.out, args.min_side, args.workers)
         else:
             mine(args.data, args.out, args.keep, args.seed)
-    except images.UserError as error:
-        images.fail(error)
+    except (images.UserError, KeyboardInterrupt) as error:
+        images.fail(str(error) or "interrupted")
 
 
 if __name__ == "__main__":

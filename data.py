@@ -48,8 +48,7 @@ COPY_SHORT_SIDE = 400   # the fourth copy has this shorter side, and this number
 # ------------------------------------------------------------------ parallel work
 
 def init_worker(*_):
-    """Prepare a worker process: use one thread, ignore Ctrl-C, and exit together with the main process."""
-    torch.set_num_threads(1)
+    """Prepare a worker process: ignore Ctrl-C, and exit together with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # only the main process handles Ctrl-C
 
     def exit_with_parent():
@@ -152,10 +151,9 @@ def write_patch_file(path, size, scale, fingerprint, pictures):
     identifies the contents. pictures: an iterable of (name, patches, LR patches or None, details).
     Raises images.UserError if there are no patches, and OSError if the file cannot be written.
     """
-    names, counts, details, folder = [], [], [], Path(path).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    names, counts, details = [], [], []
     with (images.atomic_path(path) as part, open(part, "wb") as file,
-          tempfile.TemporaryFile(dir=folder) as lr_file):
+          tempfile.TemporaryFile(dir=part.parent) as lr_file):
         file.seek(8 + HEADER_BYTES)
         for name, patches, lr_patches, patch_details in pictures:
             file.write(patches)
@@ -317,7 +315,6 @@ def hold_out(folders, folder, count=8, side=512):
 
     code = zlib.crc32(b"".join(square.tobytes() for square in squares))
     val = Path(folder) / f"val-{code:08x}"
-    val.mkdir(parents=True, exist_ok=True)
     for i, square in enumerate(squares):
         with images.atomic_path(val / f"{i}.png") as part:
             Image.fromarray(square).save(part, "PNG")
@@ -446,24 +443,19 @@ class Batches(torch.utils.data.Dataset):
         orientations = rng.integers(8, size=total)
         seeds = rng.integers(0, 2**31, total)
 
-        hr_crops, lr_crops = [], []
-        own = range(self.rank * batch, (self.rank + 1) * batch)
-        for i in own:
+        lr_crops, hr_crops = [], []
+        for i in range(self.rank * batch, (self.rank + 1) * batch):
             candidates = [self.crop(files[i], number, corner, patch)
                           for number, corner in zip(numbers[i], corners[i])]
             hr, lr = max(candidates, key=lambda c: detail(c[0]))
-            hr_crops.append(orient(hr, orientations[i]))
-            lr_crops.append(None if lr is None else orient(lr, orientations[i]))
-
-        hr = to_tensor(hr_crops)
-        lr = torch.empty(batch, 3, patch, patch)
-        paired = torch.tensor([crop is not None for crop in lr_crops])
-        if paired.any():
-            lr[paired] = to_tensor([crop for crop in lr_crops if crop is not None])
-        if not paired.all():
-            own_seeds = seeds[own][~paired.numpy()].tolist()
-            lr[~paired] = degrade.degrade(hr[~paired], self.recipe, self.scale, own_seeds)
-        return lr, hr
+            hr = to_tensor([orient(hr, orientations[i])])
+            if lr is None:
+                lr = degrade.degrade(hr, self.recipe, self.scale, [seeds[i]])
+            else:
+                lr = to_tensor([orient(lr, orientations[i])])
+            lr_crops.append(lr)
+            hr_crops.append(hr)
+        return torch.cat(lr_crops), torch.cat(hr_crops)
 
 
 def orient(pixels, orientation):
@@ -509,8 +501,8 @@ def main():
     try:
         pack(args.data, args.out, args.size, args.min_side, overwrite=args.overwrite, lr_dir=args.lr_dir,
              workers=args.workers)
-    except images.UserError as error:
-        images.fail(error)
+    except (images.UserError, KeyboardInterrupt) as error:
+        images.fail(str(error) or "interrupted")
 
 
 if __name__ == "__main__":

@@ -527,7 +527,6 @@ def write_folder(args):
         hr = images.composite(picture, 1.0)
         h, w = (n // args.scale * args.scale for n in hr.shape[-2:])
         lr = degrade(hr[None, :, :h, :w], args.recipe, args.scale, [picture_seed(name.as_posix(), args.seed)])
-        lr_path.parent.mkdir(parents=True, exist_ok=True)
         images.save_picture(lr_path, images.Picture(rgb=lr[0], icc=picture.icc, color=picture.color))
         written.add(lr_path)
         progress(f"{len(written)} of {len(paths)} pictures")
@@ -555,10 +554,9 @@ def main():
             return write_folder(args)
         if args.sheet.exists() and not args.overwrite:
             raise images.UserError(f"{args.sheet} exists; choose another name or give --overwrite")
-        file = io.BytesIO()
         hr = images.composite(images.read_picture(args.hr), 1.0)
-        draw_sheet(hr, args.scale, args.seed).save(file, "PNG")
-        images.write_atomic(args.sheet, file.getvalue())
+        with images.atomic_path(args.sheet) as part:
+            draw_sheet(hr, args.scale, args.seed).save(part, "PNG")
     except (RecipeError, images.UserError, OSError) as error:
         images.fail(images.printable(error))
 

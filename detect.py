@@ -150,7 +150,6 @@ def inspect(args):
 def train(args):
     """Train a detector on clean pictures with synthetic artifacts; the same command resumes."""
     out, step, settings = Path(args.out), 0, [args.data, args.steps, args.batch, args.seed]
-    out.mkdir(parents=True, exist_ok=True)
     files, shares = data.pack_folders(args.data, SIDES, [], "patches")
     batches = ArtifactBatches(files, args.steps, args.batch // 4, SIDES, 1, "bicubic", args.seed, 4, shares)
     val = data.to_tensor([max(data.cut_patches(rgb, SIDES[-1]), key=data.detail)

@@ -282,8 +282,8 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         run(parse())
-    except (images.UserError, WeightsError, degrade.RecipeError, metrics.MetricError) as e:
-        images.fail(images.printable(e))
+    except (images.UserError, WeightsError, degrade.RecipeError, metrics.MetricError, KeyboardInterrupt) as e:
+        images.fail(images.printable(e) or "interrupted")
 
 
 if __name__ == "__main__":

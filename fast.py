@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import CONV_SCALE, FEATURES, HATRefiner, attention, join_windows, pad_heads, split_windows
+from model import CONV_SCALE, FEATURES, HATRefiner, join_windows, split_windows
 
 STRIP_PIXELS = 8192         # pixels per strip and thread: their activations fit the cache
 MERGE_PIXELS = 32 * 32      # smallest input for which the upsampler is merged; about as fast as not merged
@@ -82,38 +82,6 @@ def group(layer, x, index_sa, index_oca, mask, grad_checkpoint):
     return x + layer.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def cast(*tensors):
-    """Cast tensors to the dtype of autocast."""
-    if torch.is_autocast_enabled("cpu"):
-        return [x.to(torch.get_autocast_dtype("cpu")) for x in tensors]
-    return tensors
-
-
-class Attention:
-    """The attention of a WindowAttention, with weights padded and cast once for all strips."""
-    def __init__(self, layer, index):
-        self.heads, self.scale = layer.heads, layer.scale
-        self.qkv = cast(*(pad_heads(p, 3 * layer.heads) for p in (layer.qkv.weight, layer.qkv.bias)))
-        self.proj = cast(pad_heads(layer.proj.weight, layer.heads, 1), layer.proj.bias)
-        self.bias = layer.position_bias(index, self.qkv[0].dtype)
-
-    def heads_of(self, x):
-        return F.linear(x, *self.qkv).unflatten(-1, (3, self.heads, -1))
-
-    def attend(self, q, k, v, bias):
-        return F.linear(attention(q, k, v, bias, self.scale), *self.proj)
-
-
-class MLP:
-    """The MLP of a block, with weights cast once for all strips."""
-    def __init__(self, layer):
-        self.fc1 = cast(layer.fc1.weight, layer.fc1.bias)
-        self.fc2 = cast(layer.fc2.weight, layer.fc2.bias)
-
-    def __call__(self, x):
-        return F.linear(F.gelu(F.linear(x, *self.fc1)), *self.fc2)
-
-
 def strip_rows(x, window=1):
     """Number of rows of a strip of x (B, H, W, C), a multiple of window."""
     pixels = STRIP_PIXELS * torch.get_num_threads()
@@ -121,7 +89,7 @@ def strip_rows(x, window=1):
 
 
 def layer_norm(norm, x):
-    y = torch.empty_like(x, dtype=cast(x[:0])[0].dtype)
+    y = torch.empty_like(x, dtype=norm(x[:, :0]).dtype)
     rows = strip_rows(x)
     for x_strip, y_strip in zip(x.split(rows, 1), y.split(rows, 1)):
         y_strip.copy_(norm(x_strip))
@@ -136,27 +104,26 @@ def cyclic_rows(x, top, bottom):
 
 def hybrid_block(block, x, index, mask):
     """HAB.forward, in place. A strip is some rows of windows; shifted windows begin at row `shift`."""
-    shift, window, (h, w) = block.shift, block.attn.window, x.shape[1:3]
+    attn, shift, window, (h, w) = block.attn, block.shift, block.attn.window, x.shape[1:3]
     y = layer_norm(block.norm1, x)
     conv = block.conv_block.cab[:3](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     conv_scale = (block.conv_block.cab[3](conv) * CONV_SCALE).to(x.dtype)
-    attn, mlp, rows = Attention(block.attn, index), MLP(block.mlp), strip_rows(x, window)
-    bias = last_bias = attn.bias
-    if shift:       # only the last row of windows wraps around; all other rows have the same mask
-        mask = mask[:, None].to(bias.dtype)
-        bias = attn.bias + mask[:rows // window * (w // window)]
+    bias = position_bias = attn.position_bias(index, y.dtype)
+    rows = strip_rows(x, window)
     for top in range(shift, h + shift, rows):
         bottom = min(top + rows, h + shift)
-        if bottom > h:
-            last_bias = attn.bias + mask[(top - shift) // window * (w // window):]
-        strip = cyclic_rows(y, top, bottom).roll(-shift, 2) if shift else y[:, top:bottom]
+        strip = cyclic_rows(y, top, bottom)
+        if shift:
+            strip = strip.roll(-shift, 2)
+            if top == shift or bottom > h:      # all strips but the last one have the same mask
+                first, last = ((row - shift) // window * (w // window) for row in (top, bottom))
+                bias = position_bias + mask[first:last, None].to(y.dtype)
         q, k, v = attn.heads_of(split_windows(strip, window)).unbind(2)
-        a = attn.attend(q, k, v, last_bias if bottom > h else bias)
-        a = join_windows(a, window, *strip.shape[1:3])
+        a = join_windows(attn.attend(q, k, v, bias), window, *strip.shape[1:3])
         a = a.roll(shift, 2) if shift else a
         c = cyclic_rows(conv, top, bottom)
         z = cyclic_rows(x, top, bottom).add_(a.to(x.dtype)).addcmul_(c.to(x.dtype), conv_scale)
-        z += mlp(block.norm2(z)).to(z.dtype)
+        z += block.mlp(block.norm2(z)).to(z.dtype)
         if bottom > h:      # z is a copy
             x[:, top:], x[:, :bottom - h] = z[:, :h - top], z[:, h - top:]
 
@@ -165,18 +132,18 @@ def overlapping_block(block, x, index):
     """OCAB.forward, in place. A strip is some rows of windows; its keys reach `edge` rows above and below."""
     window, edge, h = block.window, block.edge, x.shape[1]
     y = layer_norm(block.norm1, x)
-    attn, mlp, rows, side = Attention(block, index), MLP(block.mlp), strip_rows(x, window), window + 2 * edge
+    bias, rows, side = block.position_bias(index, y.dtype), strip_rows(x, window), window + 2 * edge
     for top in range(0, h, rows):
         bottom = min(top + rows, h)
         first, last = max(top - edge, 0), min(bottom + edge, h)
-        q, kv = attn.heads_of(y[:, first:last]).tensor_split((1,), 3)
-        q = split_windows(q[:, top - first:bottom - first].flatten(3), window).unflatten(2, (attn.heads, -1))
+        q, kv = block.heads_of(y[:, first:last]).tensor_split((1,), 3)
+        q = split_windows(q[:, top - first:bottom - first].flatten(3), window).unflatten(2, (block.heads, -1))
         kv = F.pad(kv, (0, 0) * 3 + (edge, edge, first - top + edge, bottom + edge - last))
         kv = kv.unfold(1, side, window).unfold(2, side, window)
         k, v = rearrange(kv, "b y x two h d i j -> (b y x) (i j) two h d").unbind(2)
         z = x[:, top:bottom]
-        z += join_windows(attn.attend(q, k, v, attn.bias), window, *z.shape[1:3])
-        z += mlp(block.norm2(z))
+        z += join_windows(block.attend(q, k, v, bias), window, *z.shape[1:3])
+        z += block.mlp(block.norm2(z))
 
 
 # ------------------------------------------------------------------ merged upsampler

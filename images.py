@@ -23,6 +23,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif"}
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+MAX_SIDE = {"JPEG": 65500, "WEBP": 16383, "AVIF": 65535}      # in pixels
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".avif": "AVIF"}
 SYSTEM_NAME = re.compile(r"(?i)\.|((eh)?thumbs\.db|desktop\.ini|__macosx|\$recycle\.bin|@eadir)$")
 GRAY_FORMATS = ("PNG", "JPEG")
@@ -116,11 +117,14 @@ def find_pictures(paths):
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path; rename it to `path` if the block succeeds, delete it otherwise."""
+    """Create the folder of `path`, yield a temporary path, and rename it. On an error, delete it instead."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())     # else a power failure can leave an empty file under the new name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -128,12 +132,8 @@ def atomic_path(path):
 
 def write_atomic(path, data):
     """Write bytes to a file completely or not at all, and create its folder. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())     # else a power failure can leave an empty file under the new name
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
 
 
 # ------------------------------------------------------------------ reading
@@ -313,7 +313,7 @@ def save_strips(path, strips, size, picture):
     """Save strips (3 or, with alpha, 4, h, W), top to bottom, as one picture of size (H, W).
 
     The file is written completely or not at all. The suffix selects the format (WRITE_FORMATS). `picture`
-    gives all other data; left_behind() lists what the format cannot hold. PNG is written strip by strip.
+    gives all other data; split_metadata() lists what the format cannot hold. PNG is written strip by strip.
     Raises PictureError if the format is unknown or cannot hold the picture, and OSError if the file cannot be
     written.
     """
@@ -321,11 +321,13 @@ def save_strips(path, strips, size, picture):
     format = WRITE_FORMATS.get(path.suffix.lower())
     if format is None:
         raise PictureError(f"{printable(path)}: unknown suffix; use one of {' '.join(WRITE_FORMATS)}")
+    if max(size) > MAX_SIDE.get(format, max(size)):
+        raise PictureError(f"{printable(path)}: {format} cannot hold {size[1]}x{size[0]} pixels; use PNG")
     gray = picture.gray and format in GRAY_FORMATS
     alpha = picture.alpha is not None and format != "JPEG"
     depth = picture.depth if format == "PNG" else 8
     rows = quantized_rows(strips, gray, alpha, depth)
-    metadata, _ = split_metadata(picture, format)
+    metadata, _ = split_metadata(picture, path)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         if format == "PNG":
             write_png(file, rows, size, (1 if gray else 3) + alpha, depth, metadata, picture)
@@ -340,13 +342,9 @@ def save_strips(path, strips, size, picture):
         file.write(memory.getbuffer())
 
 
-def left_behind(picture, path):
-    """Return the data that a file with the suffix of `path` cannot hold, as a list of phrases."""
-    return split_metadata(picture, WRITE_FORMATS[Path(path).suffix.lower()])[1]
-
-
-def split_metadata(picture, format):
-    """Return ({Pillow's name: metadata that the format can hold}, [phrase about data that is lost])."""
+def split_metadata(picture, path):
+    """Return ({Pillow's name: metadata that a file of this suffix can hold}, [phrase about lost data])."""
+    format = WRITE_FORMATS[Path(path).suffix.lower()]
     space = b"GRAY" if picture.gray and format in GRAY_FORMATS else b"RGB "
     has_icc = (picture.icc or b"")[ICC_SPACE] == space
     losses = {"transparency blended over white": format == "JPEG" and picture.alpha is not None,

@@ -475,7 +475,6 @@ def load(path, device="cpu"):
     state, header = read_weights(path)
     try:
         sizes = header.get("sizes") or infer_sizes(state)
-        sizes.pop("drop_path", None)        # a size in files of older versions
         model = HATRefiner(**sizes)
     except ValueError as e:
         raise WeightsError(f"{path}: {e}") from None

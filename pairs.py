@@ -132,7 +132,7 @@ def read_pairs(jobs, scale, recipe=None, seed=0, limit=None, skipped=None):
         try:
             pictures = {side: images.read_picture(path, srgb=len(paths) > 1) for side, path in paths.items()}
             pictures = {side: images.composite(picture, 1.0) for side, picture in pictures.items()}
-            pictures = crop_to_match(pictures, scale if recipe or "LR" in pictures else 1)
+            pictures = crop_to_match(pictures, scale)
             if {"HR", "LR"} <= pictures.keys():
                 check_content(pictures["HR"], pictures["LR"])
         except images.UserError as error:

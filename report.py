@@ -55,7 +55,7 @@ class Report:
         self.rows = []              # {method: {key: value}} of each picture
         if any(self.folder.glob("*")) and not overwrite:
             raise UserError(f"{printable(folder)} is not empty; choose another folder or give --overwrite")
-        for old in self.files.glob("[0-9][0-9][0-9][0-9]-*"):
+        for old in [*self.folder.glob("index.html"), *self.files.glob("[0-9][0-9][0-9][0-9]-*")]:
             old.unlink()
 
     def add(self, name, pictures, values, reference=None):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from images import UserError, fail, printable, write_atomic
+from images import UserError, atomic_path, fail, printable, write_atomic
 
 # settings that may change when a run resumes
 FREE_SETTINGS = {"amp", "compile", "device", "grad_checkpoint", "out", "overwrite", "val_every", "workers"}
@@ -53,9 +53,7 @@ class Progress:
         return {name: total / count for name, (total, count) in self.loss_sums.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# one run folder
-
+# ------------------------------------------------------------------ one run folder
 
 class Run:
     """A run folder. Only start() and the save methods write files."""
@@ -102,9 +100,8 @@ class Run:
 
     def save_state(self, state, progress):
         """Write state.pt. state: dict of state dicts. progress: Progress."""
-        buffer = io.BytesIO()
-        torch.save({**state, "progress": asdict(progress)}, buffer)
-        write_atomic(self.folder / "state.pt", buffer.getvalue())
+        with atomic_path(self.folder / "state.pt") as part:
+            torch.save({**state, "progress": asdict(progress)}, part)
 
     def save_log(self, rows):
         """Write log.csv and curves.png. Rows may have different columns."""
@@ -126,9 +123,8 @@ class Run:
 
 
 def save_png(path, image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_atomic(path, buffer.getvalue())
+    with atomic_path(path) as part:
+        image.save(part, "PNG")
 
 
 def newest_run(stage, preset, scale, folder="runs"):
@@ -160,9 +156,7 @@ def progress_text(progress, steps, fraction, patch_rate):
     return f"step {count}  {losses}  {patch_rate:.1f} patches/s  {left} left"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# runs side by side
-
+# ------------------------------------------------------------------ runs side by side
 
 def read_log(folder):
     """Return the rows of log.csv as [{column: float}], without empty values. Raises UserError."""

@@ -395,8 +395,9 @@ def plan_jobs(inputs, out, suffix, tag):
     found = [(given, source) for given in map(Path, inputs) for source in images.find_pictures(given)]
     if out:         # leave out the results of an earlier run
         home = Path(real(out))
+        folders = {home, *home.parents} if len(inputs) > 1 else set(home.parents)       # w/* also names w/big
         found = [(given, source) for given, source in found
-                 if Path(real(given)) not in home.parents or home not in Path(real(source)).parents]
+                 if Path(real(given)) not in folders or home not in Path(real(source)).parents]
     originals = {real(source) for _, source in found}
     for given, source in found:
         if out and out.suffix.lower() in images.READ_SUFFIXES:
@@ -457,7 +458,6 @@ def upscale_file(args, models, tiler, source, target, label):
     size = max(round(height * scale), 1), max(round(width * scale), 1)
     if args.fit:
         size, picture = args.fit, crop_to_aspect(picture, args.fit)
-    target.parent.mkdir(parents=True, exist_ok=True)
     while True:
         progress = partial(images.ProgressLine().step, "tiles", label)
         strips = upscale_picture(network, picture, network.scale, tiler, size, progress,
@@ -473,21 +473,9 @@ def upscale_file(args, models, tiler, source, target, label):
             raise images.PictureError(f"{images.printable(source)}: out of memory")
         images.ProgressLine.clear()
         print(f"out of memory; continuing with tiles of {tiler.tile_size}", file=sys.stderr, flush=True)
-    notes = "; ".join(filter(None, notes + images.left_behind(picture, target)))
+    notes = "; ".join(filter(None, notes + images.split_metadata(picture, target)[1]))
     line = f"{images.printable(target)}  {width}x{height} -> {size[1]}x{size[0]}  {time.time() - start:.1f} s"
     return line + (f"  ({notes})" if notes else "")
-
-
-def is_complete(path):
-    """Whether a picture exists and can be decoded to its end."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-    except Image.DecompressionBombError:        # above Pillow's pixel limit: not decoded
-        return True
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True
 
 
 def run(args):
@@ -506,7 +494,7 @@ def run(args):
 
     done = skipped = failed = 0
     for number, (source, target) in enumerate(jobs, 1):
-        if not args.overwrite and is_complete(target):
+        if not args.overwrite and os.path.exists(target):
             skipped += 1
             continue
         name = images.printable(source)
@@ -532,8 +520,8 @@ def main():
     sys.stdout.reconfigure(errors="backslashreplace")       # a console may be unable to print a name
     try:
         sys.exit(run(parse()))
-    except (images.UserError, WeightsError) as error:
-        images.fail(images.printable(error))
+    except (images.UserError, WeightsError, KeyboardInterrupt) as error:
+        images.fail(images.printable(error) or "interrupted")
 
 
 if __name__ == "__main__":

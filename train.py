@@ -66,9 +66,7 @@ DEMO = Path("demo")
 PATCHES = Path("patches")       # packed patch files
 
 
-# ------------------------------------------------------------------------------------------------------------
-# flags
-
+# ------------------------------------------------------------------ flags
 
 def sides(text):        # "256,384" -> [256, 384]
     return [int(side) for side in text.split(",")]
@@ -110,7 +108,6 @@ def parse(argv=None):
     a("--lr", type=float, help="peak learning rate (default by stage: 2e-3, with adam 1e-3; 2e-5; 1e-5)")
     a("--optimizer", choices=("muon", "adam"), default="muon", help="muon: Muon for the matrices of "
       "attention and MLP, Adam for the rest (default: muon)")
-    a("--optimiser", dest="optimizer", choices=("muon", "adam"), help=argparse.SUPPRESS)
     a("--ema", type=float, default=0.999, help="decay of the average, which is saved (default: 0.999)")
     a("--val-every", type=int, metavar="STEPS", help="steps between validations (default: a run "
       "has 10 validations; 5 with tiling and --steps)")
@@ -165,9 +162,7 @@ def complete(args):
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------
-# setup
-
+# ------------------------------------------------------------------ setup
 
 def init_distributed(device):
     """Return (rank, number of ranks): those of torchrun, or (0, 1). Only rank 0 prints."""
@@ -189,10 +184,12 @@ def choose_validation(args):
         args.val = args.val or str(DEMO / "val")
     elif args.val:
         roots = {Path(folder).resolve() for folder in folders}
-        pictures = [path.resolve() for path in find_pictures([args.val])]
-        args.held_out = [str(path) for path in pictures if roots & {path, *path.parents}]
+        pictures = find_pictures([args.val])
+        args.held_out = [str(path) for path in pictures if roots & {path.resolve(), *path.resolve().parents}]
         if args.held_out:
             print(f"{len(args.held_out)} pictures of --val are also in --data; they are not trained on")
+    elif all(folder.endswith(".safetensors") for folder in folders):
+        raise UserError("--data has only patch files: give validation pictures by --val")
     else:
         folder, held_out = data.hold_out(folders, PATCHES, args.val_count or math.inf)
         args.val, args.held_out = str(folder), [str(path) for path in held_out]
@@ -337,9 +334,7 @@ def set_up(args, device, amp, rank, ranks):
     return run, validation, stream, learner, progress
 
 
-# ------------------------------------------------------------------------------------------------------------
-# one training step
-
+# ------------------------------------------------------------------ one training step
 
 def backward(learner, batches, adversarial, measure_gradients):
     """Run forward and backward for the batches of one step. The parameters accumulate the gradients.
@@ -401,9 +396,7 @@ def mean_over_ranks(scalars, device, ranks):
     return {name: float(value) for name, value in scalars.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# validation
-
+# ------------------------------------------------------------------ validation
 
 class Validation:
     """Validation pictures and their bicubic scores. The LR pictures are made once, with a fixed seed."""
@@ -487,9 +480,7 @@ def report(args, run, learner, validation, progress, gradients, rate, patch_rate
     return f"validation {scores['psnr_y']:.2f} dB ({gain:+.2f} over bicubic), SSIM {scores['ssim_y']:.4f}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the loop
-
+# ------------------------------------------------------------------ the loop
 
 def catch_signals():
     """Return a list that collects SIGINT and SIGTERM. A second Ctrl-C raises KeyboardInterrupt."""
@@ -570,12 +561,13 @@ def train(args):
         print(f"stopped at step {progress.step}; the same command resumes"
               + (" (leave out --overwrite)" if args.overwrite else ""))
         sys.exit(130)
-    paths = run.folder / "best.safetensors", args.val, args.recipe
-    file, folder, recipe = (shlex.quote(str(path)) for path in paths)
+    paths = run.folder / "best.safetensors", args.val, args.recipe, run.folder / "upscaled"
+    file, folder, recipe, out = (shlex.quote(str(path)) for path in paths)
     pictures = f"{folder} --recipe {recipe}" if validation.recipe else f"{folder}/hr --lr-dir {folder}/lr"
+    small = folder if validation.recipe else f"{folder}/lr"
     print(f"done in {clock(progress.seconds)}: {file}, validation {progress.best_psnr:.2f} dB PSNR-Y, "
           f"{progress.best_psnr - validation.bicubic['psnr_y']:+.2f} dB over bicubic\n"
-          f"next:\n  python tile.py {folder} -o upscaled --weights {file}\n"
+          f"next:\n  python tile.py {small} -o {out} --weights {file} --overwrite\n"
           f"  python evaluate.py --data {pictures} --weights {file}")
 
 
@@ -585,8 +577,8 @@ def main():
         fast.keep_freed_memory()
     try:
         train(parse())
-    except (UserError, WeightsError, LossError, degrade.RecipeError) as e:
-        fail(e)
+    except (UserError, WeightsError, LossError, degrade.RecipeError, KeyboardInterrupt) as e:
+        fail(str(e) or "interrupted")
 
 
 if __name__ == "__main__":

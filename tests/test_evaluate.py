@@ -332,9 +332,9 @@ def test_an_interrupted_page_has_the_pictures_before(hr_folder, tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args, **kwargs)
     monkeypatch.setattr(tile, "upscale", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        command(monkeypatch, capsys, "--data", hr_folder, "--metrics", "psnr_y", "--weights",
-                weights(tmp_path / "w.safetensors"), "--csv", tmp_path / "t.csv", "--report", tmp_path / "page")
+    code, _, err = command(monkeypatch, capsys, "--data", hr_folder, "--metrics", "psnr_y", "--weights",
+                           weights(tmp_path / "w.safetensors"), "--csv", tmp_path / "t.csv", "--report", tmp_path / "page")
+    assert code == 2 and err.endswith("error: interrupted\n")
     html = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert not (tmp_path / "t.csv").exists()
     assert "a.png" in html and "空" not in html

@@ -110,9 +110,11 @@ def test_what_is_lost_of_16_bit_files_is_named(tmp_path):
     assert read_picture(tmp_path / "b.png").note == "transparent color left behind"
 
 
-def test_a_side_that_avif_cannot_hold(tmp_path):
-    with pytest.raises(images.PictureError, match="cannot write this AVIF"):
-        save_picture(tmp_path / "a.avif", Picture(torch.zeros(3, 2, 66000)))
+@pytest.mark.parametrize("suffix, side", ((".avif", 66000), (".webp", 16384), (".jpg", 65501)))
+def test_a_side_that_the_format_cannot_hold(tmp_path, suffix, side):
+    """The error comes before the strips are computed."""
+    with pytest.raises(PictureError, match=f"cannot hold {side}x2 pixels; use PNG"):
+        images.save_strips(tmp_path / f"a{suffix}", None, (2, side), Picture(torch.zeros(3, 1, 1)))
 
 
 def test_16_bit_noise_and_gradients_roundtrip(tmp_path):
@@ -268,8 +270,8 @@ def test_gray_profiles(tmp_path):
     save_picture(tmp_path / "b.png", kept)
     assert (pixels(read_picture(tmp_path / "b.png", srgb=True)) == pixels(converted)).all()
     kept.depth = 8
-    assert read_picture(tmp_path / "b.png").icc == linear_gray() and images.left_behind(kept, "b.png") == []
-    assert images.left_behind(kept, "b.webp") == ["ICC profile left behind"]
+    assert read_picture(tmp_path / "b.png").icc == linear_gray() and images.split_metadata(kept, "b.png")[1] == []
+    assert images.split_metadata(kept, "b.webp")[1] == ["ICC profile left behind"]
 
 
 def test_color_profile_of_a_gray_picture_is_kept(tmp_path):
@@ -380,15 +382,15 @@ def test_text_and_xmp_are_kept(tmp_path, deep):
         again = read_picture(tmp_path / name)
         assert again.xmp == picture.xmp and again.rgb.shape == picture.rgb.shape
         assert again.text == (TEXT if name == "b.png" else {})
-        assert any("Author" in phrase for phrase in images.left_behind(picture, name)) == (name != "b.png")
+        assert any("Author" in phrase for phrase in images.split_metadata(picture, name)[1]) == (name != "b.png")
 
 
 def test_metadata_too_large_for_jpeg_is_named(tmp_path):
     picture = Picture(torch.rand(3, 8, 8), xmp=b"x" * 70000, exif=b"Exif\0\0MM\0*\0\0\0\x08" + b"\0" * 70000)
     save_picture(tmp_path / "a.jpg", picture)
     assert read_picture(tmp_path / "a.jpg").xmp is None
-    assert images.left_behind(picture, "a.jpg") == ["EXIF left behind", "XMP left behind"]
-    assert images.left_behind(picture, "a.png") == []
+    assert images.split_metadata(picture, "a.jpg")[1] == ["EXIF left behind", "XMP left behind"]
+    assert images.split_metadata(picture, "a.png")[1] == []
 
 
 def test_large_text_and_profiles_are_kept(tmp_path):
@@ -437,7 +439,7 @@ def test_color_of_png_is_kept_or_named(tmp_path, chunks, kept):
     save_picture(tmp_path / "b.png", picture)
     assert (data in (tmp_path / "b.png").read_bytes()) == kept and read_picture(tmp_path / "b.png").color == picture.color
     names = ", ".join(chunks)
-    assert (f"color description left behind: {names}" in images.left_behind(picture, "b.jpg")) == kept
+    assert (f"color description left behind: {names}" in images.split_metadata(picture, "b.jpg")[1]) == kept
     assert read_picture(tmp_path / "a.png", srgb=True).note == (f"color treated as sRGB, but described by {names}" if kept else "")
 
 

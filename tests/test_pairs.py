@@ -110,6 +110,10 @@ def test_sizes(tmp_path, capsys):
     save(tmp_path / "other.png", 24, 32)
     (_, lr, cropped, results), = read(jobs)
     assert torch.equal(cropped, hr[:, :24, :32]) and lr.shape == (3, 12, 16) and results["other"].shape == (3, 24, 32)
+    del jobs[0][1]["LR"]
+    (_, _, cropped, results), = read(jobs)
+    assert torch.equal(cropped, hr[:, :24, :32]) and results["other"].shape == (3, 24, 32)
+    jobs[0][1]["LR"] = tmp_path / "lr.png"
     save(tmp_path / "other.png", 22, 30)
     skipped = []
     assert read(jobs, skipped=skipped) == [] and "30x22" in skipped[0] and "32x24" in skipped[0]

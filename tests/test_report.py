@@ -231,6 +231,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
         page.add(name, {"a": picture(40, 50)}, {})
     page.finish()
     page = Report(tmp_path, "t", COLUMNS, overwrite=True)
+    assert not (tmp_path / "index.html").exists()       # its pictures are deleted
     page.add("c", {"a": picture(40, 50)}, {})
     page.finish()
     assert sorted(p.name for p in (tmp_path / "report-files").iterdir()) == ["0001-0.webp"]

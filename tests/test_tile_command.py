@@ -197,6 +197,13 @@ def test_results_of_an_earlier_run_are_not_upscaled_again(tmp_path, command, mon
     picture_file(tmp_path / "walls/b.png")
     for inputs, summary in (["walls"], "1 done, 0 skipped"), (["walls", "walls-2x"], "0 done, 1 skipped"):
         assert summary in command(*inputs)[1]
+    for inputs, summary in (["walls/b.png"], "1 done, 0 skipped"), (["walls/b.png", "walls/big"], "0 done, 1 skipped, 0 f"):
+        assert summary in command(*inputs, "-o", "walls/big")[1]
+
+
+def test_ctrl_c_prints_one_line(command, monkeypatch):
+    monkeypatch.setattr(tile, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command("a.png")[::2] == (2, "error: interrupted\n")
 
 
 def test_captions_beside_pictures_are_skipped(tmp_path, command):
@@ -306,19 +313,6 @@ def test_invisible_colors_do_not_choose_the_model(tmp_path, command, monkeypatch
     seen = []
     monkeypatch.setattr(choose, "is_undamaged", lambda repair_model, rgb: bool(seen.append(rgb)))
     assert command(tmp_path / "a.png", weights=None)[0] == 0 and torch.allclose(seen[0], torch.tensor(200 / 255))
-
-
-def test_empty_or_truncated_result_is_made_again(tmp_path, command, monkeypatch):
-    picture_file(tmp_path / "in/a.png")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/a.png").write_bytes(b"")
-    assert command(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
-    result = (tmp_path / "out/a.png").read_bytes()
-    (tmp_path / "out/a.png").write_bytes(result[:len(result) // 2])
-    assert "1 done" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
-    assert (tmp_path / "out/a.png").read_bytes() == result
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)         # the result is above Pillow's limit
-    assert "1 skipped" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
 
 
 def test_pictures_of_any_suffix_are_found(tmp_path, command):

@@ -140,7 +140,7 @@ def test_printed_commands_run(whole):
     for c in commands:
         done = subprocess.run([sys.executable, ROOT / c[1], *c[2:]], cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert Image.open(cwd / "upscaled" / "壁紙 10.png").size == (224, 192)
+    assert Image.open(cwd / "run" / "upscaled" / "壁紙 10.png").size == (224, 192)
     assert "bicubic" in done.stdout
 
 
@@ -425,6 +425,8 @@ def test_validation_files_among_the_data_are_held_out(drawings, tmp_path, run_he
     more = flags(drawings, tmp_path / "run", data=None, val=files[0], steps=1, val_every=1)
     code, out, err = run_here([*more, "--data", *map(str, files)])
     assert code == 0 and "1 pictures of --val are also in --data" in out, err
+    code, _, err = run_here([*flags(drawings, tmp_path / "b", data=None, val=None), "--data", "a.safetensors"])
+    assert code == 2 and "--val" in err
 
 
 def test_flat_validation_pictures_are_skipped(drawings, tmp_path, run_here):
