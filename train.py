@@ -8,7 +8,7 @@
 
     stage 1, foundation          HAT learns on patches
     stage 2, tiling adaptation   HAT runs tile by tile; HAT and the refiner learn
-    stage 3, artifact removal    HAT is frozen; the refiner learns
+    stage 3, refiner             HAT is frozen; the refiner learns
 
 One run is one folder (see runs.py). The same command again resumes it, to the bit on one machine in fp32.
 """
