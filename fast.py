@@ -179,7 +179,7 @@ def capture_training_graphs(model, shapes):
     """Record the forward and the backward of model(lr) as CUDA graphs, which avoids the launch cost of
     thousands of small kernels. Returns a callable(lr) for batches of these `shapes` only, or None, with a
     printed line, if the GPU cannot record the model. Call this function under the autocast of the training,
-    with cache_enabled=False. Each backward overwrites the gradients, so make one backward per optimizer step."""
+    with cache_enabled=False. Each backward overwrites the gradients: run only one per optimizer step."""
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")      # recording uses its own stream
     device, graphs = next(model.parameters()).device, {}
     try:
