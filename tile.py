@@ -478,6 +478,18 @@ def upscale_file(args, models, tiler, source, target, label):
     return line + (f"  ({notes})" if notes else "")
 
 
+def is_complete(path):
+    """Whether a picture exists and can be decoded to its end."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except Image.DecompressionBombError:        # above Pillow's pixel limit: not decoded
+        return True
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 def run(args):
     """Upscale all pictures; name and skip those that fail -> exit code."""
     start = time.time()
@@ -494,7 +506,7 @@ def run(args):
 
     done = skipped = failed = 0
     for number, (source, target) in enumerate(jobs, 1):
-        if not args.overwrite and os.path.exists(target):
+        if not args.overwrite and is_complete(target):
             skipped += 1
             continue
         name = images.printable(source)

@@ -315,6 +315,19 @@ def test_invisible_colors_do_not_choose_the_model(tmp_path, command, monkeypatch
     assert command(tmp_path / "a.png", weights=None)[0] == 0 and torch.allclose(seen[0], torch.tensor(200 / 255))
 
 
+def test_empty_or_truncated_result_is_made_again(tmp_path, command, monkeypatch):
+    picture_file(tmp_path / "in/a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"")
+    assert command(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+    result = (tmp_path / "out/a.png").read_bytes()
+    (tmp_path / "out/a.png").write_bytes(result[:len(result) // 2])
+    assert "1 done" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
+    assert (tmp_path / "out/a.png").read_bytes() == result
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)         # the result is above Pillow's limit
+    assert "1 skipped" in command(tmp_path / "in", "-o", tmp_path / "out")[1]
+
+
 def test_pictures_of_any_suffix_are_found(tmp_path, command):
     picture_file(tmp_path / "a.png")
     (tmp_path / "in").mkdir()
