@@ -459,7 +459,7 @@ def main():
         else:
             mine(args.data, args.out, args.keep, args.seed)
     except (images.UserError, KeyboardInterrupt) as error:
-        images.fail(str(error) or "interrupted")
+        images.fail(error)
 
 
 if __name__ == "__main__":

@@ -502,7 +502,7 @@ def main():
         pack(args.data, args.out, args.size, args.min_side, overwrite=args.overwrite, lr_dir=args.lr_dir,
              workers=args.workers)
     except (images.UserError, KeyboardInterrupt) as error:
-        images.fail(str(error) or "interrupted")
+        images.fail(error)
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ def main():
     try:
         run(parse())
     except (images.UserError, WeightsError, degrade.RecipeError, metrics.MetricError, KeyboardInterrupt) as e:
-        images.fail(images.printable(e) or "interrupted")
+        images.fail(images.printable(e))
 
 
 if __name__ == "__main__":

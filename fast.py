@@ -20,7 +20,7 @@ from einops import rearrange
 
 from model import CONV_SCALE, FEATURES, HATRefiner, join_windows, split_windows
 
-STRIP_PIXELS = 8192         # pixels per strip and thread: their activations fit the cache
+STRIP_PIXELS = 8192         # pixels per strip and thread; half or three times as many are slower
 MERGE_PIXELS = 32 * 32      # smallest input for which the upsampler is merged; about as fast as not merged
 CHECK_SIZE = 35, 37         # picture of check(): sides that are not multiples of the window, >= MERGE_PIXELS
 TOLERANCE = 3e-5            # largest difference, relative to the largest output; rounding gives 3e-6

@@ -456,5 +456,5 @@ class ProgressLine:
 def fail(message):
     """Print one line on stderr and exit with code 2."""
     ProgressLine.clear()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {str(message) or 'interrupted'}", file=sys.stderr)     # KeyboardInterrupt has no message
     sys.exit(2)

@@ -533,7 +533,7 @@ def main():
     try:
         sys.exit(run(parse()))
     except (images.UserError, WeightsError, KeyboardInterrupt) as error:
-        images.fail(images.printable(error) or "interrupted")
+        images.fail(images.printable(error))
 
 
 if __name__ == "__main__":

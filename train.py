@@ -183,9 +183,9 @@ def choose_validation(args):
     if not folders:
         args.val = args.val or str(DEMO / "val")
     elif args.val:
-        roots = {Path(folder).resolve() for folder in folders}
-        pictures = find_pictures([args.val])
-        args.held_out = [str(path) for path in pictures if roots & {path.resolve(), *path.resolve().parents}]
+        roots = [Path(folder).resolve() for folder in folders]
+        args.held_out = [str(path) for path in find_pictures([args.val])
+                         if any(path.resolve().is_relative_to(root) for root in roots)]
         if args.held_out:
             print(f"{len(args.held_out)} pictures of --val are also in --data; they are not trained on")
     elif all(folder.endswith(".safetensors") for folder in folders):
@@ -578,7 +578,7 @@ def main():
     try:
         train(parse())
     except (UserError, WeightsError, LossError, degrade.RecipeError, KeyboardInterrupt) as e:
-        fail(str(e) or "interrupted")
+        fail(e)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,9 @@ def test_results_of_an_earlier_run_are_not_upscaled_again(tmp_path, command, mon
 
 
 def test_ctrl_c_prints_one_line(command, monkeypatch):
-    monkeypatch.setattr(tile, "run", lambda args: (_ for _ in ()).throw(KeyboardInterrupt))
+    def interrupt(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tile, "run", interrupt)
     assert command("a.png")[::2] == (2, "error: interrupted\n")
 
 
